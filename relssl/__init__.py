@@ -1,0 +1,14 @@
+"""relssl: fused losses and training for relational and contrastive self-supervised learning.
+
+    relssl.functional    the losses as functions
+    relssl.nn            the same as modules
+    relssl.FeatureQueue  the ring of past embeddings
+
+`relssl info` on the command line tells which backends are there.
+"""
+
+from relssl import functional, nn
+from relssl.queue import FeatureQueue
+from relssl.version import __version__
+
+__all__ = ["FeatureQueue", "__version__", "functional", "nn"]

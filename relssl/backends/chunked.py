@@ -1,0 +1,147 @@
+"""The queue in tiles through torch.mm and torch.softmax: exact, any device, O(R·D) memory.
+
+Each tile yields a log-sum-exp and a mean of its own, and two of these merge by logaddexp; nothing of
+size R×K exists. This is the fallback of every device, and the yardstick a native kernel has to beat.
+Small problems are bound by the number of torch calls, so there are few.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from relssl.backends import Scale, accumulator, cast
+
+# Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the
+# allocator returns memory to the system after every tile. A GPU wants fewer, larger launches.
+TILE_CPU, TILE_GPU = 2**19, 2**23
+
+
+def supports(device: str, dtype: torch.dtype, dim: int) -> None:
+    """Anything goes."""
+
+
+def rows(
+    x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
+) -> tuple[Tensor, Tensor]:
+    theta = x.to(accumulator(x.dtype), copy=True)
+    theta[:split].mul_(scale[0])
+    theta[split:].mul_(scale[1])
+    return _lookup(theta, queue, exclude, want_mean)
+
+
+def relation(
+    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulator(q.dtype)
+    views, (batch, dim) = q.shape[:-1], k.shape
+    student = cast(q.reshape(-1, dim), dtype) * scale[0]
+    teacher = cast(k, dtype) * scale[1]
+    theta = torch.cat((student, teacher))
+    if want_diff:
+        lse, mean = _lookup(theta, queue, None, True)
+        mean_t = mean[-batch:]
+        diff = mean[:-batch].view(q.shape) - mean_t
+    else:  # The student's mean is a quarter of the work.
+        lse_s, diff = _lookup(student, queue, None, False)
+        lse_t, mean_t = _lookup(teacher, queue, None, True)
+        lse = torch.cat((lse_s, lse_t))
+    # The cross-entropy of each view with the teacher and, last, of the teacher with itself: its entropy.
+    cross = lse.view(-1, batch) - (theta.view(-1, batch, dim) * mean_t).sum(-1)
+    entropy = cross[-1]
+    loss = cross[:-1] - entropy if form == "kl" else cross[:-1].clone()
+    return loss.view(views), entropy, diff, lse, mean_t
+
+
+def vjp(
+    x: Tensor,
+    queue: Tensor,
+    scale: float | Tensor,
+    exclude: Tensor | None,
+    lse: Tensor,
+    mean: Tensor | None,
+    g_lse: Tensor | None,
+    g_mean: Tensor | None,
+    g_row: Tensor | None,
+    want_x: bool,
+    want_queue: bool,
+) -> tuple[Tensor, Tensor]:
+    theta = x.to(accumulator(x.dtype)) * scale
+    lse = lse[:, None]
+    g_lse = torch.zeros_like(lse) if g_lse is None else g_lse[:, None]
+    base = g_lse  # w = p (base + u)
+    if g_mean is not None:
+        base = base - (mean * g_mean).sum(1, keepdim=True)
+
+    def weights() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        for columns, tile, logits in _tiles(theta, queue, exclude):
+            p = logits.sub_(lse).exp_()
+            if exclude is not None and len(queue) == 1:  # An empty row: exp(-inf - -inf).
+                p.masked_fill_((exclude == 0)[:, None], 0)
+            w = p * base if g_mean is None else torch.addmm(base, g_mean, tile.T).mul_(p)
+            yield columns, tile, p, w
+
+    grad_x = grad_queue = theta[:0]
+    if want_x or g_mean is not None:
+        # sum_j w_j must be g_lse. What rounding leaves, r, goes out along the mean: without it a
+        # sharp row loses every digit, since u_j - ubar nearly vanishes where p_j does not.
+        total = torch.zeros_like(base)
+        grad_x = torch.zeros_like(theta)
+        for _, tile, _, w in weights():
+            total += w.sum(1, keepdim=True)
+            grad_x.addmm_(w, tile)
+        r = total - g_lse
+        grad_x = (grad_x - r * mean) * scale if want_x else theta[:0]
+        base = base - r
+    if want_queue:
+        grad_queue = theta.new_empty(queue.shape)
+        for columns, _, p, w in weights():
+            torch.mm(w.T, theta, out=grad_queue[columns])
+            if g_row is not None:
+                grad_queue[columns].addmm_(p.T, g_row)
+    return grad_x, grad_queue
+
+
+def _tiles(
+    theta: Tensor, queue: Tensor, exclude: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (columns, queue tile [T, D], logits [R, T])."""
+    size, dtype = queue.shape[0], theta.dtype
+    budget = TILE_CPU if theta.device.type == "cpu" else TILE_GPU
+    width = max(128, min(8192, budget // theta.shape[0]))
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        tile = cast(queue if width >= size else queue[start:stop], dtype)
+        logits = torch.mm(theta, tile.T)
+        if exclude is not None:
+            own = (exclude - start)[:, None]
+            at = own.clamp(0, stop - start - 1)
+            logits.scatter_(1, at, logits.gather(1, at).masked_fill_(own == at, -torch.inf))
+        yield slice(start, stop), tile, logits
+
+
+def _lookup(
+    theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """lse [R] and mean [R, D], or [R, 0], of scaled rows."""
+    lse = mean = None
+    for _, tile, logits in _tiles(theta, queue, exclude):
+        p = logits.softmax(1)
+        # The largest probability is exp(largest logit - lse).
+        part_lse = logits.amax(1).sub_(p.amax(1).log_())
+        part_mean = torch.mm(p, tile) if want_mean else None
+        if lse is None:
+            lse, mean = part_lse, part_mean
+            continue
+        merged = torch.logaddexp(lse, part_lse)
+        if want_mean:
+            mean.mul_(lse.sub_(merged).exp_()[:, None])
+            mean.addcmul_(part_mean, part_lse.sub_(merged).exp_()[:, None])
+        lse = merged
+    if mean is None:
+        mean = theta.new_empty(theta.shape[0], 0)
+    if exclude is not None and queue.shape[0] == 1:  # Rows left with nothing.
+        empty = exclude == 0
+        lse.masked_fill_(empty, -torch.inf)
+        mean.masked_fill_(empty[:, None], 0)
+    return lse, mean

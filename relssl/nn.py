@@ -1,0 +1,75 @@
+"""The losses of relssl.functional as modules that hold their settings."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from relssl import functional
+from relssl.backends import Temperature
+from relssl.functional import Reduction
+from relssl.queue import FeatureQueue
+
+
+class _Loss(nn.Module):
+    """Keyword arguments of a functional, kept; tensors among them as parameters or buffers."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        self.names = tuple(settings)
+        for name, value in settings.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def settings(self) -> dict:
+        return {name: getattr(self, name) for name in self.names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+class RelationLoss(_Loss):
+    """`functional.relation_loss` with its settings kept; call it with (q, k, queue).
+
+    A temperature given as nn.Parameter (0-d) is learned.
+    """
+
+    def __init__(
+        self,
+        *,
+        student_temperature: Temperature = 0.1,
+        teacher_temperature: Temperature = 0.04,
+        form: Literal["kl", "ce"] = "kl",
+        reduction: Reduction = "mean",
+        return_entropy: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            form=form,
+            reduction=reduction,
+            return_entropy=return_entropy,
+            backend=backend,
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, queue: Tensor | FeatureQueue
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return functional.relation_loss(q, k, queue, **self.settings())
+
+
+class InfoNCELoss(_Loss):
+    """`functional.info_nce` with its settings kept; call it with (q, k, queue).
+
+    A temperature given as nn.Parameter (0-d) is learned.
+    """
+
+    def __init__(
+        self, *, temperature: Temperature = 0.2, reduction: Reduction = "mean", backend: str = "auto"
+    ) -> None:
+        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
+
+    def forward(self, q: Tensor, k: Tensor, queue: Tensor | FeatureQueue) -> Tensor:
+        return functional.info_nce(q, k, queue, **self.settings())

@@ -1,0 +1,358 @@
+"""The registered torch ops and their autograd: the one place where tensors meet kernels.
+
+    relssl::rows       lse and mean of stacked rows: the primitive
+    relssl::rows_vjp   its vector-Jacobian product
+    relssl::relation   loss rows, teacher entropy and grad_q of the relation loss in one call
+
+Ops are opaque to torch.compile and know nothing of autograd. The autograd.Functions around them compute
+gradients in the forward pass, so the queue may change before backward: they keep a plain reference to
+it, and a backward that must read the queue again raises if it has changed. Double backward recomputes
+the result with the reference, which can be differentiated any number of times.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relssl import backends
+from relssl.arguments import compute_dtype, transformed
+from relssl.backends import Scale, Temperature, accumulator, cast, reference, without_autocast
+
+_lib = torch.library.Library("relssl", "FRAGMENT")
+
+
+def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Turn a function into the op of that schema, on every device."""
+
+    def register(run: Callable) -> Callable:
+        name = _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _lib.impl(name, without_autocast(run), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"relssl::{name}", fake, lib=_lib)
+        return getattr(torch.ops.relssl, name).default
+
+    return register
+
+
+def _scales(temperatures: Sequence[Temperature], x: Tensor) -> Scale:
+    """1/temperature; where one is a tensor, all become one, in which a bad temperature is NaN."""
+    if not any([isinstance(t, Tensor) for t in temperatures]):
+        return [1 / t for t in temperatures]
+    kind: dict[str, Any] = {"dtype": accumulator(x.dtype), "device": x.device}
+    tau = torch.stack(
+        [t.to(**kind) if isinstance(t, Tensor) else torch.full((), t, **kind) for t in temperatures]
+    )
+    return tau.reciprocal().masked_fill_(~((tau > 0) & tau.isfinite()), torch.nan)
+
+
+def _pass(scale: Scale) -> tuple[list[float], Tensor | None]:
+    """A scale as the two arguments that an op's schema has for it."""
+    return ([], scale) if isinstance(scale, Tensor) else (scale, None)
+
+
+# ------------------------------------------------------------------------------------------- ops
+
+
+def _rows_fake(x, queue, scale, device_scale, split, exclude, want_mean, backend):
+    dtype = accumulator(x.dtype)
+    width = x.shape[1] if want_mean else 0
+    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], width, dtype=dtype)
+
+
+@_op(
+    "rows(Tensor x, Tensor queue, float[] scale, Tensor? device_scale, SymInt split, Tensor? exclude,"
+    " bool want_mean, str backend) -> (Tensor lse, Tensor mean)",
+    _rows_fake,
+)
+def _rows(x, queue, scale, device_scale, split, exclude, want_mean, backend):
+    scale = scale if device_scale is None else device_scale
+    lse, mean = backends.load(backend).rows(x, queue, scale, split, exclude, want_mean)
+    if exclude is not None:  # On a device nobody has looked at its values: a bad one makes its row NaN.
+        bad = (exclude < -1) | (exclude >= len(queue))
+        lse.masked_fill_(bad, torch.nan)
+        mean.masked_fill_(bad[:, None], torch.nan)
+    return lse, mean
+
+
+def _rows_vjp_fake(
+    x, queue, scale, device_scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue, backend
+):
+    rows_x, rows_queue = x.shape[0] if want_x else 0, queue.shape[0] if want_queue else 0
+    return lse.new_empty(rows_x, x.shape[1]), lse.new_empty(rows_queue, x.shape[1])
+
+
+@_op(
+    "rows_vjp(Tensor x, Tensor queue, float[] scale, Tensor? device_scale, Tensor? exclude, Tensor lse,"
+    " Tensor? mean, Tensor? g_lse, Tensor? g_mean, Tensor? g_row, bool want_x, bool want_queue,"
+    " str backend) -> (Tensor grad_x, Tensor grad_queue)",
+    _rows_vjp_fake,
+)
+def _rows_vjp(
+    x, queue, scale, device_scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue, backend
+):
+    scale = (scale if device_scale is None else device_scale)[0]
+    run = getattr(backends.load(backend), "vjp", backends.load("chunked").vjp)
+    return run(x, queue, scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue)
+
+
+def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
+    dtype = accumulator(q.dtype)
+    views = q.shape[:-1]
+    return (
+        q.new_empty(views, dtype=dtype),
+        k.new_empty(k.shape[0], dtype=dtype),
+        q.new_empty(q.shape if want_diff else (views.numel(), 0), dtype=dtype),
+        q.new_empty(views.numel() + k.shape[0], dtype=dtype),
+        k.new_empty(k.shape, dtype=dtype),
+    )
+
+
+@_op(
+    "relation(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, str form,"
+    " bool want_diff, str backend)"
+    " -> (Tensor loss, Tensor entropy, Tensor diff, Tensor lse, Tensor mean_t)",
+    _relation_fake,
+)
+def _relation(q, k, queue, scale, device_scale, form, want_diff, backend):
+    scale = scale if device_scale is None else device_scale
+    return backends.load(backend).relation(q, k, queue, scale, form, want_diff)
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+class _Bank:
+    """A queue as backward may need it: a plain reference that notices when the queue has changed.
+
+    Saved by autograd it would forbid enqueueing before backward even where nobody reads it again.
+    """
+
+    def __init__(self, queue: Tensor) -> None:
+        self.queue = queue
+        self.version = None if queue.is_inference() else queue._version
+
+    def get(self) -> Tensor:
+        if self.version is None or self.queue._version != self.version:
+            raise RuntimeError(
+                "this backward must read the queue again (double backward, or the gradient of a mean),"
+                " but the queue has changed since the forward pass: enqueue after backward, or pass a clone"
+            )
+        return self.queue
+
+
+def _recompute(run: Callable, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor]):
+    """Gradients of run(*inputs) that can be differentiated again, None where not needed."""
+    needs = needs[: len(inputs)]
+    with torch.enable_grad():
+        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(run(*inputs), wanted, grads, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _differentiable_backward() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _Relation(torch.autograd.Function):
+    """The reduced loss and teacher entropy. Gradients of q, k and the temperatures are made in forward."""
+
+    @staticmethod
+    def forward(ctx, q, k, queue, tau_s, tau_t, how):
+        form, reduction, dtype, backend = how
+        _, needs_k, needs_queue, _, needs_t, _ = ctx.needs_input_grad
+        x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
+        scale = _scales((tau_s, tau_t), q)
+        loss, entropy, diff, lse, mean_t = _relation(
+            x_q, x_k, bank, *_pass(scale), form, True, backend
+        )
+        grad_k = None
+        if needs_k or needs_t:  # A row for each student view: reduction="none" weighs them apart.
+            lse_t = lse[loss.numel() :].expand_as(loss).flatten()
+            mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, x_k))
+            g_mean = _cotangent(x_q, x_k, scale, form, lse.dtype).flatten(0, -2)
+            grad_k, _ = _rows_vjp(
+                rows, bank, *_pass(scale[1:]), None, lse_t, mean, None, g_mean, None, True, False, backend
+            )
+            grad_k = grad_k.view(q.shape)
+        kept = (queue, lse, mean_t) if needs_queue else (None, None, None)
+        ctx.save_for_backward(q, k, _tensor(tau_s), _tensor(tau_t), diff, grad_k, *kept)
+        ctx.bank = None if needs_queue or torch.compiler.is_compiling() else _Bank(queue)
+        ctx.numbers = _number(tau_s), _number(tau_t)
+        ctx.how = how
+        ctx.mark_non_differentiable(entropy)
+        return reduce(loss, reduction), entropy
+
+    @staticmethod
+    def backward(ctx, g, _):
+        q, k, tau_s, tau_t, diff, grad_k, queue, lse, mean_t = ctx.saved_tensors
+        needs_q, needs_k, needs_queue, needs_s, needs_t, _ = needs = ctx.needs_input_grad
+        form, reduction, dtype, backend = ctx.how
+        tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
+        if _differentiable_backward():
+            queue = ctx.bank.get() if queue is None else queue
+            run = lambda *inputs: [reduce(reference.relation(*inputs, form, dtype)[0], reduction)]
+            return *_recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
+
+        c_s, c_t = scale = _scales((tau_s, tau_t), q)
+        if reduction == "none":
+            g = g[..., None]
+        elif reduction == "mean":
+            g = g / (q.numel() // q.shape[-1])
+        grad_q = diff * (g * c_s)
+        of_k = of_queue = of_s = of_t = None
+        if needs_s:
+            of_s = (q.to(dtype) * grad_q).sum() * -c_s
+        if grad_k is not None:
+            grad_k = (grad_k * g).sum_to_size(k.shape)
+            of_k = grad_k.to(k.dtype) if needs_k else None
+            of_t = (k.to(dtype) * grad_k).sum() * -c_t if needs_t else None
+        if needs_queue:  # Row j: sum_b (p_s - p_t) theta_s + p_t (u - ubar) theta_t, over all views.
+            x_q, x_k, bank = q.to(dtype), k.to(dtype), queue.to(dtype)
+            g_mean = (_cotangent(x_q, x_k, scale, form, lse.dtype) * g).sum_to_size(k.shape)
+            g_row = (x_q * (g * -c_s)).sum_to_size(k.shape)
+            g = g.expand(*q.shape[:-1], 1).flatten()
+            split = g.shape[0]
+            _, by_student = _rows_vjp(
+                x_q.flatten(0, -2), bank, *_pass(scale[:1]), None, lse[:split], None, g, None, None,
+                False, True, backend,
+            )  # fmt: skip
+            _, by_teacher = _rows_vjp(
+                x_k, bank, *_pass(scale[1:]), None, lse[split:], mean_t, None, g_mean, g_row,
+                False, True, backend,
+            )  # fmt: skip
+            of_queue = (by_student + by_teacher).to(queue.dtype)
+        return cast(grad_q, q.dtype) if needs_q else None, of_k, of_queue, of_s, of_t, None
+
+
+def _cotangent(q: Tensor, k: Tensor, scale: Scale, form: str, dtype: torch.dtype) -> Tensor:
+    """What the loss sends back to the teacher's mean once the terms that cancel are gone.
+
+    theta_t - theta_s for "kl" and -theta_s for "ce", in the shape of q.
+    """
+    theta_s = q.to(dtype) * scale[0]
+    return k.to(dtype) * scale[1] - theta_s if form == "kl" else -theta_s
+
+
+def _tensor(value: Temperature) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _number(value: Temperature) -> float | None:
+    return None if isinstance(value, Tensor) else value
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.mean() if reduction == "mean" else rows.sum()
+
+
+class _LogSumExp(torch.autograd.Function):
+    """lse alone, whose gradient is the mean made in forward; or lse and mean, whose backward needs vjp."""
+
+    @staticmethod
+    def forward(ctx, x, queue, tau, exclude, want_mean, dtype, backend):
+        needs_queue = ctx.needs_input_grad[1]
+        scale = _scales((tau, tau), x)
+        lse, mean = _rows(
+            x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend
+        )
+        # A compiled graph cannot hold a plain reference; there autograd does the watching.
+        keep = needs_queue or (want_mean and torch.compiler.is_compiling())
+        ctx.save_for_backward(x, queue if keep else None, _tensor(tau), exclude, lse, mean)
+        ctx.bank = None if keep or torch.compiler.is_compiling() else _Bank(queue)
+        ctx.number = None if isinstance(tau, Tensor) else tau
+        ctx.how = dtype, backend
+        ctx.set_materialize_grads(False)
+        return (lse, mean) if want_mean else lse
+
+    @staticmethod
+    def backward(ctx, g_lse, g_mean=None):
+        x, queue, tau, exclude, lse, mean = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        dtype, backend = ctx.how
+        if g_lse is None and g_mean is None:
+            return (None,) * 7
+        tau = ctx.number if tau is None else tau
+        if _differentiable_backward():
+            queue = ctx.bank.get() if queue is None else queue
+            given = [i for i, g in enumerate((g_lse, g_mean)) if g is not None]
+
+            def run(*inputs):
+                both = reference.logsumexp(*inputs, exclude, dtype)
+                return [both[i] for i in given]
+
+            grads = [(g_lse, g_mean)[i] for i in given]
+            return *_recompute(run, (x, queue, tau), needs, grads), None, None, None, None
+
+        scale = _scales((tau,), x)
+        grad_queue = None
+        if g_mean is None and not needs[1]:
+            grad_x = mean * g_lse[:, None] * scale[0]
+        else:
+            queue = ctx.bank.get() if queue is None else queue
+            grad_x, grad_queue = _rows_vjp(
+                x.to(dtype), queue.to(dtype), *_pass(scale), exclude, lse, mean, g_lse, g_mean, g_mean,
+                needs[0] or needs[2], needs[1], backend,
+            )  # fmt: skip
+        return (
+            grad_x.to(x.dtype) if needs[0] else None,
+            grad_queue.to(queue.dtype) if needs[1] else None,
+            (x.to(dtype) * grad_x).sum() * -scale[0] if needs[2] else None,
+            *(None,) * 4,
+        )
+
+
+# ------------------------------------------------------------------------------- what functional calls
+
+
+def _wants_grad(*inputs: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+
+
+def relation(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    tau_s: Temperature,
+    tau_t: Temperature,
+    form: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The reduced relation loss and the rows [B] of the teacher's entropy. Arguments are checked."""
+    dtype = compute_dtype(q, queue)
+    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1])
+    if backend == "reference" or transformed():
+        loss, entropy = reference.relation(q, k, queue, tau_s, tau_t, form, dtype)
+        return reduce(loss, reduction), entropy.detach()
+    if _wants_grad(q, k, queue, tau_s, tau_t):
+        return _Relation.apply(q, k, queue, tau_s, tau_t, (form, reduction, dtype, backend))
+    scale = _pass(_scales((tau_s, tau_t), q))
+    loss, entropy, *_ = _relation(
+        q.to(dtype), k.to(dtype), queue.to(dtype), *scale, form, False, backend
+    )
+    return reduce(loss, reduction), entropy
+
+
+def logsumexp(
+    x: Tensor,
+    queue: Tensor,
+    tau: Temperature,
+    exclude: Tensor | None,
+    dtype: torch.dtype,
+    want_mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """lse [R] and, if wanted, mean [R, D], computed in one dtype. Arguments are checked."""
+    backend = backends.choose(backend, x.device.type, dtype, x.shape[-1])
+    if backend == "reference" or transformed():
+        return reference.logsumexp(x, queue, tau, exclude, dtype)
+    if _wants_grad(x, queue, tau):
+        found = _LogSumExp.apply(x, queue, tau, exclude, want_mean, dtype, backend)
+        return found if want_mean else (found, found[:0])
+    return _rows(
+        x.to(dtype), queue.to(dtype), *_pass(_scales((tau, tau), x)), len(x), exclude, want_mean, backend
+    )

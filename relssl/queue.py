@@ -1,0 +1,110 @@
+"""FeatureQueue: the ring of past embeddings that queries are compared with."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeatureQueue(nn.Module):
+    """A first-in, first-out queue of K feature rows of width D.
+
+    It starts with random unit-norm rows, as ReSSL's and MoCo's code does. Pass it, or its `rows`, to the
+    losses of `relssl.functional`. Enqueueing before `loss.backward()` is safe there: the gradient is
+    computed in the forward pass, and no clone of the queue is needed.
+
+    Rows, pointer and count are persistent buffers, and pointer and count stay on the device: enqueueing
+    never synchronises, traces under torch.compile and replays in a CUDA graph.
+
+    Where torch.distributed is initialised, `enqueue` gathers the keys of all ranks (no gradient), so
+    every rank holds the same queue; each must enqueue equally many rows. The start is drawn from `seed`
+    alone and is the same everywhere. So nothing needs broadcasting: keep the queue outside the module
+    that DistributedDataParallel wraps, or wrap with `broadcast_buffers=False`; otherwise DDP sends all
+    K·D values from rank 0 before every forward.
+
+    Args:
+        size: number of rows K.
+        dim: width of a row D.
+        dtype: of the rows; default torch's default dtype. bfloat16 halves memory and time.
+        device: where the rows live.
+        seed: of the random start.
+    """
+
+    rows: Tensor
+    pointer: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"size and dim must be at least 1, got {size} and {dim}")
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating-point, got {dtype}")
+        self.seed = seed
+        self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))
+        self.register_buffer("pointer", torch.empty((), dtype=torch.int64, device=device))
+        self.register_buffer("count", torch.empty((), dtype=torch.int64, device=device))
+        self.reset()
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def extra_repr(self) -> str:
+        size, dim = self.rows.shape
+        return f"{size}, {dim}, dtype={self.rows.dtype}"
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the random start: unit-norm rows drawn from the seed, pointer and count 0."""
+        # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
+        generator = torch.Generator().manual_seed(0x5EED_0F_0EE + self.seed)
+        start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32)
+        self.rows.copy_(F.normalize(start, dim=1, out=start))
+        self.pointer.zero_()
+        self.count.zero_()
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows with `keys`, of all ranks where there are several.
+
+        Args:
+            keys: [B, D], any B ≥ 1; of more than K rows the last K stay. Cast to the queue's dtype.
+
+        Raises:
+            TypeError: keys is not a floating-point tensor.
+            ValueError: keys is not [B, D] with the queue's D.
+            RuntimeError: keys is on another device.
+        """
+        if not isinstance(keys, Tensor) or not keys.is_floating_point():
+            kind = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+            raise TypeError(f"keys must be a floating-point tensor, got {kind}")
+        size, dim = self.rows.shape
+        if keys.dim() != 2 or keys.shape[1] != dim or len(keys) == 0:
+            raise ValueError(f"keys must be [B, {dim}] with B ≥ 1, got shape {tuple(keys.shape)}")
+        if keys.device != self.rows.device:
+            raise RuntimeError(f"keys is on {keys.device}, but the queue on {self.rows.device}")
+        keys = _gather(keys.to(self.rows.dtype))
+        total, keys = len(keys), keys[-size:]
+        first = self.pointer + (total - len(keys))
+        at = (first + torch.arange(len(keys), device=keys.device)) % size
+        self.rows.index_copy_(0, at, keys)
+        self.pointer.add_(total).remainder_(size)
+        self.count.add_(total).clamp_(max=size)
+
+
+def _gather(keys: Tensor) -> Tensor:
+    """The keys of all ranks in rank order; the input itself where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return keys
+    everyone = keys.new_empty(dist.get_world_size() * len(keys), keys.shape[1])
+    dist.all_gather_into_tensor(everyone, keys.contiguous())
+    return everyone
