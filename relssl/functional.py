@@ -70,9 +70,7 @@ def relation_loss(
     rows = queue_rows(queue)
     check_choice("form", form, ("kl", "ce"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_pair(
-        q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature
-    )
+    check_pair(q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
     loss, entropy = ops.relation(
         q, k, rows, student_temperature, teacher_temperature, form, reduction, backend
     )

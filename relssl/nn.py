@@ -54,9 +54,7 @@ class RelationLoss(_Loss):
             backend=backend,
         )
 
-    def forward(
-        self, q: Tensor, k: Tensor, queue: Tensor | FeatureQueue
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, queue: Tensor | FeatureQueue) -> Tensor | tuple[Tensor, Tensor]:
         return functional.relation_loss(q, k, queue, **self.settings())
 
 
@@ -67,7 +65,11 @@ class InfoNCELoss(_Loss):
     """
 
     def __init__(
-        self, *, temperature: Temperature = 0.2, reduction: Reduction = "mean", backend: str = "auto"
+        self,
+        *,
+        temperature: Temperature = 0.2,
+        reduction: Reduction = "mean",
+        backend: str = "auto",
     ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, backend=backend)
 

@@ -37,8 +37,9 @@ def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 def _scales(temperatures: Sequence[Temperature], x: Tensor) -> Scale:
     """1/temperature; where one is a tensor, all become one, in which a bad temperature is NaN."""
-    if not any([isinstance(t, Tensor) for t in temperatures]):
-        return [1 / t for t in temperatures]
+    numbers = [1 / t for t in temperatures if not isinstance(t, Tensor)]
+    if len(numbers) == len(temperatures):
+        return numbers
     kind: dict[str, Any] = {"dtype": accumulator(x.dtype), "device": x.device}
     tau = torch.stack(
         [t.to(**kind) if isinstance(t, Tensor) else torch.full((), t, **kind) for t in temperatures]
@@ -76,7 +77,19 @@ def _rows(x, queue, scale, device_scale, split, exclude, want_mean, backend):
 
 
 def _rows_vjp_fake(
-    x, queue, scale, device_scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue, backend
+    x,
+    queue,
+    scale,
+    device_scale,
+    exclude,
+    lse,
+    mean,
+    g_lse,
+    g_mean,
+    g_row,
+    want_x,
+    want_queue,
+    backend,
 ):
     rows_x, rows_queue = x.shape[0] if want_x else 0, queue.shape[0] if want_queue else 0
     return lse.new_empty(rows_x, x.shape[1]), lse.new_empty(rows_queue, x.shape[1])
@@ -89,7 +102,19 @@ def _rows_vjp_fake(
     _rows_vjp_fake,
 )
 def _rows_vjp(
-    x, queue, scale, device_scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue, backend
+    x,
+    queue,
+    scale,
+    device_scale,
+    exclude,
+    lse,
+    mean,
+    g_lse,
+    g_mean,
+    g_row,
+    want_x,
+    want_queue,
+    backend,
 ):
     scale = (scale if device_scale is None else device_scale)[0]
     run = getattr(backends.load(backend), "vjp", backends.load("chunked").vjp)
@@ -120,6 +145,26 @@ def _relation(q, k, queue, scale, device_scale, form, want_diff, backend):
 
 
 # -------------------------------------------------------------------------------------- autograd
+
+
+def _vjp(
+    x: Tensor,
+    queue: Tensor,
+    scale: Scale,
+    lse: Tensor,
+    *,
+    backend: str,
+    exclude: Tensor | None = None,
+    mean: Tensor | None = None,
+    g_lse: Tensor | None = None,
+    g_mean: Tensor | None = None,
+    g_row: Tensor | None = None,
+    want_x: bool = True,
+    want_queue: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _rows_vjp(
+        x, queue, *_pass(scale), exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue, backend
+    )
 
 
 class _Bank:
@@ -164,17 +209,13 @@ class _Relation(torch.autograd.Function):
         _, needs_k, needs_queue, _, needs_t, _ = ctx.needs_input_grad
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
         scale = _scales((tau_s, tau_t), q)
-        loss, entropy, diff, lse, mean_t = _relation(
-            x_q, x_k, bank, *_pass(scale), form, True, backend
-        )
+        loss, entropy, diff, lse, mean_t = _relation(x_q, x_k, bank, *_pass(scale), form, True, backend)
         grad_k = None
         if needs_k or needs_t:  # A row for each student view: reduction="none" weighs them apart.
             lse_t = lse[loss.numel() :].expand_as(loss).flatten()
             mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, x_k))
             g_mean = _cotangent(x_q, x_k, scale, form, lse.dtype).flatten(0, -2)
-            grad_k, _ = _rows_vjp(
-                rows, bank, *_pass(scale[1:]), None, lse_t, mean, None, g_mean, None, True, False, backend
-            )
+            grad_k, _ = _vjp(rows, bank, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
             grad_k = grad_k.view(q.shape)
         kept = (queue, lse, mean_t) if needs_queue else (None, None, None)
         ctx.save_for_backward(q, k, _tensor(tau_s), _tensor(tau_t), diff, grad_k, *kept)
@@ -192,7 +233,10 @@ class _Relation(torch.autograd.Function):
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
         if _differentiable_backward():
             queue = ctx.bank.get() if queue is None else queue
-            run = lambda *inputs: [reduce(reference.relation(*inputs, form, dtype)[0], reduction)]
+
+            def run(*inputs):
+                return [reduce(reference.relation(*inputs, form, dtype)[0], reduction)]
+
             return *_recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
 
         c_s, c_t = scale = _scales((tau_s, tau_t), q)
@@ -211,17 +255,12 @@ class _Relation(torch.autograd.Function):
         if needs_queue:  # Row j: sum_b (p_s - p_t) theta_s + p_t (u - ubar) theta_t, over all views.
             x_q, x_k, bank = q.to(dtype), k.to(dtype), queue.to(dtype)
             g_mean = (_cotangent(x_q, x_k, scale, form, lse.dtype) * g).sum_to_size(k.shape)
-            g_row = (x_q * (g * -c_s)).sum_to_size(k.shape)
+            g_row = (cast(x_q, lse.dtype) * (g * -c_s)).sum_to_size(k.shape)
             g = g.expand(*q.shape[:-1], 1).flatten()
-            split = g.shape[0]
-            _, by_student = _rows_vjp(
-                x_q.flatten(0, -2), bank, *_pass(scale[:1]), None, lse[:split], None, g, None, None,
-                False, True, backend,
-            )  # fmt: skip
-            _, by_teacher = _rows_vjp(
-                x_k, bank, *_pass(scale[1:]), None, lse[split:], mean_t, None, g_mean, g_row,
-                False, True, backend,
-            )  # fmt: skip
+            x_q, (lse_s, lse_t) = x_q.flatten(0, -2), lse.split((g.shape[0], k.shape[0]))
+            how = {"want_x": False, "want_queue": True, "backend": backend}
+            _, by_student = _vjp(x_q, bank, scale[:1], lse_s, g_lse=g, **how)
+            _, by_teacher = _vjp(x_k, bank, scale[1:], lse_t, mean=mean_t, g_mean=g_mean, g_row=g_row, **how)
             of_queue = (by_student + by_teacher).to(queue.dtype)
         return cast(grad_q, q.dtype) if needs_q else None, of_k, of_queue, of_s, of_t, None
 
@@ -256,9 +295,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx, x, queue, tau, exclude, want_mean, dtype, backend):
         needs_queue = ctx.needs_input_grad[1]
         scale = _scales((tau, tau), x)
-        lse, mean = _rows(
-            x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend
-        )
+        lse, mean = _rows(x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend)
         # A compiled graph cannot hold a plain reference; there autograd does the watching.
         keep = needs_queue or (want_mean and torch.compiler.is_compiling())
         ctx.save_for_backward(x, queue if keep else None, _tensor(tau), exclude, lse, mean)
@@ -293,13 +330,23 @@ class _LogSumExp(torch.autograd.Function):
             grad_x = mean * g_lse[:, None] * scale[0]
         else:
             queue = ctx.bank.get() if queue is None else queue
-            grad_x, grad_queue = _rows_vjp(
-                x.to(dtype), queue.to(dtype), *_pass(scale), exclude, lse, mean, g_lse, g_mean, g_mean,
-                needs[0] or needs[2], needs[1], backend,
-            )  # fmt: skip
+            grad_x, grad_queue = _vjp(
+                x.to(dtype),
+                queue.to(dtype),
+                scale,
+                lse,
+                exclude=exclude,
+                mean=mean,
+                g_lse=g_lse,
+                g_mean=g_mean,
+                g_row=g_mean,
+                want_x=needs[0] or needs[2],
+                want_queue=needs[1],
+                backend=backend,
+            )
         return (
             grad_x.to(x.dtype) if needs[0] else None,
-            grad_queue.to(queue.dtype) if needs[1] else None,
+            cast(grad_queue, queue.dtype) if grad_queue is not None and needs[1] else None,
             (x.to(dtype) * grad_x).sum() * -scale[0] if needs[2] else None,
             *(None,) * 4,
         )
@@ -331,9 +378,7 @@ def relation(
     if _wants_grad(q, k, queue, tau_s, tau_t):
         return _Relation.apply(q, k, queue, tau_s, tau_t, (form, reduction, dtype, backend))
     scale = _pass(_scales((tau_s, tau_t), q))
-    loss, entropy, *_ = _relation(
-        q.to(dtype), k.to(dtype), queue.to(dtype), *scale, form, False, backend
-    )
+    loss, entropy, *_ = _relation(q.to(dtype), k.to(dtype), queue.to(dtype), *scale, form, False, backend)
     return reduce(loss, reduction), entropy
 
 
@@ -354,5 +399,11 @@ def logsumexp(
         found = _LogSumExp.apply(x, queue, tau, exclude, want_mean, dtype, backend)
         return found if want_mean else (found, found[:0])
     return _rows(
-        x.to(dtype), queue.to(dtype), *_pass(_scales((tau, tau), x)), len(x), exclude, want_mean, backend
+        x.to(dtype),
+        queue.to(dtype),
+        *_pass(_scales((tau, tau), x)),
+        len(x),
+        exclude,
+        want_mean,
+        backend,
     )

@@ -1,15 +1,27 @@
-"""The losses in float64, written from the papers' formulas with torch's own building blocks.
+"""The losses written from the papers' formulas with torch's own building blocks; the error budget.
 
 Nothing here is shared with the package: softmax, kl_div and cross_entropy do the work, autograd the
-gradients. `budget` is the error a backend may make.
+gradients. In float64 these are the oracle; in a test's own dtype they are the eager code whose
+error sets the budget that a backend has (`check`). `agree` holds outputs and all gradients to both.
 """
 
 import torch
 from torch.nn import functional as F
 
+FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
-def double(*tensors):
-    return [t.detach().double().requires_grad_() if isinstance(t, torch.Tensor) else t for t in tensors]
+
+def unit(*shape, dtype=torch.float32, norm=1.0):
+    """Random rows of one norm."""
+    kind = torch.promote_types(dtype, torch.float32)
+    return (F.normalize(torch.randn(*shape, dtype=kind), dim=-1) * norm).to(dtype)
+
+
+def is_float(t):
+    return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+
+# ---------------------------------------------------------------------------------- the formulas
 
 
 def relation(q, k, queue, tau_s, tau_t, form):
@@ -18,10 +30,12 @@ def relation(q, k, queue, tau_s, tau_t, form):
     p_t = F.softmax(teacher, -1)
     if form == "kl":
         target = F.log_softmax(teacher, -1).expand_as(student)
-        loss = F.kl_div(F.log_softmax(student, -1), target, reduction="none", log_target=True).sum(-1)
+        loss = F.kl_div(F.log_softmax(student, -1), target, reduction="none", log_target=True)
+        loss = loss.sum(-1)
     else:
         probabilities = p_t.expand_as(student).flatten(0, -2)
-        loss = F.cross_entropy(student.flatten(0, -2), probabilities, reduction="none").view(student.shape[:-1])
+        loss = F.cross_entropy(student.flatten(0, -2), probabilities, reduction="none")
+        loss = loss.view(student.shape[:-1])
     return loss, torch.special.entr(p_t).sum(-1)
 
 
@@ -30,14 +44,17 @@ def info_nce(q, k, queue, tau):
     positive = (q * k).sum(-1, keepdim=True)
     logits = torch.cat((positive, q @ queue.mT), -1) / tau
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return loss.view(labels.shape)
 
 
 def logsumexp(x, queue, tau, exclude=None):
-    """Row by row over the queue rows that are left."""
+    """lse [R] and mean [R, D]; with `exclude` row by row over the queue rows that are left."""
+    if exclude is None:
+        logits = x @ queue.mT / tau
+        return torch.logsumexp(logits, -1), F.softmax(logits, -1) @ queue
     lse, mean = [], []
-    for r, row in enumerate(x):
-        own = -1 if exclude is None else int(exclude[r])
+    for row, own in zip(x, exclude.tolist(), strict=True):
         bank = torch.cat((queue[:own], queue[own + 1 :])) if own >= 0 else queue
         logits = bank @ row / tau
         lse.append(torch.logsumexp(logits, 0) if len(bank) else row.new_full((), -torch.inf))
@@ -45,13 +62,96 @@ def logsumexp(x, queue, tau, exclude=None):
     return torch.stack(lse), torch.stack(mean)
 
 
-FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# ------------------------------------------------------------------------------------ the budget
 
 
 def check(name, got, exact, eager, scale, dtype):
-    """Fail unless |got - exact| <= 2 |eager - exact| + floor * max(|exact|, scale), in norm."""
+    """Fail unless |got - exact| <= 2 |eager - exact| + floor * max(|exact|, scale), in norm.
+
+    Where eager code overflows it sets no example: nothing is added to the floor.
+    """
     got, eager = got.detach().double(), eager.detach().double()
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     assert torch.isfinite(got).all(), f"{name}: {got} is not finite"
-    error, allowed = (got - exact).norm(), 2 * (eager - exact).norm()
+    error, allowed = (got - exact).norm(), 2 * (eager - exact).norm().nan_to_num(0, posinf=0)
     bound = allowed + FLOOR[dtype] * max(float(exact.norm()), float(scale))
     assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}, of {exact.norm():.2e}"
+
+
+def evaluate(run, inputs, cotangents):
+    """The outputs of run(**inputs) and, by name, the gradients of the floating-point tensors."""
+    inputs = {name: t.detach().requires_grad_() if is_float(t) else t for name, t in inputs.items()}
+    outputs = run(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [g.to(out.dtype) for g, out in zip(cotangents, outputs, strict=True)]
+    torch.autograd.backward(outputs, grads)
+    leaves = {n: t for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    return outputs, {name: t.grad for name, t in leaves.items()}
+
+
+def cotangents_like(*shapes):
+    """Uneven positive and negative weights that every dtype holds exactly."""
+    return [torch.randn(shape).bfloat16().double() for shape in shapes]
+
+
+def agree(ours, formula, inputs, cotangents, scales, dtype):
+    """ours(**inputs) against formula(**inputs): outputs and the gradient of every tensor.
+
+    `scales` has the size below which an error does not count: one entry per output ("0", "1") and
+    one per input. For a gradient it is (largest slope) * |cotangent|, as in DESIGN section 6.
+    """
+    values = {n: t.to(dtype) if is_float(t) and t.dim() else t for n, t in inputs.items()}
+    precise = {n: t.double() if is_float(t) else t for n, t in values.items()}
+    exact, exact_grads = evaluate(formula, precise, cotangents)
+    eager, eager_grads = evaluate(formula, values, cotangents)
+    got, grads = evaluate(ours, inputs, cotangents)
+    for i, out in enumerate(got):
+        check(f"output {i}", out, exact[i].detach(), eager[i], scales[str(i)], dtype)
+    for name, grad in grads.items():
+        assert grad is not None, f"no gradient for {name}"
+        assert grad.dtype == inputs[name].dtype, f"gradient of {name} is {grad.dtype}"
+        check(f"grad {name}", grad, exact_grads[name], eager_grads[name], scales[name], dtype)
+
+
+def _widest(t):
+    """The largest row norm."""
+    return float(t.detach().double().norm(dim=-1).max())
+
+
+def relation_scales(q, k, queue, tau_s, tau_t, g, ones):
+    c_s, c_t, m, w = 1 / float(tau_s), 1 / float(tau_t), _widest(queue), float(g.norm())
+    theta_s, theta_t = c_s * _widest(q), c_t * _widest(k)
+    return {
+        "0": (theta_s + theta_t) * m * ones,
+        "q": c_s * m * w,
+        "k": c_t * m * w,
+        "queue": (theta_s + theta_t) * w,
+        "tau_s": c_s * theta_s * m * w,
+        "tau_t": c_t * theta_t * m * w,
+    }
+
+
+def info_nce_scales(q, k, queue, tau, g, ones):
+    c, w = 1 / float(tau), float(g.norm())
+    m = max(_widest(queue), _widest(k))
+    theta = c * _widest(q)
+    return {
+        "0": theta * m * ones,
+        "q": c * m * w,
+        "k": theta * w,
+        "queue": theta * w,
+        "tau": c * theta * m * w,
+    }
+
+
+def logsumexp_scales(x, queue, tau, g_lse, g_mean):
+    c, m, rows = 1 / float(tau), _widest(queue), len(x) ** 0.5
+    theta = c * _widest(x)
+    w = float(g_lse.norm()) + m * float(g_mean.norm())
+    return {
+        "0": theta * m * rows,
+        "1": m * rows,
+        "x": c * m * w,
+        "queue": theta * w + float(g_mean.norm()),
+        "tau": c * theta * m * w,
+    }

@@ -13,7 +13,10 @@ A backend is a module with
 
     vjp(x, queue, scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue)
             -> grad_x [R, D], grad_queue [K, D]
-        With one scale c for all rows, u_rj = <m_j, g_mean_r>, ubar_r = <mean_r, g_mean_r>, w_rj = p_rj (g_lse_r + u_rj - ubar_r):
+        With one scale c for all rows and
+            u_rj         = <m_j, g_mean_r>, ubar_r = <mean_r, g_mean_r>
+            w_rj         = p_rj (g_lse_r + u_rj - ubar_r)
+        these are
             grad_x_r     = c sum_j w_rj m_j
             grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r
         g_row is g_mean for the vjp of `rows`; a loss whose terms cancel on paper passes what is left.

@@ -102,9 +102,7 @@ def vjp(
     return grad_x, grad_queue
 
 
-def _tiles(
-    theta: Tensor, queue: Tensor, exclude: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (columns, queue tile [T, D], logits [R, T])."""
     size, dtype = queue.shape[0], theta.dtype
     budget = TILE_CPU if theta.device.type == "cpu" else TILE_GPU
@@ -120,9 +118,7 @@ def _tiles(
         yield slice(start, stop), tile, logits
 
 
-def _lookup(
-    theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool
-) -> tuple[Tensor, Tensor]:
+def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool) -> tuple[Tensor, Tensor]:
     """lse [R] and mean [R, D], or [R, 0], of scaled rows."""
     lse = mean = None
     for _, tile, logits in _tiles(theta, queue, exclude):

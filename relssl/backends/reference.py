@@ -9,6 +9,7 @@ from torch import Tensor
 
 from relssl.backends import Temperature, accumulator, without_autocast
 
+
 def supports(device: str, dtype: torch.dtype, dim: int) -> None:
     """Anything goes."""
 

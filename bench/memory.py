@@ -1,0 +1,91 @@
+"""Peak memory of a piece of code on the CPU: what a child process needs beyond what it already has.
+
+    python bench/memory.py      relation_loss at a million queue rows, beside eager code
+
+Resident memory is what the system sees, whoever allocated it: torch, BLAS or a kernel of ours. Linux
+keeps its high-water mark (VmHWM in /proc/self/status) and resets it on request.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+_CHILD = """
+import json, sys
+setup, warm_up, statement = json.load(sys.stdin)
+scope = {}
+exec(setup, scope)
+exec(warm_up, scope)
+
+def status(name):
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
+
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the high-water mark starts again from what is resident now
+before = status("VmRSS")
+exec(statement, scope)
+print(status("VmHWM") - before)
+"""
+
+
+def measurable() -> bool:
+    """Whether this system has the /proc files that the measurement needs."""
+    return os.access("/proc/self/clear_refs", os.W_OK) and os.access("/proc/self/status", os.R_OK)
+
+
+def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> int:
+    """Bytes by which `statement` raises the resident memory of a fresh Python process at its peak.
+
+    `setup` makes the inputs, `warm_up` runs the same code small, so that thread pools and lazily
+    loaded libraries are not counted. What setup and warm_up freed may be used again uncounted:
+    keep their temporaries small. What statement leaves behind, such as gradients, counts.
+
+    Raises subprocess.CalledProcessError if the code fails; its message is on stderr.
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        input=json.dumps([setup, warm_up, statement]),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return int(child.stdout.split()[-1])
+
+
+RELATION_SETUP = """
+import torch
+from relssl.functional import relation_loss
+
+def inputs(B, K, D=128):
+    q, k, queue = (torch.empty(n, D).normal_() for n in (B, B, K))
+    for rows in (q, k, *queue.split(4096)):
+        rows /= rows.norm(dim=1, keepdim=True)
+    return q.requires_grad_(), k, queue
+
+small, large = inputs(8, 1024), inputs({B}, {K})
+"""
+
+EAGER = """
+def relation_loss(q, k, queue):
+    target = torch.softmax(k @ queue.T / 0.04, 1)
+    return -(target * torch.log_softmax(q @ queue.T / 0.1, 1)).sum(1).mean()
+"""
+
+
+def relation_memory(rows: int, size: int, *, eager: bool = False) -> int:
+    """Bytes that one forward and backward of the relation loss needs, D = 128, float32."""
+    setup = RELATION_SETUP.format(B=rows, K=size) + (EAGER if eager else "")
+    return peak_extra_memory(
+        "relation_loss(*large).backward()",
+        setup=setup,
+        warm_up="relation_loss(*small).backward()",
+    )
+
+
+if __name__ == "__main__":
+    for rows, size, eager in ((256, 2**20, False), (256, 2**17, False), (256, 2**17, True)):
+        name = "eager" if eager else "relssl"
+        mib = relation_memory(rows, size, eager=eager) / 2**20
+        print(f"B = {rows}, K = {size:>9,}: {name:6} {mib:9,.1f} MiB")

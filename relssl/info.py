@@ -1,0 +1,44 @@
+"""What is installed, and which backend would be chosen where."""
+
+import platform
+
+import numpy
+import torch
+
+from relssl import backends
+from relssl.version import __version__
+
+
+def report() -> str:
+    """Versions, backends and, for each device and dtype, the choice of "auto" and what stood in its way."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    lines = [
+        f"relssl {__version__}, Python {platform.python_version()} on {platform.machine()}",
+        f"torch {torch.__version__}, triton {triton_version}, numpy {numpy.__version__}",
+        f"CPU threads {torch.get_num_threads()}",
+        f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen by torch'}",
+        "",
+        "backends, in the order auto tries them:",
+    ]
+    for name in backends.NAMES:
+        lines.append(f"  {name:<12}{(backends.load(name).__doc__ or '').splitlines()[0]}")
+    lines += ["", 'backend="auto" at D = 128:']
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            chosen = backends.choose("auto", device, dtype, 128)
+            refused = [
+                f"{name}: {reason}"
+                for name in backends.NAMES
+                if (reason := backends.load(name).supports(device, dtype, 128))
+            ]
+            kind = str(dtype).removeprefix("torch.")
+            lines.append(f"  {device:<6}{kind:<10}{chosen}" + "".join(f"  ({r})" for r in refused))
+    return "\n".join(lines)

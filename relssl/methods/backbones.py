@@ -1,0 +1,79 @@
+"""Encoders up to the pooled features: torchvision's ResNets with a stem for small images, and Conv-4."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relssl.data.torchvision_import import torchvision
+
+Arch = Literal["conv4", "resnet18", "resnet34", "resnet50"]
+Stem = Literal["imagenet", "small", "small-pool"]
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose training statistics are taken over `splits` parts of the batch, each on its own.
+
+    One GPU then behaves like `splits` GPUs without synchronised BatchNorm, which (with the teacher's batch
+    shuffled) keeps the parts from giving away which key belongs to which query (MoCo, He et al. 2020).
+    """
+
+    def __init__(self, features: int, splits: int) -> None:
+        super().__init__(features)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        batch, channels, *size = x.shape
+        if batch % self.splits:
+            raise ValueError(f"a batch of {batch} does not divide into {self.splits} BatchNorm splits")
+        mean, var = (b.repeat(self.splits) for b in (self.running_mean, self.running_var))
+        weight, bias = (p.repeat(self.splits) for p in (self.weight, self.bias))
+        # Part s holds every splits-th image; its channels become channels of their own.
+        parts = x.reshape(-1, channels * self.splits, *size)
+        y = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
+        self.running_mean.copy_(mean.view(self.splits, channels).mean(0))
+        self.running_var.copy_(var.view(self.splits, channels).mean(0))
+        self.num_batches_tracked.add_(1)
+        return y.view(batch, channels, *size)
+
+
+def conv4(norm: Callable[[int], nn.Module], width: int = 32) -> tuple[nn.Module, int]:
+    """Four blocks of 3x3 convolution, norm, ReLU and 2x2 pooling, doubling in width, and a global mean."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for outputs in (width, 2 * width, 4 * width, 4 * width):
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            norm(outputs),
+            nn.ReLU(inplace=True),
+        ]
+        layers += [nn.MaxPool2d(2, ceil_mode=True)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), inputs
+
+
+def build(arch: Arch, stem: Stem = "imagenet", bn_splits: int = 1) -> tuple[nn.Module, int]:
+    """An encoder of images [B, 3, H, W] to features [B, width], and that width.
+
+    The stem "small" of a ResNet is a 3x3 convolution of stride 1 without max-pooling (CIFAR); "small-pool"
+    keeps the pooling (STL-10, Tiny-ImageNet); "imagenet" is torchvision's own.
+    """
+
+    def norm(features: int) -> nn.Module:
+        return SplitBatchNorm2d(features, bn_splits) if bn_splits > 1 else nn.BatchNorm2d(features)
+
+    if arch == "conv4":
+        return conv4(norm)
+    if arch not in ("resnet18", "resnet34", "resnet50"):
+        raise ValueError(f"arch must be conv4, resnet18, resnet34 or resnet50; got {arch!r}")
+    net = getattr(torchvision.models, arch)(weights=None, norm_layer=norm)
+    width = net.fc.in_features
+    net.fc = nn.Identity()
+    if stem != "imagenet":
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    if stem == "small":
+        net.maxpool = nn.Identity()
+    return net, width

@@ -1,0 +1,24 @@
+"""One process of test_queue's gather over two; a module of its own, since a child imports it."""
+
+import torch
+import torch.distributed as dist
+
+from relssl import FeatureQueue
+
+
+def gather(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    queue = FeatureQueue(7, 3)
+    found = {"start": queue.rows.clone()}
+    for step in range(2):
+        keys = torch.tensor([[rank, step, row] for row in range(2)]).float().requires_grad_()
+        queue.enqueue(keys * 1)
+    found |= {
+        "rows": queue.rows.clone(),
+        "requires_grad": queue.rows.requires_grad,
+        "pointer": int(queue.pointer),
+        "count": int(queue.count),
+    }
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()

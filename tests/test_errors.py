@@ -1,0 +1,265 @@
+"""Bad input raises at the call, names the argument, and leaves everything as it was."""
+
+import pytest
+import torch
+from oracle import unit
+
+from relssl import FeatureQueue
+from relssl.functional import info_nce, queue_logsumexp, relation_loss
+
+B, K, D = 3, 7, 8
+
+
+def relation(a):
+    return relation_loss(
+        a["q"], a["k"], a["queue"], student_temperature=a["tau"], teacher_temperature=a["tau_t"],
+        **a["options"],
+    )  # fmt: skip
+
+
+def nce(a):
+    return info_nce(a["q"], a["k"], a["queue"], temperature=a["tau"], **a["options"])
+
+
+def lookup(a):
+    return queue_logsumexp(a["q"], a["queue"], a["tau"], exclude=a["exclude"], **a["options"])[0]
+
+
+CALLS = {"relation_loss": relation, "info_nce": nce, "queue_logsumexp": lookup}
+ALL, PAIRS = list(CALLS), ["relation_loss", "info_nce"]
+
+
+def good():
+    return {
+        "q": unit(B, D), "k": unit(B, D), "queue": unit(K, D), "tau": 0.1, "tau_t": 0.04,
+        "exclude": None, "options": {},
+    }  # fmt: skip
+
+
+def refuses(name, changes, error, match):
+    """The changed call raises, alters no argument, and spoils no later call."""
+    torch.manual_seed(0)
+    arguments = good()
+    before = CALLS[name](arguments)
+    bad = {**arguments, **changes}
+    tensors = {n: t for n, t in bad.items() if isinstance(t, torch.Tensor) and not t.is_meta}
+    copies = {n: (t.clone(), t._version, t.requires_grad) for n, t in tensors.items()}
+    with pytest.raises(error, match=match):
+        CALLS[name](bad)
+    for n, t in tensors.items():
+        copy, version, requires_grad = copies[n]
+        assert torch.equal(t.nan_to_num(), copy.nan_to_num()), n
+        assert (t._version, t.requires_grad) == (version, requires_grad), n
+    assert torch.equal(CALLS[name](arguments), before)
+
+
+def argument(name, loss):
+    """What the message calls q's place and tau's place."""
+    if loss == "queue_logsumexp":
+        return {"q": "x", "tau": "temperature"}.get(name, name)
+    if loss == "info_nce":
+        return {"tau": "temperature"}.get(name, name)
+    return {"tau": "student_temperature", "tau_t": "teacher_temperature"}.get(name, name)
+
+
+# ---------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("which", ["q", "k", "queue"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
+def test_wrong_dtype(dtype, which, loss):
+    if which == "k" and loss == "queue_logsumexp":
+        return
+    bad = torch.ones(K if which == "queue" else B, D).to(dtype)
+    name = argument(which, loss)
+    refuses(loss, {which: bad}, TypeError, rf"^{name} must be float32, .*got {dtype}")
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("which", ["q", "k", "queue"])
+def test_not_a_tensor(which, loss):
+    if which == "k" and loss == "queue_logsumexp":
+        return
+    refuses(loss, {which: [[1.0]]}, TypeError, rf"^{argument(which, loss)} must be a tensor, got list")
+
+
+@pytest.mark.parametrize("loss", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_mixed_dtypes(dtype, loss):
+    match = f"q and k must have one dtype, got torch.float32 and {dtype}"
+    refuses(loss, {"k": unit(B, D, dtype=dtype)}, TypeError, match)
+
+
+# ---------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"q": torch.ones(D)}, r"must be \[.*\], got shape \(8,\)"),
+        ({"q": torch.ones(1, 2, B, D)}, r"must be \[.*\], got shape \(1, 2, 3, 8\)"),
+        ({"q": torch.ones(0, D)}, r"is empty: shape \(0, 8\)"),
+        ({"q": torch.ones(B, D + 1)}, r"queue has rows of width 8, but [qx] of width 9"),
+        ({"queue": torch.ones(D)}, r"queue must be \[K, D\], got shape \(8,\)"),
+        ({"queue": torch.ones(1, K, D)}, r"queue must be \[K, D\], got shape \(1, 7, 8\)"),
+        ({"queue": torch.ones(0, D)}, r"queue is empty: shape \(0, 8\)"),
+        ({"queue": torch.ones(K, D - 1)}, r"queue has rows of width 7, but [qx] of width 8"),
+    ],
+)
+def test_shapes(changes, match, loss):
+    refuses(loss, changes, ValueError, match)
+
+
+def test_views_are_for_the_losses_only():
+    refuses("queue_logsumexp", {"q": torch.ones(2, B, D)}, ValueError, r"x must be \[R, D\]")
+
+
+@pytest.mark.parametrize("loss", PAIRS)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"k": torch.ones(1, B, D)}, r"k must be \[B, D\], got shape \(1, 3, 8\)"),
+        ({"k": torch.ones(B - 1, D)}, r"k must have .*q \(3, 8\), got \(2, 8\)"),
+        ({"k": torch.ones(B, D + 1)}, r"k must have .*q \(3, 8\), got \(3, 9\)"),
+        # One key would broadcast silently.
+        ({"k": torch.ones(1, D)}, r"k must have .*q \(3, 8\), got \(1, 8\)"),
+        ({"q": torch.ones(2, B + 1, D)}, r"k must have .*q \(2, 4, 8\), got \(3, 8\)"),
+    ],
+)
+def test_shapes_of_pairs(changes, match, loss):
+    refuses(loss, changes, ValueError, match)
+
+
+# ---------------------------------------------------------------------------------- temperatures
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("which", ["tau", "tau_t"])
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["number", "tensor", "parameter"])
+def test_bad_temperature(kind, value, which, loss):
+    if which == "tau_t" and loss != "relation_loss":
+        return
+    match = f"^{argument(which, loss)} must be positive and finite, got {float(value)}|got 0$"
+    if kind != "number":
+        value = torch.tensor(float(value), requires_grad=kind == "parameter")
+    refuses(loss, {which: value}, ValueError, match)
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize(
+    ("value", "error", "match"),
+    [
+        (torch.full((1,), 0.1), ValueError, r"must be a number or a 0-d tensor, got shape \(1,\)"),
+        (torch.full((B, 1), 0.1), ValueError, r"0-d tensor, got shape \(3, 1\)"),
+        (torch.tensor(1), TypeError, "must be a number or a floating-point tensor, got torch.int64"),
+        ("0.1", TypeError, "must be a number or a 0-d tensor, got str"),
+        (None, TypeError, "must be a number or a 0-d tensor, got NoneType"),
+        (True, TypeError, "must be a number or a 0-d tensor, got bool"),
+    ],
+)
+def test_not_a_temperature(value, error, match, loss):
+    refuses(loss, {"tau": value}, error, f"^{argument('tau', loss)} .*{match}|{match}")
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_unknown_backend(loss):
+    match = "backend must be one of auto, .*chunked.*; got 'fastest'"
+    refuses(loss, {"options": {"backend": "fastest"}}, ValueError, match)
+
+
+@pytest.mark.parametrize("loss", PAIRS)
+def test_unknown_reduction(loss):
+    match = "reduction must be one of mean, sum, none; got 'batchmean'"
+    refuses(loss, {"options": {"reduction": "batchmean"}}, ValueError, match)
+
+
+def test_unknown_form():
+    match = "form must be one of kl, ce; got 'js'"
+    refuses("relation_loss", {"options": {"form": "js"}}, ValueError, match)
+
+
+# --------------------------------------------------------------------------------------- exclude
+
+
+@pytest.mark.parametrize(
+    ("exclude", "error", "match"),
+    [
+        (torch.tensor([0, K, 1]), ValueError, r"exclude must lie in \[-1, 7\), .* from 0 to 7"),
+        (torch.tensor([0, -2, 1]), ValueError, r"exclude must lie in \[-1, 7\), .* from -2 to 1"),
+        (torch.tensor([0, 1]), ValueError, r"exclude must be \[R\] = \[3\], got shape \(2,\)"),
+        (torch.tensor(1), ValueError, r"exclude must be \[R\] = \[3\], got shape \(\)"),
+        (torch.zeros(B, 1).long(), ValueError, r"exclude must be \[R\] = \[3\], got shape \(3, 1\)"),
+        (torch.zeros(B), TypeError, "exclude must be an int64 tensor, got torch.float32"),
+        (torch.zeros(B).int(), TypeError, "exclude must be an int64 tensor, got torch.int32"),
+        (torch.zeros(B).bool(), TypeError, "exclude must be an int64 tensor, got torch.bool"),
+        ([0, 1, 2], TypeError, "exclude must be an int64 tensor, got list"),
+    ],
+)
+def test_exclude(exclude, error, match):
+    refuses("queue_logsumexp", {"exclude": exclude}, error, match)
+
+
+# --------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("which", ["q", "k", "queue", "tau", "tau_t", "exclude"])
+def test_devices(which, loss):
+    used = {
+        "relation_loss": ["q", "k", "queue", "tau", "tau_t"],
+        "info_nce": ["q", "k", "queue", "tau"],
+        "queue_logsumexp": ["q", "queue", "tau", "exclude"],
+    }[loss]
+    if which not in used:
+        return
+    arguments = good() | {"tau": torch.tensor(0.1), "tau_t": torch.tensor(0.04)}
+    arguments["exclude"] = torch.zeros(B, dtype=torch.int64)
+    match = f"^{argument('queue' if which == 'q' else which, loss)} is on "
+    refuses(loss, {which: arguments[which].to("meta")}, RuntimeError, match)
+
+
+# ---------------------------------------------------------------------------------- FeatureQueue
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "match"),
+    [
+        (torch.ones(B, D).long(), TypeError, "keys must be a floating-point tensor, got torch.int64"),
+        ([[1.0] * D], TypeError, "keys must be a floating-point tensor, got list"),
+        (torch.ones(B, D + 1), ValueError, r"keys must be \[B, 8\] with B ≥ 1, got shape \(3, 9\)"),
+        (torch.ones(D), ValueError, r"keys must be \[B, 8\] with B ≥ 1, got shape \(8,\)"),
+        (torch.ones(2, B, D), ValueError, r"keys must be \[B, 8\] .* got shape \(2, 3, 8\)"),
+        (torch.ones(0, D), ValueError, r"keys must be \[B, 8\] with B ≥ 1, got shape \(0, 8\)"),
+        (torch.ones(B, D, device="meta"), RuntimeError, "keys is on meta, but the queue on cpu"),
+    ],
+)
+def test_enqueue(keys, error, match):
+    queue = FeatureQueue(K, D)
+    queue.enqueue(unit(2, D))
+    before = {name: t.clone() for name, t in queue.state_dict().items()}
+    with pytest.raises(error, match=match):
+        queue.enqueue(keys)
+    assert all(torch.equal(t, before[name]) for name, t in queue.state_dict().items())
+    queue.enqueue(unit(2, D))
+    assert (int(queue.pointer), int(queue.count)) == (4, 4)
+
+
+@pytest.mark.parametrize(("size", "dim"), [(0, D), (K, 0), (-1, D)])
+def test_empty_feature_queue(size, dim):
+    with pytest.raises(ValueError, match=f"size and dim must be at least 1, got {size} and {dim}"):
+        FeatureQueue(size, dim)
+
+
+def test_feature_queue_dtype():
+    with pytest.raises(TypeError, match=r"dtype must be floating-point, got torch.int64"):
+        FeatureQueue(K, D, dtype=torch.int64)
+
+
+def test_feature_queue_of_another_width():
+    refuses("relation_loss", {"queue": FeatureQueue(K, D + 1)}, ValueError, "queue has rows of width 9")

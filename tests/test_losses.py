@@ -1,0 +1,433 @@
+"""Values and all gradients of the losses against the float64 oracle, within its error budget."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    agree,
+    cotangents_like,
+    info_nce,
+    info_nce_scales,
+    logsumexp,
+    logsumexp_scales,
+    relation,
+    relation_scales,
+    unit,
+)
+
+from relssl.functional import info_nce as our_info_nce
+from relssl.functional import queue_logsumexp, relation_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BACKENDS = ["chunked", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+# Views, B, K, D. Every pair of odd values of two sizes meets somewhere: one row, a prime number of
+# them; one queue row, a prime, more than a tile; a width below, off, at and above powers of two.
+SHAPES = [
+    (None, 1, 1, 8),
+    (None, 1, 17, 512),
+    (None, 3, 1, 130),
+    (None, 3, 1000, 96),
+    (None, 257, 17, 130),
+    (None, 257, 1000, 8),
+    (2, 3, 17, 96),
+    (3, 1, 1000, 130),
+]
+# The published size and one row more than it: several tiles, the last of a single row.
+LARGE = (None, 3, 65537, 40)
+
+
+def reduced(rows, reduction):
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
+def temperature(value, dtype):
+    return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def weigh(shape, reduction):
+    """A cotangent of the reduced loss, what it gives each row, and the norm of that many ones."""
+    (g,) = cotangents_like(shape if reduction == "none" else ())
+    rows = shape.numel()
+    if reduction == "none":
+        return g, g, rows**0.5
+    weight, ones = (1, rows) if reduction == "sum" else (1 / rows, 1)
+    return g, (g * weight).expand(shape), ones
+
+
+def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none"):
+    g, weights, ones = weigh(q.shape[:-1], reduction)
+    agree(
+        lambda q, k, queue, tau_s, tau_t: relation_loss(
+            q, k, queue, student_temperature=tau_s, teacher_temperature=tau_t,
+            form=form, reduction=reduction, backend=backend,
+        ),
+        lambda q, k, queue, tau_s, tau_t: reduced(
+            relation(q, k, queue, tau_s, tau_t, form)[0], reduction
+        ),
+        {
+            "q": q, "k": k, "queue": queue,
+            "tau_s": temperature(tau_s, q.dtype), "tau_t": temperature(tau_t, q.dtype),
+        },
+        [g], relation_scales(q, k, queue, tau_s, tau_t, weights, ones), q.dtype,
+    )  # fmt: skip
+
+
+def check_info_nce(q, k, queue, tau, backend, reduction="none"):
+    g, weights, ones = weigh(q.shape[:-1], reduction)
+    agree(
+        lambda q, k, queue, tau: our_info_nce(
+            q, k, queue, temperature=tau, reduction=reduction, backend=backend
+        ),
+        lambda q, k, queue, tau: reduced(info_nce(q, k, queue, tau), reduction),
+        {"q": q, "k": k, "queue": queue, "tau": temperature(tau, q.dtype)},
+        [g], info_nce_scales(q, k, queue, tau, weights, ones), q.dtype,
+    )  # fmt: skip
+
+
+def check_logsumexp(x, queue, tau, backend, exclude=None):
+    g = cotangents_like(x.shape[:1], x.shape)
+    agree(
+        lambda x, queue, tau: queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend),
+        lambda x, queue, tau: logsumexp(x, queue, tau, exclude),
+        {"x": x, "queue": queue, "tau": temperature(tau, x.dtype)},
+        g, logsumexp_scales(x, queue, tau, *g), x.dtype,
+    )  # fmt: skip
+
+
+def batch(views, rows, size, dim, dtype, norm=1.0):
+    q = unit(*(() if views is None else (views,)), rows, dim, dtype=dtype, norm=norm)
+    return q, unit(rows, dim, dtype=dtype, norm=norm), unit(size, dim, dtype=dtype, norm=norm)
+
+
+# ------------------------------------------------------------------------------------ the grid
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["kl", "ce"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relation(dtype, shape, form, backend):
+    check_relation(*batch(*shape, dtype), 0.1, 0.04, form, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_info_nce(dtype, shape, backend):
+    check_info_nce(*batch(*shape, dtype), 0.2, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] is None], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logsumexp(dtype, shape, backend):
+    x, _, queue = batch(*shape, dtype)
+    check_logsumexp(x, queue, 0.1, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_queue(dtype):
+    q, k, queue = batch(*LARGE, dtype)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", "chunked")
+    check_logsumexp(q, queue, 0.1, "chunked")
+    if dtype == torch.float32:
+        check_info_nce(q, k, queue, 0.2, "chunked")
+        check_relation(q, k, queue, 0.1, 0.04, "kl", "reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("views", [None, 2])
+def test_reductions(views, reduction, backend):
+    inputs = batch(views, 5, 33, 24, torch.float32)
+    check_relation(*inputs, 0.1, 0.04, "kl", backend, reduction=reduction)
+    check_relation(*inputs, 0.1, 0.04, "ce", backend, reduction=reduction)
+    check_info_nce(*inputs, 0.2, backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("views", [None, 2])
+def test_teacher_entropy(views, reduction, backend):
+    q, k, queue = batch(views, 5, 333, 24, torch.float64)
+    q.requires_grad_()
+    loss, entropy = relation_loss(q, k, queue, reduction=reduction, return_entropy=True, backend=backend)
+    rows, expected = relation(q, k, queue, 0.1, 0.04, "kl")
+    torch.testing.assert_close(loss, reduced(rows, reduction), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(entropy, reduced(expected, reduction), rtol=1e-10, atol=1e-10)
+    assert not entropy.requires_grad
+
+
+# --------------------------------------------------------------------------------- identities
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_sides_have_zero_divergence(dtype, backend):
+    q, _, queue = batch(None, 7, 1000, 64, dtype)
+    leaf = q.clone().requires_grad_()
+    loss = relation_loss(
+        leaf, q, queue, student_temperature=0.1, teacher_temperature=0.1,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    loss.sum().backward()
+    # Rounding of the accumulator alone; logits reach 10, and log K = 7.
+    eps = torch.finfo(loss.dtype).eps
+    assert loss.abs().max() <= 64 * eps
+    assert leaf.grad.abs().max() <= 64 * eps / 0.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_entropy_is_divergence_plus_entropy(backend):
+    q, k, queue = batch(2, 5, 1000, 64, torch.float64)
+    kl, entropy = relation_loss(q, k, queue, reduction="none", return_entropy=True, backend=backend)
+    ce = relation_loss(q, k, queue, form="ce", reduction="none", backend=backend)
+    torch.testing.assert_close(ce - kl, entropy.expand_as(ce), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["kl", "ce"])
+def test_views_equal_separate_calls(form, backend):
+    q, k, queue = (t.requires_grad_() for t in batch(3, 5, 1000, 64, torch.float64))
+    weights = torch.randn(3, 5, dtype=torch.float64)
+
+    def grads(loss):
+        return torch.autograd.grad((loss * weights).sum(), (q, k, queue))
+
+    settings = {"form": form, "reduction": "none", "backend": backend}
+    together = relation_loss(q, k, queue, **settings)
+    apart = torch.stack([relation_loss(view, k, queue, **settings) for view in q])
+    torch.testing.assert_close(together, apart, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(grads(together), grads(apart), rtol=1e-11, atol=1e-11)
+
+
+# ----------------------------------------------------------------------- awkward queues and strides
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_duplicated_queue_rows(backend):
+    q, k, queue = batch(None, 5, 40, 96, torch.float32)
+    queue = queue[torch.arange(200) % 40]
+    check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
+    check_info_nce(q, k, queue, 0.2, backend)
+    check_logsumexp(q, queue, 0.1, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_duplicate_of_a_key_in_the_queue(dtype, backend):
+    # The teacher's softmax is then nearly one-hot, and grad_k a small difference of large terms.
+    q, k, queue = batch(None, 5, 1000, 96, torch.float64)
+    queue[17] = torch.nn.functional.normalize(k[2] + 1e-3 * torch.randn(96), dim=0)
+    q, k, queue = (t.to(dtype) for t in (q, k, queue))
+    check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
+    check_relation(q, k, queue, 0.1, 0.04, "ce", backend)
+    check_logsumexp(k, queue, 0.04, backend)
+
+
+def transposed(t):
+    return t.mT.contiguous().mT
+
+
+def sliced(t):
+    """Every second column and row of something larger."""
+    larger = t.new_full([2 * n for n in t.shape], torch.nan)
+    view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
+    return view.copy_(t)
+
+
+def expanded(t):
+    """One row in place of all, with stride 0."""
+    return t[..., :1, :].expand_as(t)
+
+
+def far_apart(t):
+    """Rows 2**29 elements apart, from the fifth on beyond 32-bit offsets; few pages are touched."""
+    store = torch.empty(2**29 * (len(t) - 1) + t.shape[1], dtype=t.dtype)
+    return store.as_strided(t.shape, (2**29, 1)).copy_(t)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(dtype, layout, backend):
+    for which in range(3):
+        inputs = list(batch(None, 6, 300, 40, dtype))
+        inputs[which] = layout(inputs[which])
+        check_relation(*inputs, 0.1, 0.04, "kl", backend)
+        check_info_nce(*inputs, 0.2, backend)
+        check_logsumexp(inputs[0], inputs[2], 0.1, backend)
+    q, k, queue = batch(2, 6, 300, 40, dtype)
+    check_relation(layout(q), k, queue, 0.1, 0.04, "kl", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "queue"])
+def test_row_offsets_beyond_32_bits(which, backend):
+    inputs = list(batch(None, 6, 6, 40, torch.float16))
+    inputs[which] = far_apart(inputs[which])
+    check_relation(*inputs, 0.1, 0.04, "kl", backend)
+    check_info_nce(*inputs, 0.2, backend)
+
+
+# -------------------------------------------------------------------------------------- extremes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("tau_s", "tau_t", "norm"),
+    [
+        (0.005, 0.005, 1.0),  # logits of 200: exp overflows float32 unless the maximum is taken out
+        (0.1, 0.04, 100.0),  # logits of 250,000: one-hot teachers
+        (0.005, 0.005, 100.0),
+        (1e4, 1e4, 1.0),  # uniform
+        (0.005, 50.0, 1.0),  # each side at its own end
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_extreme_temperatures_and_norms(dtype, tau_s, tau_t, norm, backend):
+    inputs = batch(None, 7, 1000, 96, dtype, norm)
+    check_relation(*inputs, tau_s, tau_t, "kl", backend)
+    check_relation(*inputs, tau_s, tau_t, "ce", backend)
+    check_info_nce(*inputs, tau_s, backend)
+    check_logsumexp(inputs[0], inputs[2], tau_t, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 33, 9000])  # one row, one tile, two tiles
+def test_all_logits_equal(size, backend):
+    q, k, queue = batch(None, 4, 1, 64, torch.float32)
+    queue = queue.repeat(size, 1)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
+    check_relation(q, k, queue, 0.1, 0.04, "ce", backend)
+    check_logsumexp(q, queue, 0.1, backend)
+    lse, mean = queue_logsumexp(q, queue, 0.1, backend=backend)
+    torch.testing.assert_close(lse, q @ queue[0] / 0.1 + math.log(size))
+    torch.testing.assert_close(mean, queue[:1].expand(4, -1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [0, 8999])  # seen first, and after a tile of small ones
+def test_one_huge_logit(place, backend):
+    q, k, queue = batch(None, 4, 9000, 64, torch.float32)
+    queue[place] = q[1] * 1e4
+    check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
+    check_relation(q, k, queue, 0.1, 0.04, "ce", backend)
+    check_info_nce(q, k, queue, 0.2, backend)
+    check_logsumexp(q, queue, 0.1, backend)
+
+
+# --------------------------------------------------------------------------------------- exclude
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exclude(dtype, backend):
+    # -1 leaves out nothing; first and last row; one row that two queries leave out.
+    exclude = torch.tensor([-1, 0, 299, 7, 7])
+    x, _, queue = batch(None, 5, 300, 40, dtype)
+    check_logsumexp(x, queue, 0.1, backend, exclude)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+# All of the last tile is one row, and it is excluded: for each power of two a tile may be wide.
+@pytest.mark.parametrize("size", [129, 257, 513, 1025, 2049, 4097, 8193, 16385, 65537])
+def test_exclude_all_of_a_tile(size, backend):
+    x, _, queue = batch(None, 2, size, 8, torch.float64)
+    check_logsumexp(x, queue, 0.1, backend, torch.tensor([size - 1, -1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exclude_own_row(backend):
+    # The diagonal of NT-Xent: a batch against itself.
+    x = unit(257, 64)
+    check_logsumexp(x, x.clone(), 0.5, backend, torch.arange(257))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_left_with_nothing(backend):
+    x, queue, tau = unit(3, 8).requires_grad_(), unit(1, 8).requires_grad_(), torch.tensor(0.1)
+    exclude = torch.tensor([0, -1, 0])
+    tau.requires_grad_()
+    lse, mean = queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend)
+    assert lse[0] == lse[2] == -torch.inf
+    torch.testing.assert_close(lse[1], x[1] @ queue[0] / tau)
+    assert torch.equal(mean[::2], torch.zeros(2, 8))
+    torch.testing.assert_close(mean[1], queue[0])
+    for output in (lse.exp(), mean, lse[1]):  # exp: what logaddexp sees of an empty row
+        grads = torch.autograd.grad(
+            (output * torch.rand_like(output)).sum(), (x, queue, tau), retain_graph=True
+        )
+        assert all(torch.isfinite(g).all() for g in grads)
+        assert torch.equal(grads[0][::2], torch.zeros(2, 8))
+
+
+# ------------------------------------------------------------------------------------ NaN and Inf
+
+
+def losses(q, k, queue, backend):
+    settings = {"reduction": "none", "backend": backend}
+    return {
+        "kl": relation_loss(q, k, queue, **settings),
+        "ce": relation_loss(q, k, queue, form="ce", **settings),
+        "info_nce": our_info_nce(q, k, queue, **settings),
+        "lse": queue_logsumexp(q, queue, 0.1, backend=backend)[0],
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_bad_row_spoils_its_own_loss_only(grad, side, bad, backend):
+    q, k, queue = batch(None, 5, 300, 40, torch.float32)
+    clean = losses(q, k, queue, backend)
+    {"q": q, "k": k}[side][2, 3] = bad
+    q.requires_grad_(grad)
+    others = torch.arange(5) != 2
+    for name, loss in losses(q, k, queue, backend).items():
+        if name == "lse" and (side == "k" or bad != torch.nan):
+            continue  # no teacher; and lse is not a loss: Inf there is an honest value
+        assert loss[2].isnan(), f"{name}: {loss[2]}"
+        torch.testing.assert_close(loss[others].detach(), clean[name][others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [0, 8999])  # in the first and in the last of several tiles
+@pytest.mark.parametrize("grad", [False, True])
+def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
+    q, k, queue = batch(None, 3, 9000, 40, torch.float32)
+    queue[place, 5] = torch.nan
+    q.requires_grad_(grad)
+    for name, loss in losses(q, k, queue, backend).items():
+        assert loss.isnan().all(), name
+
+
+# ------------------------------------------------------------------------------------- any input
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    views=st.sampled_from([None, 1, 2]),
+    rows=st.integers(1, 9),
+    size=st.one_of(st.integers(1, 70), st.integers(8190, 8195)),  # around the widest tile, too
+    dim=st.integers(1, 40),
+    taus=st.tuples(*2 * [st.floats(0.005, 10)]),
+    norm=st.floats(0.01, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    form=st.sampled_from(["kl", "ce"]),
+    seed=st.integers(0, 2**16),
+)
+def test_drawn_inputs(views, rows, size, dim, taus, norm, dtype, form, seed):
+    torch.manual_seed(seed)
+    q, k, queue = batch(views, rows, size, dim, dtype, norm)
+    check_relation(q, k, queue, *taus, form, "chunked")
+    check_info_nce(q, k, queue, taus[0], "chunked")
+    exclude = torch.randint(-1, size, (rows,)) if size > 1 else None
+    check_logsumexp(k, queue, taus[1], "chunked", exclude)
