@@ -14,7 +14,7 @@ from time import perf_counter
 import eager
 import matplotlib
 import torch
-from memory import peak_extra_memory
+from memory import measurable, relation_memory
 from torch.nn import functional as F
 
 from relssl import backends
@@ -51,13 +51,6 @@ def inputs(B: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return q.requires_grad_(), k, F.normalize(queue, dim=1, out=queue)
 
 
-MEMORY = """
-import sys; sys.path[:0] = {path!r}
-import demo, eager
-from relssl.functional import relation_loss
-"""
-
-
 def time_loss(rounds: int = 7) -> dict:
     """Forward and backward, eager and fused in turn in this process; peak memory in a process each."""
     q, k, queue = inputs(**SHAPE)
@@ -78,6 +71,7 @@ def time_loss(rounds: int = 7) -> dict:
             losses[name] = loss.item()
     seconds = {name: times[1:] for name, times in seconds.items()}  # The first round warms up.
     ratios = sorted(e / r for e, r in zip(seconds["eager"], seconds["relssl"], strict=True))
+    memory = {name: relation_memory(SHAPE["B"], SHAPE["K"], name) for name in runs if measurable()}
     return {
         "shape": SHAPE,
         "dtype": "float32",
@@ -87,4 +81,60 @@ def time_loss(rounds: int = 7) -> dict:
         "seconds": {name: median(times) for name, times in seconds.items()},
         "ratio": median(ratios),
         "ratio_range": [ratios[0], ratios[-1]],
+        "peak_extra_bytes": memory,
     }
+
+
+def plot_training(training: dict, path: Path) -> None:
+    epochs = training["epochs"]
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axis.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], color=BLUE)
+    axis.set(xlabel="epoch", ylabel="relation loss, KL (nats)", title="ReSSL on handwritten digits")
+    axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=150)
+
+
+def plot_comparison(loss: dict, path: Path) -> None:
+    panels = {"time (ms), forward and backward": {n: 1e3 * s for n, s in loss["seconds"].items()}}
+    if loss["peak_extra_bytes"]:
+        panels["peak extra memory (MiB)"] = {n: b / 2**20 for n, b in loss["peak_extra_bytes"].items()}
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.2, 3.4), layout="constrained", squeeze=False)
+    for axis, (label, values) in zip(axes[0], panels.items(), strict=True):
+        bars = axis.bar(list(values), list(values.values()), color=[GREY, BLUE], width=0.6)
+        axis.bar_label(bars, fmt="%.0f", padding=2)
+        axis.set(ylabel=label)
+        axis.margins(y=0.15)
+    shape = ", ".join(f"{name} = {value:,}" for name, value in SHAPE.items())
+    figure.suptitle(f"relation loss, {shape}, float32, {loss['threads']} CPU threads")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+
+    training = train_digits(out)
+    loss = time_loss()
+    (out / "metrics.json").write_text(json.dumps({"training": training, "loss": loss}, indent=1))
+    plot_training(training, out / "loss_curve.png")
+    plot_comparison(loss, out / "comparison.png")
+
+    print(f"\nReSSL on handwritten digits, {training['training_seconds']:.0f} s of training")
+    print(f"  {'accuracy':<20}{'200-NN':>8}{'linear':>8}")
+    for name, score in training["accuracy"].items():
+        print(f"  {name:<20}{score['knn']:>8.1%}{score['linear']:>8.1%}")
+    shape = ", ".join(f"{name} = {value:,}" for name, value in SHAPE.items())
+    print(f"\nrelation loss, forward and backward, {shape}, float32, {loss['threads']} CPU threads")
+    for name, seconds in loss["seconds"].items():
+        memory = loss["peak_extra_bytes"].get(name)
+        told = f"{memory / 2**20:>8.0f} MiB extra at its peak" if memory is not None else ""
+        print(f"  {name:<8}{1e3 * seconds:>8.0f} ms{told}   loss {loss['loss'][name]:.6f}")
+    low, high = loss["ratio_range"]
+    print(f"  relssl ({loss['backend']}) is {loss['ratio']:.1f} times as fast ({low:.1f} to {high:.1f})")
+    print(f"\nwritten: {', '.join(sorted(str(p) for p in out.glob('*.*')))}")
+
+
+if __name__ == "__main__":
+    main()

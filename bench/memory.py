@@ -54,9 +54,11 @@ def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> 
     return int(child.stdout.split()[-1])
 
 
-RELATION_SETUP = """
-import torch
+RELATION = """
+import sys, torch
 from relssl.functional import relation_loss
+sys.path.insert(0, {folder!r})
+import eager
 
 def inputs(B, K, D=128):
     q, k, queue = (torch.empty(n, D).normal_() for n in (B, B, K))
@@ -64,28 +66,26 @@ def inputs(B, K, D=128):
         rows /= rows.norm(dim=1, keepdim=True)
     return q.requires_grad_(), k, queue
 
-small, large = inputs(8, 1024), inputs({B}, {K})
+def run_relssl(q, k, queue):
+    relation_loss(q, k, queue).backward()
+
+def run_eager(q, k, queue):
+    eager.relation_loss(q, k, queue.T).backward()
+
+small, large = inputs(8, 1024), inputs({rows}, {size})
 """
 
-EAGER = """
-def relation_loss(q, k, queue):
-    target = torch.softmax(k @ queue.T / 0.04, 1)
-    return -(target * torch.log_softmax(q @ queue.T / 0.1, 1)).sum(1).mean()
-"""
 
+def relation_memory(rows: int, size: int, code: str = "relssl") -> int:
+    """Bytes that a forward and backward of the relation loss needs, D = 128, float32.
 
-def relation_memory(rows: int, size: int, *, eager: bool = False) -> int:
-    """Bytes that one forward and backward of the relation loss needs, D = 128, float32."""
-    setup = RELATION_SETUP.format(B=rows, K=size) + (EAGER if eager else "")
-    return peak_extra_memory(
-        "relation_loss(*large).backward()",
-        setup=setup,
-        warm_up="relation_loss(*small).backward()",
-    )
+    code is "relssl" or "eager" (bench/eager.py).
+    """
+    setup = RELATION.format(folder=os.path.dirname(os.path.abspath(__file__)), rows=rows, size=size)
+    return peak_extra_memory(f"run_{code}(*large)", setup=setup, warm_up=f"run_{code}(*small)")
 
 
 if __name__ == "__main__":
-    for rows, size, eager in ((256, 2**20, False), (256, 2**17, False), (256, 2**17, True)):
-        name = "eager" if eager else "relssl"
-        mib = relation_memory(rows, size, eager=eager) / 2**20
-        print(f"B = {rows}, K = {size:>9,}: {name:6} {mib:9,.1f} MiB")
+    for rows, size, code in ((256, 2**20, "relssl"), (256, 2**17, "relssl"), (256, 2**17, "eager")):
+        mib = relation_memory(rows, size, code) / 2**20
+        print(f"B = {rows}, K = {size:>9,}: {code:6} {mib:9,.1f} MiB")

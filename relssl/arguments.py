@@ -14,19 +14,19 @@ from relssl.queue import FeatureQueue
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-try:  # Private, so guarded: the torch.func transform that is running, if any.
-    from torch._C._functorch import peek_interpreter_stack as _transform
-except ImportError:  # pragma: no cover
-
-    def _transform() -> None:
-        return None
+try:  # Private, so guarded: tells which torch.func transform is running, if any.
+    from torch._C._functorch import peek_interpreter_stack
+except ImportError:
+    peek_interpreter_stack = None  # type: ignore[assignment]
 
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work, which only plain torch code supports."""
     if torch.compiler.is_compiling():
         return False
-    return _transform() is not None or torch.autograd.forward_ad._current_level >= 0
+    if peek_interpreter_stack is not None and peek_interpreter_stack() is not None:
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _readable(t: Tensor) -> bool:

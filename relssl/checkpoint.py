@@ -77,7 +77,7 @@ def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
         settings[name] = settings[name] and Path(settings[name])
     config = methods.CONFIGS[state["method"]](**settings)
     unknown = torch.ones(3)  # The statistics are buffers and come with the state.
-    method = config.build(unknown, unknown)
+    method = config.make(unknown, unknown)
     method.load_state_dict(state["model"])
-    method.to(config.pick_device()).eval()
+    method.eval()
     return method, config

@@ -30,7 +30,7 @@ def baselines(
     data = datasets.load(config.data, config.data_root, config.image_size)
     mean, std = datasets.channel_statistics(data.train)
     torch.manual_seed(config.seed)
-    method = config.build(mean, std)
+    method = config.make(mean, std)
     method.eval()
     return {
         "raw pixels": _judge(

@@ -359,6 +359,11 @@ def _wants_grad(*inputs: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
+def _kept(queue: Tensor) -> Tensor:
+    """The queue as eager code may save it for backward: enqueueing must not reach it."""
+    return queue if queue.requires_grad else queue.clone()
+
+
 def relation(
     q: Tensor,
     k: Tensor,
@@ -373,7 +378,7 @@ def relation(
     dtype = compute_dtype(q, queue)
     backend = backends.choose(backend, q.device.type, dtype, q.shape[-1])
     if backend == "reference" or transformed():
-        loss, entropy = reference.relation(q, k, queue, tau_s, tau_t, form, dtype)
+        loss, entropy = reference.relation(q, k, _kept(queue), tau_s, tau_t, form, dtype)
         return reduce(loss, reduction), entropy.detach()
     if _wants_grad(q, k, queue, tau_s, tau_t):
         return _Relation.apply(q, k, queue, tau_s, tau_t, (form, reduction, dtype, backend))
@@ -394,7 +399,7 @@ def logsumexp(
     """lse [R] and, if wanted, mean [R, D], computed in one dtype. Arguments are checked."""
     backend = backends.choose(backend, x.device.type, dtype, x.shape[-1])
     if backend == "reference" or transformed():
-        return reference.logsumexp(x, queue, tau, exclude, dtype)
+        return reference.logsumexp(x, _kept(queue), tau, exclude, dtype)
     if _wants_grad(x, queue, tau):
         found = _LogSumExp.apply(x, queue, tau, exclude, want_mean, dtype, backend)
         return found if want_mean else (found, found[:0])

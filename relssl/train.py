@@ -39,10 +39,7 @@ def train(config: TrainConfig) -> Method:
     if steps == 0:
         raise ValueError(f"batch size {config.batch_size} exceeds the {len(data.train)} training images")
     torch.manual_seed(config.seed)
-    method = config.build(*datasets.channel_statistics(data.train))
-    method.to(
-        device, memory_format=torch.channels_last
-    )  # A third of the step on a CPU, AMP's layout on a GPU.
+    method = config.make(*datasets.channel_statistics(data.train))
     optimizer = torch.optim.SGD(parameter_groups(method, config), lr=config.lr, momentum=config.sgd_momentum)
     precision = ("bf16" if device == "cuda" else "fp32") if config.precision == "auto" else config.precision
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -75,11 +72,8 @@ def train(config: TrainConfig) -> Method:
                 scaler.step(optimizer)
                 scaler.update()
                 step += 1
-                for name, value in {
-                    "loss": loss,
-                    **logs,
-                }.items():  # Summed on the device: no waiting.
-                    sums[name] = sums.get(name, 0) + value.detach()
+                for name, value in {"loss": loss, **logs}.items():
+                    sums[name] = sums.get(name, 0) + value.detach()  # On the device: no waiting.
                 bar.update(len(images))
                 if step % 10 == 0 or step == steps:
                     bar.set_postfix(
@@ -87,7 +81,7 @@ def train(config: TrainConfig) -> Method:
                         loss=f"{loss.item():.4f}",
                         refresh=False,
                     )
-                if stop.pressed:
+                if stop.pressed and step < steps:
                     save(path, config, run, epoch, step, sums, history)
                     bar.write(f"stopped and saved {path}; --resume goes on from here")
                     return method
@@ -99,6 +93,8 @@ def train(config: TrainConfig) -> Method:
             history.append({"epoch": epoch + 1, **entry})
             step, sums = 0, {}
             save(path, config, run, epoch + 1, step, sums, history)
+            if stop.pressed:
+                break
     return method.eval()
 
 
@@ -127,7 +123,7 @@ def batches(data: datasets.Images, config: TrainConfig, epoch: int, start: int) 
     full = [rows.tolist() for rows in order if len(rows) == config.batch_size][start:]
     workers = 0 if isinstance(data, datasets.Arrays) else config.workers
     loader: DataLoader = DataLoader(
-        data, sampler=full, batch_size=None, num_workers=workers, generator=generator,
+        data, sampler=full, batch_size=None, num_workers=workers, generator=generator,  # type: ignore[arg-type]
         worker_init_fn=_ignore_interrupts, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     for images, _ in loader:

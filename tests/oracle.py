@@ -5,6 +5,8 @@ gradients. In float64 these are the oracle; in a test's own dtype they are the e
 error sets the budget that a backend has (`check`). `agree` holds outputs and all gradients to both.
 """
 
+from math import log
+
 import torch
 from torch.nn import functional as F
 
@@ -113,16 +115,27 @@ def agree(ours, formula, inputs, cotangents, scales, dtype):
         check(f"grad {name}", grad, exact_grads[name], eager_grads[name], scales[name], dtype)
 
 
+def ulps(q, queue, tau, dtype):
+    """1 + what an ulp of the largest logit adds: the relative error of a probability, in floors.
+
+    Eager code's own error covers it, but for luck: with few rows its rounding may happen to vanish.
+    Only for drawn inputs, where luck is part of the game; a fixed case must do without.
+    """
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return 1 + eps * _widest(q) * _widest(queue) / float(tau) / FLOOR[dtype]
+
+
 def _widest(t):
     """The largest row norm."""
     return float(t.detach().double().norm(dim=-1).max())
 
 
 def relation_scales(q, k, queue, tau_s, tau_t, g, ones):
+    """Of the loss: the size of the log-probabilities it is made of."""
     c_s, c_t, m, w = 1 / float(tau_s), 1 / float(tau_t), _widest(queue), float(g.norm())
     theta_s, theta_t = c_s * _widest(q), c_t * _widest(k)
     return {
-        "0": (theta_s + theta_t) * m * ones,
+        "0": ((theta_s + theta_t) * m + log(len(queue))) * ones,
         "q": c_s * m * w,
         "k": c_t * m * w,
         "queue": (theta_s + theta_t) * w,
@@ -136,7 +149,7 @@ def info_nce_scales(q, k, queue, tau, g, ones):
     m = max(_widest(queue), _widest(k))
     theta = c * _widest(q)
     return {
-        "0": theta * m * ones,
+        "0": (theta * m + log(len(queue) + 1)) * ones,
         "q": c * m * w,
         "k": theta * w,
         "queue": theta * w,
@@ -149,7 +162,7 @@ def logsumexp_scales(x, queue, tau, g_lse, g_mean):
     theta = c * _widest(x)
     w = float(g_lse.norm()) + m * float(g_mean.norm())
     return {
-        "0": theta * m * rows,
+        "0": (theta * m + log(len(queue))) * rows,
         "1": m * rows,
         "x": c * m * w,
         "queue": theta * w + float(g_mean.norm()),

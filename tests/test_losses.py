@@ -60,7 +60,7 @@ def weigh(shape, reduction):
     return g, (g * weight).expand(shape), ones
 
 
-def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none"):
+def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False):
     g, weights, ones = weigh(q.shape[:-1], reduction)
     agree(
         lambda q, k, queue, tau_s, tau_t: relation_loss(
@@ -78,7 +78,7 @@ def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none"):
     )  # fmt: skip
 
 
-def check_info_nce(q, k, queue, tau, backend, reduction="none"):
+def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
     g, weights, ones = weigh(q.shape[:-1], reduction)
     agree(
         lambda q, k, queue, tau: our_info_nce(
@@ -90,7 +90,7 @@ def check_info_nce(q, k, queue, tau, backend, reduction="none"):
     )  # fmt: skip
 
 
-def check_logsumexp(x, queue, tau, backend, exclude=None):
+def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
     g = cotangents_like(x.shape[:1], x.shape)
     agree(
         lambda x, queue, tau: queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend),

@@ -6,6 +6,7 @@ Small problems are bound by the number of torch calls, so there are few.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def vjp(
     scale: float | Tensor,
     exclude: Tensor | None,
     lse: Tensor,
-    mean: Tensor | None,
+    mean: Tensor,  # Unread where nothing but the queue's gradient through lse is wanted.
     g_lse: Tensor | None,
     g_mean: Tensor | None,
     g_row: Tensor | None,
@@ -120,7 +121,8 @@ def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tup
 
 def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool) -> tuple[Tensor, Tensor]:
     """lse [R] and mean [R, D], or [R, 0], of scaled rows."""
-    lse = mean = None
+    lse: Any = None
+    mean: Any = None
     for _, tile, logits in _tiles(theta, queue, exclude):
         p = logits.softmax(1)
         # The largest probability is exp(largest logit - lse).

@@ -14,14 +14,16 @@ with warnings.catch_warnings():  # kornia scripts a few functions while it is im
 class Augment(nn.Module):
     """uint8 images [B, 3, H, W] to float crops [B, 3, size, size], augmented and standardised.
 
-    weak:   random resized crop (scale 0.2 to 1), horizontal flip.
+    weak:   random resized crop (crop_min, published 0.2, to 1 of the area), horizontal flip.
     strong: the same with colour jitter (0.4, 0.4, 0.4, 0.1) at p = 0.8, grey at p = 0.2 and Gaussian blur
             (sigma 0.1 to 2, kernel a tenth of the size) at p = 0.5, as ReSSL's published code draws them.
     """
 
-    def __init__(self, size: int, mean: Tensor, std: Tensor, *, strong: bool, flip: bool = True) -> None:
+    def __init__(
+        self, size: int, mean: Tensor, std: Tensor, crop_min: float = 0.2, flip: bool = True, *, strong: bool
+    ) -> None:
         super().__init__()
-        steps: list[Any] = [ka.RandomResizedCrop((size, size), scale=(0.2, 1.0), cropping_mode="resample")]
+        steps: list[Any] = [ka.RandomResizedCrop((size, size), scale=(crop_min, 1.0), cropping_mode="resample")]
         if strong:
             kernel = max(3, size // 10 // 2 * 2 + 1)
             steps += [
@@ -47,8 +49,8 @@ class Standardise(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mean", mean.view(1, 3, 1, 1))
-        self.register_buffer("std", std.view(1, 3, 1, 1))
+        self.register_buffer("mean", mean.clone().view(1, 3, 1, 1))
+        self.register_buffer("std", std.clone().view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std

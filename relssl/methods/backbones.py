@@ -19,6 +19,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     shuffled) keeps the parts from giving away which key belongs to which query (MoCo, He et al. 2020).
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, features: int, splits: int) -> None:
         super().__init__(features)
         self.splits = splits

@@ -43,6 +43,8 @@ class ReSSLConfig(TrainConfig):
     """Temperature of the teacher's softmax. [ReSSL]"""
     bn_splits: int = 8
     """Parts of a batch that BatchNorm sees apart, on one GPU. [ReSSL: 8 on small data sets]"""
+    crop_min: float = 0.2
+    """Least share of an image's area that a crop keeps, in both views. [ReSSL: 0.2; digits 0.5]"""
     flip: bool = True
     """Horizontal flips in both augmentations. [ReSSL; not for digits]"""
     backend: str = "auto"
@@ -93,8 +95,8 @@ class ReSSL(Method):
         self.student = nn.ModuleDict({"backbone": backbone, "projector": projector})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.queue = FeatureQueue(config.queue_size, config.dim, dtype=getattr(torch, config.queue_dtype))
-        self.strong = Augment(config.image_size, mean, std, strong=True, flip=config.flip)
-        self.weak = Augment(config.image_size, mean, std, strong=False, flip=config.flip)
+        views = config.image_size, mean, std, config.crop_min, config.flip
+        self.strong, self.weak = Augment(*views, strong=True), Augment(*views, strong=False)
         self.standardise = Standardise(mean, std)
 
     @property

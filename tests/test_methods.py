@@ -1,0 +1,155 @@
+"""ReSSL's parts against what its authors' code does: teacher, queue order, BatchNorm, views, encoders."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from relssl.functional import relation_loss
+from relssl.methods.augment import Augment
+from relssl.methods.backbones import SplitBatchNorm2d, build
+from relssl.methods.ressl import PRESETS
+
+SMALL = replace(PRESETS["digits"], hidden=32, dim=16, queue_size=64, batch_size=8)
+HALF, QUARTER = torch.full((3,), 0.5), torch.full((3,), 0.25)
+
+
+def images(count=8, size=16):
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def test_teacher_starts_as_the_student_and_follows_it_in_parameters_only():
+    method = replace(SMALL, momentum=0.9).build(HALF, QUARTER)
+    before = [p.clone() for p in method.teacher.parameters()]
+    for ours, theirs in zip(before, method.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        for p in method.student.parameters():
+            p.add_(1.0)
+        for name, b in method.student.named_buffers():
+            if "running" in name:
+                b.add_(5.0)
+    statistics = [b.clone() for b in method.teacher.buffers()]
+    method.update_teacher()
+    for old, new in zip(before, method.teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.1)
+    for old, new in zip(statistics, method.teacher.buffers(), strict=True):
+        assert torch.equal(old, new)
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+def test_step_moves_the_teacher_first_sees_the_old_queue_and_enqueues(monkeypatch):
+    method = SMALL.build(HALF, QUARTER).train()
+    old = method.queue.rows.clone()
+    seen = {}
+
+    def spy(q, k, queue, **settings):
+        seen.update(q=q.detach(), k=k.clone(), rows=queue.rows.clone(), **settings)
+        assert method.teacher_moved and not k.requires_grad
+        return relation_loss(q, k, queue, **settings)
+
+    update = method.update_teacher
+    method.teacher_moved = False
+
+    def moved():
+        method.teacher_moved = True
+        update()
+
+    monkeypatch.setattr(method, "update_teacher", moved)
+    monkeypatch.setattr("relssl.methods.ressl.relation_loss", spy)
+    loss, logs = method(images())
+    loss.backward()
+    assert torch.equal(seen["rows"], old)  # the current keys are not in the softmax
+    assert torch.equal(method.queue.rows[:8], seen["k"]) and torch.equal(method.queue.rows[8:], old[8:])
+    for embeddings in (seen["q"], seen["k"]):
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(8))
+    assert (seen["student_temperature"], seen["teacher_temperature"]) == (0.1, 0.04)
+    assert logs["teacher_entropy"] > 0
+    assert all(p.grad is not None for p in method.student.parameters())
+
+
+def test_shuffled_keys_come_back_in_order():
+    """With BatchNorm in eval mode the shuffle must change nothing."""
+    method = replace(SMALL, bn_splits=4).build(HALF, QUARTER).eval()
+    x = torch.randn(8, 3, 16, 16)
+    shuffled = method.keys(x)
+    method.config.bn_splits = 1
+    torch.testing.assert_close(shuffled, method.keys(x))
+
+
+def test_split_batch_norm_is_batch_norm_on_each_part():
+    x = torch.randn(12, 5, 3, 3) * 2 + 1
+    split, parts = SplitBatchNorm2d(5, 4), [nn.BatchNorm2d(5) for _ in range(4)]
+    y = split(x)
+    for s, part in enumerate(parts):  # Part s is every fourth image.
+        torch.testing.assert_close(y[s::4], part(x[s::4]))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(split, name), sum(getattr(p, name) for p in parts) / 4)
+    split.eval()
+    expected = nn.functional.batch_norm(x, split.running_mean, split.running_var)
+    torch.testing.assert_close(split(x), expected)
+    with pytest.raises(ValueError, match="batch of 10 does not divide into 4"):
+        split.train()(x[:10])
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_augmentation_differs_by_image_and_by_call_and_follows_the_seed(strong):
+    same = images(1, 32).expand(6, -1, -1, -1)
+    augment = Augment(32, HALF, QUARTER, strong=strong)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return augment(same)
+
+    first = draw(0)
+    assert first.shape == (6, 3, 32, 32) and first.dtype == torch.float32
+    assert torch.equal(first, draw(0)) and not torch.equal(first, draw(1))
+    assert len({tuple(x.flatten()[:50].tolist()) for x in first}) == 6
+    assert first.min() >= -2 - 1e-5 and first.max() <= 2 + 1e-5  # [0, 1] standardised by (0.5, 0.25)
+
+
+def test_only_the_strong_view_loses_colour():
+    """A fifth of the strong views are grey, none of the weak ones: 0.2 * 1000 within five deviations."""
+    colour = images(1, 8).expand(1000, -1, -1, -1)
+    grey = {}
+    for strong in (False, True):
+        x = Augment(8, HALF, QUARTER, strong=strong)(colour)
+        grey[strong] = int(((x - x[:, :1]).abs().amax((1, 2, 3)) < 1e-5).sum())
+    assert grey[False] == 0 and 200 - 63 < grey[True] < 200 + 63
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size", "width", "before_pool"),
+    [
+        ("resnet18", "small", 32, 512, 4),  # CIFAR: 32 px reach the last block as 4 x 4
+        ("resnet18", "small-pool", 64, 512, 4),  # STL-10: 64 px as well
+        ("resnet50", "imagenet", 64, 2048, 2),
+        ("conv4", "small", 32, 128, 2),
+    ],
+)
+def test_backbones(arch, stem, size, width, before_pool):
+    net, features = build(arch, stem)
+    shapes = []
+    for module in net.modules():
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            module.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape[-1]))
+    net.eval()
+    assert net(torch.randn(2, 3, size, size)).shape == (2, width) and features == width
+    assert shapes == [before_pool]
+
+
+def test_presets_are_the_published_ones():
+    """K, m, D, hidden, batch, epochs, lr, weight decay, side: the table of the authors' settings."""
+    published = {
+        "cifar10": (4096, 0.99, 128, 2048, 256, 200, 0.06, 5e-4, 32),
+        "cifar100": (4096, 0.99, 128, 2048, 256, 200, 0.06, 5e-4, 32),
+        "stl10": (16384, 0.996, 128, 2048, 256, 200, 0.06, 5e-4, 64),
+        "tiny-imagenet": (16384, 0.996, 128, 2048, 256, 200, 0.06, 5e-4, 64),
+        "imagenet": (131072, 0.999, 512, 4096, 256, 200, 0.05, 1e-4, 224),
+    }
+    for name, row in published.items():
+        p = PRESETS[name]
+        fields = (p.queue_size, p.momentum, p.dim, p.hidden, p.batch_size, p.epochs, p.lr)
+        assert (*fields, p.weight_decay, p.image_size) == row
+        assert (p.student_temperature, p.teacher_temperature, p.warmup_epochs) == (0.1, 0.04, 5)

@@ -1,0 +1,160 @@
+"""The training loop end to end on scikit-learn's digits: it learns, resumes bit for bit, stops cleanly."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from relssl import data as datasets
+from relssl.checkpoint import load_method
+from relssl.evaluate import evaluate, knn_accuracy, linear_accuracy
+from relssl.methods.ressl import PRESETS, ReSSL
+from relssl.train import learning_rate, train
+
+TINY = replace(PRESETS["digits"], hidden=64, dim=32, queue_size=300, batch_size=256, epochs=4, lr=0.1)
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def after(step, act):
+    """A stand-in for ReSSL.forward that acts at the given call, counted from 1."""
+    forward, calls = ReSSL.forward, [0]
+
+    def counted(self, images):
+        calls[0] += 1
+        if calls[0] == step:
+            act()
+        return forward(self, images)
+
+    return counted
+
+
+def state(method):
+    return {name: tensor.clone() for name, tensor in method.state_dict().items()}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+def test_learns_beyond_its_initial_features():
+    config = replace(TINY, epochs=6, out=TINY.out / "learns")
+    method = train(config)
+    untrained = config.build(torch.full((3,), 0.3), torch.full((3,), 0.4))
+    gain = evaluate(method, config)["knn"] - evaluate(untrained, config)["knn"]
+    assert gain > 0.02  # Three standard errors at 360 test images and 95 % are 0.034; seen: 0.05.
+    saved = json.loads((config.out / "metrics.json").read_text())
+    assert [entry["epoch"] for entry in saved["epochs"]] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "teacher_entropy", "lr", "images_per_second"} <= saved["epochs"][0].keys()
+    assert list((config.out / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("stop_at", [8, 5])  # 5 steps an epoch: within the second one, and at an end
+def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, stop_at):
+    config = replace(TINY, bn_splits=8)
+    whole = state(train(replace(config, out=config.out / "whole")))
+
+    part = replace(config, out=config.out / "part")
+    with monkeypatch.context() as patch:
+        patch.setattr(ReSSL, "forward", after(stop_at, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        train(part)  # Returns instead of raising KeyboardInterrupt.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    torch.manual_seed(99)  # A new process would not have the old one's generator.
+    resumed = state(train(replace(part, resume=True)))
+    assert_same(whole, resumed)
+
+    records = [
+        json.loads((config.out / name / "metrics.json").read_text())["epochs"] for name in ("whole", "part")
+    ]
+    for one, other in zip(*records, strict=True):
+        assert one["loss"] == other["loss"] and one["teacher_entropy"] == other["teacher_entropy"]
+
+
+def test_checkpoint_is_whole_at_any_moment(monkeypatch):
+    """A crash while the second checkpoint is written leaves the first."""
+    save, calls = torch.save, [0]
+
+    def crashing(value, path):
+        calls[0] += 1
+        if calls[0] == 2:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        save(value, path)
+
+    monkeypatch.setattr(torch, "save", crashing)
+    with pytest.raises(OSError, match="disk full"):
+        train(TINY)
+    loaded = torch.load(TINY.out / "checkpoint.pt", weights_only=True)
+    assert (loaded["epoch"], loaded["step"]) == (1, 0)
+
+
+def test_backends_agree_along_a_whole_run(monkeypatch):
+    """50 steps from one seed: every loss equal to 1e-4, though each step builds on all before it."""
+    losses = {}
+    for backend in ("reference", "chunked"):
+        seen = losses[backend] = []
+        forward = ReSSL.forward
+
+        def record(self, images, forward=forward, seen=seen):
+            loss, logs = forward(self, images)
+            seen.append(loss.item())
+            return loss, logs
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ReSSL, "forward", record)
+            train(replace(TINY, epochs=10, backend=backend, out=TINY.out / backend))
+    assert len(losses["chunked"]) == 50
+    torch.testing.assert_close(
+        torch.tensor(losses["chunked"]), torch.tensor(losses["reference"]), rtol=1e-4, atol=0
+    )
+
+
+def test_load_method_restores_features():
+    method = train(replace(TINY, epochs=1))
+    images = datasets.load("digits", None, 16).test[list(range(20))][0]
+    again, config = load_method(TINY.out / "checkpoint.pt", "cpu")
+    assert config.queue_size == TINY.queue_size
+    assert torch.equal(method.features(images), again.features(images))
+
+
+def test_refuses_to_overwrite_and_bad_settings():
+    train(replace(TINY, epochs=1))
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(TINY)
+    with pytest.raises(ValueError, match="batch size 5000 exceeds the 1437 training images"):
+        train(replace(TINY, batch_size=5000, out=TINY.out / "other"))
+
+
+def test_schedule():
+    """Warm-up reaches the peak at its last step, and the cosine passes half of it halfway down."""
+    config = replace(TINY, lr=0.06, epochs=25, warmup_epochs=5)
+    rates = [learning_rate(config, step, 10) for step in range(250)]
+    assert rates[0] == pytest.approx(0.06 / 50)
+    assert max(rates) == rates[49] == rates[50] == pytest.approx(0.06)
+    assert rates[150] == pytest.approx(0.03)
+    assert rates[-1] < 1e-5
+
+
+def test_knn_by_hand():
+    """One near neighbour outweighs two far ones of another class at T = 0.1, and not at T = 10."""
+    angles = torch.tensor([0.0, 1.0, 1.0])
+    bank = torch.stack((angles.cos(), angles.sin()), 1) * torch.tensor([[1.0], [5.0], [0.2]])
+    train_set = bank, torch.tensor([0, 1, 1])
+    test_set = torch.tensor([[3.0, 0.3]]), torch.tensor([0])
+    assert knn_accuracy(train_set, test_set, k=3, temperature=0.1) == 1
+    assert knn_accuracy(train_set, test_set, k=3, temperature=10) == 0
+
+
+def test_linear_probe_separates_what_is_separable():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 5, generator=generator)
+    y = (x @ torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]) > 0).long()
+    assert linear_accuracy((x[:400], y[:400]), (x[400:], y[400:]), epochs=50) > 0.95
