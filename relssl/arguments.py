@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from relssl.backends import Temperature
+from relssl.backends.common import Temperature
 from relssl.queue import FeatureQueue
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

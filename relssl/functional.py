@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from relssl import ops
 from relssl.arguments import check_choice, check_lookup, check_pair, compute_dtype, queue_rows
-from relssl.backends import Temperature, accumulator
+from relssl.backends.common import Temperature, hold
 from relssl.queue import FeatureQueue
 
 Reduction = Literal["mean", "sum", "none"]
@@ -98,9 +98,10 @@ def info_nce(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_pair(q, k, rows, temperature=temperature)
     dtype = compute_dtype(q, rows)
-    q, k = (x.to(dtype).to(accumulator(dtype)) for x in (q, k))
+    q, k = hold(q, dtype), hold(k, dtype)
     partition, _ = ops.logsumexp(q.flatten(0, -2), rows, temperature, None, dtype, False, backend)
     positive = (q * k).sum(-1) / temperature
+    positive = positive + 0 * positive  # An infinite one becomes NaN, as in a softmax with it.
     return ops.reduce(F.softplus(partition.view(positive.shape) - positive, threshold=40), reduction)
 
 

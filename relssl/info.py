@@ -28,16 +28,16 @@ def report() -> str:
         "",
         "backends, in the order auto tries them:",
     ]
-    for name in backends.NAMES:
-        lines.append(f"  {name:<12}{(backends.load(name).__doc__ or '').splitlines()[0]}")
+    for name in backends.MODULES:
+        lines.append(f"  {name:<12}{(backends.MODULES[name].__doc__ or '').splitlines()[0]}")
     lines += ["", 'backend="auto" at D = 128:']
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             chosen = backends.choose("auto", device, dtype, 128)
             refused = [
                 f"{name}: {reason}"
-                for name in backends.NAMES
-                if (reason := backends.load(name).supports(device, dtype, 128))
+                for name in backends.MODULES
+                if (reason := backends.MODULES[name].supports(device, dtype, 128))
             ]
             kind = str(dtype).removeprefix("torch.")
             lines.append(f"  {device:<6}{kind:<10}{chosen}" + "".join(f"  ({r})" for r in refused))

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from relssl import functional
-from relssl.backends import Temperature
+from relssl.backends.common import Temperature
 from relssl.functional import Reduction
 from relssl.queue import FeatureQueue
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from relssl import backends
 from relssl.arguments import compute_dtype, transformed
-from relssl.backends import Scale, Temperature, accumulator, cast, reference, without_autocast
+from relssl.backends import chunked, reference
+from relssl.backends.common import Scale, Temperature, accumulator, cast, without_autocast
 
 _lib = torch.library.Library("relssl", "FRAGMENT")
 
@@ -68,7 +69,7 @@ def _rows_fake(x, queue, scale, device_scale, split, exclude, want_mean, backend
 )
 def _rows(x, queue, scale, device_scale, split, exclude, want_mean, backend):
     scale = scale if device_scale is None else device_scale
-    lse, mean = backends.load(backend).rows(x, queue, scale, split, exclude, want_mean)
+    lse, mean = backends.MODULES[backend].rows(x, queue, scale, split, exclude, want_mean)
     if exclude is not None:  # On a device nobody has looked at its values: a bad one makes its row NaN.
         bad = (exclude < -1) | (exclude >= len(queue))
         lse.masked_fill_(bad, torch.nan)
@@ -117,7 +118,7 @@ def _rows_vjp(
     backend,
 ):
     scale = (scale if device_scale is None else device_scale)[0]
-    run = getattr(backends.load(backend), "vjp", backends.load("chunked").vjp)
+    run = getattr(backends.MODULES[backend], "vjp", chunked.vjp)
     return run(x, queue, scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue)
 
 
@@ -128,7 +129,7 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
         q.new_empty(views, dtype=dtype),
         k.new_empty(k.shape[0], dtype=dtype),
         q.new_empty(q.shape if want_diff else (views.numel(), 0), dtype=dtype),
-        q.new_empty(views.numel() + k.shape[0], dtype=dtype),
+        q.new_empty(k.shape[0] + views.numel(), dtype=dtype),
         k.new_empty(k.shape, dtype=dtype),
     )
 
@@ -141,7 +142,7 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
 )
 def _relation(q, k, queue, scale, device_scale, form, want_diff, backend):
     scale = scale if device_scale is None else device_scale
-    return backends.load(backend).relation(q, k, queue, scale, form, want_diff)
+    return backends.MODULES[backend].relation(q, k, queue, scale, form, want_diff)
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -212,7 +213,7 @@ class _Relation(torch.autograd.Function):
         loss, entropy, diff, lse, mean_t = _relation(x_q, x_k, bank, *_pass(scale), form, True, backend)
         grad_k = None
         if needs_k or needs_t:  # A row for each student view: reduction="none" weighs them apart.
-            lse_t = lse[loss.numel() :].expand_as(loss).flatten()
+            lse_t = lse[: k.shape[0]].expand_as(loss).flatten()
             mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, x_k))
             g_mean = _cotangent(x_q, x_k, scale, form, lse.dtype).flatten(0, -2)
             grad_k, _ = _vjp(rows, bank, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
@@ -222,6 +223,7 @@ class _Relation(torch.autograd.Function):
         ctx.bank = None if needs_queue or torch.compiler.is_compiling() else _Bank(queue)
         ctx.numbers = _number(tau_s), _number(tau_t)
         ctx.how = how
+        ctx.weight = 1 / loss.numel() if reduction == "mean" else 1.0
         ctx.mark_non_differentiable(entropy)
         return reduce(loss, reduction), entropy
 
@@ -240,11 +242,12 @@ class _Relation(torch.autograd.Function):
             return *_recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
 
         c_s, c_t = scale = _scales((tau_s, tau_t), q)
-        if reduction == "none":
-            g = g[..., None]
-        elif reduction == "mean":
-            g = g / (q.numel() // q.shape[-1])
-        grad_q = diff * (g * c_s)
+        g = g[..., None] if reduction == "none" else g
+        grad_q = diff * (g * (c_s * ctx.weight))
+        if not any(needs[1:]):
+            return cast(grad_q, q.dtype), None, None, None, None, None
+
+        g = g * ctx.weight
         of_k = of_queue = of_s = of_t = None
         if needs_s:
             of_s = (q.to(dtype) * grad_q).sum() * -c_s
@@ -257,7 +260,7 @@ class _Relation(torch.autograd.Function):
             g_mean = (_cotangent(x_q, x_k, scale, form, lse.dtype) * g).sum_to_size(k.shape)
             g_row = (cast(x_q, lse.dtype) * (g * -c_s)).sum_to_size(k.shape)
             g = g.expand(*q.shape[:-1], 1).flatten()
-            x_q, (lse_s, lse_t) = x_q.flatten(0, -2), lse.split((g.shape[0], k.shape[0]))
+            x_q, (lse_t, lse_s) = x_q.flatten(0, -2), lse.split((k.shape[0], g.shape[0]))
             how = {"want_x": False, "want_queue": True, "backend": backend}
             _, by_student = _vjp(x_q, bank, scale[:1], lse_s, g_lse=g, **how)
             _, by_teacher = _vjp(x_k, bank, scale[1:], lse_t, mean=mean_t, g_mean=g_mean, g_row=g_row, **how)

@@ -22,9 +22,9 @@ A backend is a module with
         g_row is g_mean for the vjp of `rows`; a loss whose terms cancel on paper passes what is left.
         g_lse, g_mean and g_row may be None (zero). What is not wanted comes back as [0, D].
 
-    relation(q, k, queue, scale, form, want_diff) -> loss, entropy [B], diff, lse [V*B + B], mean_t [B, D]
-        The relation loss of functional.relation_loss, unreduced, in one pass over the rows of q [B, D]
-        or [V, B, D] and then k [B, D]. diff, in q's shape, is mean_s - mean_t, so that the gradient of
+    relation(q, k, queue, scale, form, want_diff) -> loss, entropy [B], diff, lse [B + V*B], mean_t [B, D]
+        The relation loss of functional.relation_loss, unreduced, in one pass over the rows of k [B, D]
+        and then q [B, D] or [V, B, D]. diff, in q's shape, is mean_s - mean_t, so that the gradient of
         q is scale[0] diff; without want_diff it is [V*B, 0].
 
 x [R, D] and queue [K, D] share their dtype and may have any strides; scale is made of Python floats, or
@@ -35,60 +35,25 @@ has lse = -inf and mean = 0. A backend without `vjp` borrows the one of chunked.
 The reference stands apart: it has `supports`, and whole differentiable functions in place of the rest.
 """
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor
 
-Temperature = float | Tensor
-Scale = list[float] | Tensor  # 1/temperature: by value, or on the device
+from relssl.backends import chunked, reference
 
-NAMES = ("chunked", "reference")  # in the order in which "auto" tries them
+MODULES: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}  # as "auto" tries them
 
 
-@lru_cache
-def load(name: str) -> ModuleType:
-    return import_module(f"relssl.backends.{name}")
-
-
-@lru_cache(maxsize=1024)
 def choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
     """The backend to run: `name`, or the first that can where name is "auto".
 
     Raises ValueError for an unknown name, or with the reason why the named backend cannot.
     """
     if name == "auto":
-        return next(n for n in NAMES if load(n).supports(device, dtype, dim) is None)
-    if name not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(('auto', *NAMES))}; got {name!r}")
-    reason = load(name).supports(device, dtype, dim)
+        return next(n for n, module in MODULES.items() if module.supports(device, dtype, dim) is None)
+    if name not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(('auto', *MODULES))}; got {name!r}")
+    reason = MODULES[name].supports(device, dtype, dim)
     if reason:
         raise ValueError(f"backend {name!r} cannot run this: {reason}")
     return name
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and results: float64 for float64 input, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), without the microseconds that a call takes where there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def without_autocast(run: Callable) -> Callable:
-    """Run a function of tensors with autocast off: their dtypes have been chosen."""
-
-    @wraps(run)
-    def guarded(x: Tensor, *args: Any) -> Any:
-        if not torch.is_autocast_enabled(x.device.type):
-            return run(x, *args)
-        with torch.autocast(x.device.type, enabled=False):
-            return run(x, *args)
-
-    return guarded

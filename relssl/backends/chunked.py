@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relssl.backends import Scale, accumulator, cast
+from relssl.backends.common import Scale, accumulator, cast
 
 # Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the
 # allocator returns memory to the system after every tile. A GPU wants fewer, larger launches.
@@ -38,19 +38,19 @@ def relation(
     views, (batch, dim) = q.shape[:-1], k.shape
     student = cast(q.reshape(-1, dim), dtype) * scale[0]
     teacher = cast(k, dtype) * scale[1]
-    theta = torch.cat((student, teacher))
+    theta = torch.cat((teacher, student))
     if want_diff:
         lse, mean = _lookup(theta, queue, None, True)
-        mean_t = mean[-batch:]
-        diff = mean[:-batch].view(q.shape) - mean_t
+        mean_t = mean[:batch]
+        diff = mean[batch:].view(q.shape) - mean_t
     else:  # The student's mean is a quarter of the work.
-        lse_s, diff = _lookup(student, queue, None, False)
         lse_t, mean_t = _lookup(teacher, queue, None, True)
-        lse = torch.cat((lse_s, lse_t))
-    # The cross-entropy of each view with the teacher and, last, of the teacher with itself: its entropy.
+        lse_s, diff = _lookup(student, queue, None, False)
+        lse = torch.cat((lse_t, lse_s))
+    # Cross-entropies with the teacher: first its own, which is its entropy, then of each student view.
     cross = lse.view(-1, batch) - (theta.view(-1, batch, dim) * mean_t).sum(-1)
-    entropy = cross[-1]
-    loss = cross[:-1] - entropy if form == "kl" else cross[:-1].clone()
+    entropy = cross[0]
+    loss = cross[1:] - entropy if form == "kl" else cross[1:].clone()
     return loss.view(views), entropy, diff, lse, mean_t
 
 
@@ -67,7 +67,7 @@ def vjp(
     want_x: bool,
     want_queue: bool,
 ) -> tuple[Tensor, Tensor]:
-    theta = x.to(accumulator(x.dtype)) * scale
+    theta = (x.to(accumulator(x.dtype)) * scale).contiguous()
     lse = lse[:, None]
     g_lse = torch.zeros_like(lse) if g_lse is None else g_lse[:, None]
     base = g_lse  # w = p (base + u)
@@ -123,10 +123,14 @@ def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: boo
     """lse [R] and mean [R, D], or [R, 0], of scaled rows."""
     lse: Any = None
     mean: Any = None
-    for _, tile, logits in _tiles(theta, queue, exclude):
+    for columns, tile, logits in _tiles(theta, queue, exclude):
         p = logits.softmax(1)
         # The largest probability is exp(largest logit - lse).
         part_lse = logits.amax(1).sub_(p.amax(1).log_())
+        if exclude is not None and tile.shape[0] == 1:  # A tile of one row, and that left out.
+            empty = exclude == columns.start
+            p.masked_fill_(empty[:, None], 0)
+            part_lse.masked_fill_(empty, -torch.inf)
         part_mean = torch.mm(p, tile) if want_mean else None
         if lse is None:
             lse, mean = part_lse, part_mean
@@ -138,8 +142,4 @@ def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: boo
         lse = merged
     if mean is None:
         mean = theta.new_empty(theta.shape[0], 0)
-    if exclude is not None and queue.shape[0] == 1:  # Rows left with nothing.
-        empty = exclude == 0
-        lse.masked_fill_(empty, -torch.inf)
-        mean.masked_fill_(empty[:, None], 0)
     return lse, mean

@@ -7,7 +7,7 @@ torch.func transforms, forward-mode and higher-order derivatives. 16-bit input i
 import torch
 from torch import Tensor
 
-from relssl.backends import Temperature, accumulator, without_autocast
+from relssl.backends.common import Temperature, hold, without_autocast
 
 
 def supports(device: str, dtype: torch.dtype, dim: int) -> None:
@@ -26,7 +26,7 @@ def logsumexp(
     x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """lse [R] = log sum_j exp(<x, m_j>/tau) and mean [R, D] = sum_j softmax_j m_j, in one dtype's values."""
-    x, queue = (t.to(dtype).to(accumulator(dtype)) for t in (x, queue))
+    x, queue = (hold(t, dtype) for t in (x, queue))
     logits = x @ queue.T / valid(temperature)
     if exclude is None:
         return logits.logsumexp(1), logits.softmax(1) @ queue
@@ -50,7 +50,7 @@ def relation(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """ReSSL's relation loss ([B] or [V, B]) and the teacher's entropy [B]."""
-    q, k, queue = (t.to(dtype).to(accumulator(dtype)) for t in (q, k, queue))
+    q, k, queue = (hold(t, dtype) for t in (q, k, queue))
     log_p_s = (q @ queue.T / valid(student_temperature)).log_softmax(-1)
     log_p_t = (k @ queue.T / valid(teacher_temperature)).log_softmax(-1)
     p_t = log_p_t.exp()

@@ -23,7 +23,9 @@ class Augment(nn.Module):
         self, size: int, mean: Tensor, std: Tensor, crop_min: float = 0.2, flip: bool = True, *, strong: bool
     ) -> None:
         super().__init__()
-        steps: list[Any] = [ka.RandomResizedCrop((size, size), scale=(crop_min, 1.0), cropping_mode="resample")]
+        steps: list[Any] = [
+            ka.RandomResizedCrop((size, size), scale=(crop_min, 1.0), cropping_mode="resample")
+        ]
         if strong:
             kernel = max(3, size // 10 // 2 * 2 + 1)
             steps += [

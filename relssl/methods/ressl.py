@@ -69,7 +69,7 @@ PRESETS = {
     # relssl's own, for minutes on a CPU: 1,437 small grey images.
     "digits": replace(
         _SMALL, data="digits", image_size=16, arch="conv4", hidden=512, queue_size=1024, epochs=20,
-        warmup_epochs=1, batch_size=128, bn_splits=1, flip=False,
+        warmup_epochs=1, batch_size=64, bn_splits=1, crop_min=0.5, flip=False,
     ),
 }  # fmt: skip
 PRESETS["imagenet"] = PRESETS["folder"]

@@ -1,0 +1,126 @@
+"""The registered ops under PyTorch's own checks, under torch.compile, and bit for bit from run to run."""
+
+import pytest
+import torch
+from oracle import unit
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from relssl import FeatureQueue
+from relssl.functional import info_nce, queue_logsumexp, relation_loss
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "sliced": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
+}
+SCALES = {"numbers": ([10.0, 25.0], None), "device": ([], torch.tensor([10.0, 25.0]))}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(layout, scale, dtype):
+    q, k, queue = (LAYOUTS[layout](unit(*s, 16, dtype=dtype)) for s in ((2, 5), (5,), (40,)))
+    by_value, on_device = SCALES[scale]
+    ops = torch.ops.relssl
+    for views, form, want in ((q, "kl", True), (q[0], "ce", True), (q, "ce", False)):
+        arguments = (views, k, queue, by_value, on_device, form, want, "chunked")
+        torch.library.opcheck(ops.relation.default, arguments)
+    exclude = torch.tensor([0, -1, 3, 39, -1])
+    for out, want in ((None, True), (exclude, True), (exclude, False)):
+        arguments = (k, queue, by_value, on_device, 3, out, want, "chunked")
+        torch.library.opcheck(ops.rows.default, arguments)
+    lse, mean = ops.rows.default(k, queue, by_value, on_device, 5, exclude, True, "chunked")
+    one = (by_value[:1], None if on_device is None else on_device[:1])
+    g_lse, g_mean = torch.randn(5), torch.randn(5, 16)
+    for g, row, x, bank in (
+        (g_mean, g_mean, True, True),
+        (g_mean, None, True, False),
+        (None, None, False, True),
+    ):
+        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, "chunked")
+        torch.library.opcheck(ops.rows_vjp.default, arguments)
+
+
+def losses(q, k, queue, tau):
+    lse, mean = queue_logsumexp(q, queue, tau)
+    return (
+        relation_loss(q, k, queue),
+        relation_loss(torch.stack((q, k)), k, queue, student_temperature=tau, form="ce"),
+        info_nce(q, k, queue, temperature=tau),
+        lse.square().mean() + mean.square().sum(),
+    )
+
+
+@pytest.mark.parametrize(  # inductor compiles C++ for half a minute: once will do
+    ("backend", "wants"), [("aot_eager", "q"), ("aot_eager", "all"), ("inductor", "q")]
+)
+def test_compiled_equals_eager(backend, wants):
+    values = *(unit(n, 16) for n in (6, 6, 50)), torch.tensor(0.2)
+    results = []
+    for run in (losses, torch.compile(losses, fullgraph=True, backend=backend)):
+        inputs = [t.clone().requires_grad_(wants == "all" or i == 0) for i, t in enumerate(values)]
+        found = run(*inputs)
+        sum(found).backward()
+        results.append((*found, *(t.grad for t in inputs if t.requires_grad)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_step_with_enqueue_does_not_recompile():
+    """Loss, enqueue and backward in one graph, three times; the ring wraps in the third."""
+    counter = CompileCounterWithBackend("aot_eager")
+    eager_queue, queue = FeatureQueue(16, 8), FeatureQueue(16, 8)
+    weight = torch.randn(8, 8)
+
+    def step(x, weight, queue):
+        q = torch.nn.functional.normalize(x @ weight, dim=1)
+        loss = relation_loss(q, x, queue)
+        queue.enqueue(x)
+        return loss
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for _ in range(3):
+        x = unit(6, 8)
+        grads = []
+        for run, ring in ((step, eager_queue), (compiled, queue)):
+            w = weight.clone().requires_grad_()
+            run(x, w, ring).backward()
+            grads.append(w.grad)
+        torch.testing.assert_close(*grads)
+        assert torch.equal(eager_queue.rows, queue.rows)
+    assert int(queue.pointer) == 2
+    assert counter.frame_count == 1
+
+
+def test_bitwise_equal_from_run_to_run():
+    q, k, queue = (unit(n, 64) for n in (64, 64, 20_000))
+    runs = []
+    for _ in range(3):
+        inputs = [t.clone().requires_grad_() for t in (q, k, queue)]
+        loss = relation_loss(*inputs)
+        loss.backward()
+        runs.append((loss.detach(), *(t.grad for t in inputs)))
+    for again in runs[1:]:
+        for a, b in zip(runs[0], again, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_temperature_on_an_accelerator_is_not_read_but_makes_the_row_nan():
+    """Where a value may not be read (here: under compile), a bad one is NaN instead of an error."""
+    q, k, queue = unit(6, 16), unit(6, 16), unit(50, 16)
+    run = torch.compile(
+        lambda tau: relation_loss(q, k, queue, student_temperature=tau), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.isfinite(run(torch.tensor(0.1)))
+    for bad in (0.0, -1.0, torch.inf, torch.nan):
+        assert run(torch.tensor(bad)).isnan()
+
+
+def test_exclude_out_of_range_unread_makes_its_row_nan():
+    x, queue = unit(4, 16), unit(50, 16)
+    run = torch.compile(
+        lambda e: queue_logsumexp(x, queue, 0.1, exclude=e)[0], fullgraph=True, backend="aot_eager"
+    )
+    lse = run(torch.tensor([-2, 50, -1, 49]))
+    assert lse.isnan().tolist() == [True, True, False, False]
