@@ -88,9 +88,13 @@ def time_loss(rounds: int = 7) -> dict:
 def plot_training(training: dict, path: Path) -> None:
     epochs = training["epochs"]
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axis.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], color=BLUE)
-    axis.set(xlabel="epoch", ylabel="relation loss, KL (nats)", title="ReSSL on handwritten digits")
+    at = [e["epoch"] for e in epochs]
+    axis.plot(at, [e["loss"] for e in epochs], color=BLUE, label="relation loss, KL")
+    axis.plot(at, [e["teacher_entropy"] for e in epochs], color=GREY, label="teacher entropy")
+    axis.set(xlabel="epoch", ylabel="nats", title="ReSSL on handwritten digits")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 

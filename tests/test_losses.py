@@ -297,10 +297,12 @@ def test_row_offsets_beyond_32_bits(which, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_extreme_temperatures_and_norms(dtype, tau_s, tau_t, norm, backend):
     inputs = batch(None, 7, 1000, 96, dtype, norm)
-    check_relation(*inputs, tau_s, tau_t, "kl", backend)
-    check_relation(*inputs, tau_s, tau_t, "ce", backend)
-    check_info_nce(*inputs, tau_s, backend)
-    check_logsumexp(inputs[0], inputs[2], tau_t, backend)
+    # An ulp of a float64 logit of 2 million is 2e-10, twice the floor.
+    ulp = dtype == torch.float64
+    check_relation(*inputs, tau_s, tau_t, "kl", backend, drawn=ulp)
+    check_relation(*inputs, tau_s, tau_t, "ce", backend, drawn=ulp)
+    check_info_nce(*inputs, tau_s, backend, drawn=ulp)
+    check_logsumexp(inputs[0], inputs[2], tau_t, backend, drawn=ulp)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -329,10 +331,10 @@ def test_one_huge_logit(place, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_among_large_logits(backend):
-    # Logits of +-512, each several times: eager's softmax takes the maximum out and is exact, while
-    # exp(logit - lse) has the rounding of an lse of 512.
+    # Logits of exactly +-512, each several times: eager's softmax takes the maximum out and happens to be
+    # exact, while exp(logit - lse) has the rounding of an lse of 512: half an ulp, allowed for here.
     q, k, queue = batch(None, 1, 5, 1, torch.float32, norm=2.0)
-    check_relation(q, k, queue, 1 / 128, 1.0, "kl", backend)
+    check_relation(q, k, queue, 1 / 128, 1.0, "kl", backend, drawn=True)
 
 
 # --------------------------------------------------------------------------------------- exclude
@@ -429,7 +431,7 @@ def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
     views=st.sampled_from([None, 1, 2]),
     rows=st.integers(1, 9),
     size=st.one_of(st.integers(1, 70), st.integers(8190, 8195)),  # around the widest tile, too
-    dim=st.integers(1, 40),
+    dim=st.integers(2, 40),  # not 1: there BLAS sums thousands of equal terms one after another
     taus=st.tuples(*2 * [st.floats(0.005, 10)]),
     norm=st.floats(0.01, 100),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),

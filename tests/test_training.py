@@ -46,13 +46,13 @@ def assert_same(ours, theirs):
 
 
 def test_learns_beyond_its_initial_features():
-    config = replace(TINY, batch_size=64, epochs=6, out=TINY.out / "learns")
+    config = replace(PRESETS["digits"], epochs=8, out=TINY.out / "learns")
     method = train(config)
     untrained = config.make(torch.full((3,), 0.3), torch.full((3,), 0.3))
-    gain = evaluate(method, config, k=20)["knn"] - evaluate(untrained, config, k=20)["knn"]
+    gain = evaluate(method, config)["knn"] - evaluate(untrained, config)["knn"]
     assert gain > 0.02
     saved = json.loads((config.out / "metrics.json").read_text())
-    assert [entry["epoch"] for entry in saved["epochs"]] == [1, 2, 3, 4, 5, 6]
+    assert [entry["epoch"] for entry in saved["epochs"]] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert {"loss", "teacher_entropy", "lr", "images_per_second"} <= saved["epochs"][0].keys()
     assert list((config.out / "tensorboard").iterdir())
 
@@ -97,7 +97,12 @@ def test_checkpoint_is_whole_at_any_moment(monkeypatch):
 
 
 def test_backends_agree_along_a_whole_run(monkeypatch):
-    """50 steps from one seed: every loss equal to 1e-4, though each step builds on all before it."""
+    """55 steps from one seed: every loss equal to 1e-4, though each step builds on all before it.
+
+    The rate is low since training is chaotic: at the preset's, with one backend, a change of 1e-7 in the
+    initial weights moves the loss by 4e-3 within 40 steps.
+    """
+    config = replace(PRESETS["digits"], batch_size=128, epochs=5, lr=0.001)
     losses = {}
     for backend in ("reference", "chunked"):
         seen = losses[backend] = []
@@ -110,8 +115,8 @@ def test_backends_agree_along_a_whole_run(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(ReSSL, "forward", record)
-            train(replace(TINY, epochs=10, backend=backend, out=TINY.out / backend))
-    assert len(losses["chunked"]) == 50
+            train(replace(config, backend=backend, out=config.out / backend))
+    assert len(losses["chunked"]) == 55 and min(losses["chunked"]) > 0.01  # nothing collapsed
     torch.testing.assert_close(
         torch.tensor(losses["chunked"]), torch.tensor(losses["reference"]), rtol=1e-4, atol=0
     )
