@@ -53,7 +53,7 @@ class TrainConfig:
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     def make(self, mean: Tensor, std: Tensor) -> "Method":
-        """`build`, on the device, in the layout that convolutions like: a third of a step on a CPU."""
+        """`build`, on the device, in channels_last, the layout tensor cores want."""
         method = self.build(mean, std)
         return method.to(device=self.pick_device(), memory_format=torch.channels_last)  # type: ignore
 
