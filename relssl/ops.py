@@ -19,7 +19,7 @@ from torch import Tensor
 from relssl import backends
 from relssl.arguments import compute_dtype, transformed
 from relssl.backends import chunked, reference
-from relssl.backends.common import Scale, Temperature, accumulator, cast, without_autocast
+from relssl.backends.common import Scale, Temperature, accumulator, cast, wide, without_autocast
 
 _lib = torch.library.Library("relssl", "FRAGMENT")
 
@@ -59,7 +59,7 @@ def _pass(scale: Scale) -> tuple[list[float], Tensor | None]:
 def _rows_fake(x, queue, scale, device_scale, split, exclude, want_mean, backend):
     dtype = accumulator(x.dtype)
     width = x.shape[1] if want_mean else 0
-    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], width, dtype=dtype)
+    return x.new_empty(x.shape[0], dtype=wide(x.device)), x.new_empty(x.shape[0], width, dtype=dtype)
 
 
 @_op(
@@ -93,7 +93,8 @@ def _rows_vjp_fake(
     backend,
 ):
     rows_x, rows_queue = x.shape[0] if want_x else 0, queue.shape[0] if want_queue else 0
-    return lse.new_empty(rows_x, x.shape[1]), lse.new_empty(rows_queue, x.shape[1])
+    dtype = accumulator(x.dtype)
+    return x.new_empty(rows_x, x.shape[1], dtype=dtype), x.new_empty(rows_queue, x.shape[1], dtype=dtype)
 
 
 @_op(
@@ -129,7 +130,7 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
         q.new_empty(views, dtype=dtype),
         k.new_empty(k.shape[0], dtype=dtype),
         q.new_empty(q.shape if want_diff else (views.numel(), 0), dtype=dtype),
-        q.new_empty(k.shape[0] + views.numel(), dtype=dtype),
+        q.new_empty(k.shape[0] + views.numel(), dtype=wide(q.device)),
         k.new_empty(k.shape, dtype=dtype),
     )
 
@@ -215,7 +216,7 @@ class _Relation(torch.autograd.Function):
         if needs_k or needs_t:  # A row for each student view: reduction="none" weighs them apart.
             lse_t = lse[: k.shape[0]].expand_as(loss).flatten()
             mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, x_k))
-            g_mean = _cotangent(x_q, x_k, scale, form, lse.dtype).flatten(0, -2)
+            g_mean = _cotangent(x_q, x_k, scale, form, mean_t.dtype).flatten(0, -2)
             grad_k, _ = _vjp(rows, bank, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
             grad_k = grad_k.view(q.shape)
         kept = (queue, lse, mean_t) if needs_queue else (None, None, None)
@@ -257,8 +258,8 @@ class _Relation(torch.autograd.Function):
             of_t = (k.to(dtype) * grad_k).sum() * -c_t if needs_t else None
         if needs_queue:  # Row j: sum_b (p_s - p_t) theta_s + p_t (u - ubar) theta_t, over all views.
             x_q, x_k, bank = q.to(dtype), k.to(dtype), queue.to(dtype)
-            g_mean = (_cotangent(x_q, x_k, scale, form, lse.dtype) * g).sum_to_size(k.shape)
-            g_row = (cast(x_q, lse.dtype) * (g * -c_s)).sum_to_size(k.shape)
+            g_mean = (_cotangent(x_q, x_k, scale, form, mean_t.dtype) * g).sum_to_size(k.shape)
+            g_row = (cast(x_q, mean_t.dtype) * (g * -c_s)).sum_to_size(k.shape)
             g = g.expand(*q.shape[:-1], 1).flatten()
             x_q, (lse_t, lse_s) = x_q.flatten(0, -2), lse.split((k.shape[0], g.shape[0]))
             how = {"want_x": False, "want_queue": True, "backend": backend}
@@ -306,6 +307,7 @@ class _LogSumExp(torch.autograd.Function):
         ctx.number = None if isinstance(tau, Tensor) else tau
         ctx.how = dtype, backend
         ctx.set_materialize_grads(False)
+        lse = lse.to(mean.dtype)
         return (lse, mean) if want_mean else lse
 
     @staticmethod
@@ -406,12 +408,6 @@ def logsumexp(
     if _wants_grad(x, queue, tau):
         found = _LogSumExp.apply(x, queue, tau, exclude, want_mean, dtype, backend)
         return found if want_mean else (found, found[:0])
-    return _rows(
-        x.to(dtype),
-        queue.to(dtype),
-        *_pass(_scales((tau, tau), x)),
-        len(x),
-        exclude,
-        want_mean,
-        backend,
-    )
+    scale = _pass(_scales((tau, tau), x))
+    lse, mean = _rows(x.to(dtype), queue.to(dtype), *scale, len(x), exclude, want_mean, backend)
+    return lse.to(mean.dtype), mean

@@ -28,9 +28,9 @@ A backend is a module with
         q is scale[0] diff; without want_diff it is [V*B, 0].
 
 x [R, D] and queue [K, D] share their dtype and may have any strides; scale is made of Python floats, or
-is a tensor where a temperature lives on the device; exclude is int64 [R] or None; everything else is
-float32 (float64 for float64 input) and results are too. An empty row (its only queue row excluded)
-has lse = -inf and mean = 0. A backend without `vjp` borrows the one of chunked.
+is a tensor where a temperature lives on the device; exclude is int64 [R] or None; lse is float64
+(`common.wide`); everything else is float32 (float64 for float64 input) and results are too. An empty row
+(its only queue row excluded) has lse = -inf and mean = 0. A backend without `vjp` borrows chunked's.
 
 The reference stands apart: it has `supports`, and whole differentiable functions in place of the rest.
 """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale, accumulator, cast
+from relssl.backends.common import Scale, accumulator, cast, wide
 
 # Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
 # returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
@@ -51,8 +51,8 @@ def relation(
     # Cross-entropies with the teacher: first its own, which is its entropy, then of each student view.
     cross = lse.view(-1, batch) - (theta.view(-1, batch, dim) * mean_t).sum(-1)
     entropy = cross[0]
-    loss = cross[1:] - entropy if form == "kl" else cross[1:].clone()
-    return loss.view(views), entropy, diff, lse, mean_t
+    loss = cross[1:] - entropy if form == "kl" else cross[1:]
+    return loss.view(views).to(dtype, copy=True), entropy.to(dtype, copy=True), diff, lse, mean_t
 
 
 def vjp(
@@ -70,14 +70,16 @@ def vjp(
 ) -> tuple[Tensor, Tensor]:
     theta = (x.to(accumulator(x.dtype)) * scale).contiguous()
     lse = lse[:, None]
-    g_lse = torch.zeros_like(lse) if g_lse is None else g_lse[:, None]
+    high = lse.to(theta.dtype)
+    low = (lse - high).to(theta.dtype)
+    g_lse = torch.zeros_like(high) if g_lse is None else g_lse[:, None]
     base = g_lse  # w = p (base + u)
     if g_mean is not None:
         base = base - (mean * g_mean).sum(1, keepdim=True)
 
     def weights() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         for columns, tile, logits in _tiles(theta, queue, exclude):
-            p = logits.sub_(lse).exp_()
+            p = logits.sub_(high).sub_(low).exp_()
             if exclude is not None and len(queue) == 1:  # An empty row: exp(-inf - -inf).
                 p.masked_fill_((exclude == 0)[:, None], 0)
             w = p * base if g_mean is None else torch.addmm(base, g_mean, tile.T).mul_(p)
@@ -127,7 +129,7 @@ def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: boo
     for columns, tile, logits in _tiles(theta, queue, exclude):
         p = logits.softmax(1)
         # The largest probability is exp(largest logit - lse).
-        part_lse = logits.amax(1).sub_(p.amax(1).log_())
+        part_lse = logits.amax(1).to(wide(theta.device)).sub_(p.amax(1).log_())
         if exclude is not None and tile.shape[0] == 1:  # A tile of one row, and that left out.
             empty = exclude == columns.start
             p.masked_fill_(empty[:, None], 0)
@@ -139,7 +141,8 @@ def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: boo
         merged = torch.logaddexp(lse, part_lse)
         if want_mean:
             mean.mul_(lse.sub_(merged).exp_()[:, None])
-            mean.addcmul_(part_mean, part_lse.sub_(merged).exp_()[:, None])
+            part_mean.mul_(part_lse.sub_(merged).exp_()[:, None])
+            mean += part_mean
         lse = merged
     if mean is None:
         mean = theta.new_empty(theta.shape[0], 0)
