@@ -19,7 +19,7 @@ from torch import Tensor
 from relssl import backends
 from relssl.arguments import compute_dtype, transformed
 from relssl.backends import chunked, reference
-from relssl.backends.common import Scale, Temperature, accumulator, cast, wide, without_autocast
+from relssl.backends.common import Scale, Temperature, accumulator, cast, without_autocast
 
 _lib = torch.library.Library("relssl", "FRAGMENT")
 
@@ -59,7 +59,7 @@ def _pass(scale: Scale) -> tuple[list[float], Tensor | None]:
 def _rows_fake(x, queue, scale, device_scale, split, exclude, want_mean, backend):
     dtype = accumulator(x.dtype)
     width = x.shape[1] if want_mean else 0
-    return x.new_empty(x.shape[0], dtype=wide(x.device)), x.new_empty(x.shape[0], width, dtype=dtype)
+    return x.new_empty(2, x.shape[0], dtype=dtype), x.new_empty(x.shape[0], width, dtype=dtype)
 
 
 @_op(
@@ -130,7 +130,7 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
         q.new_empty(views, dtype=dtype),
         k.new_empty(k.shape[0], dtype=dtype),
         q.new_empty(q.shape if want_diff else (views.numel(), 0), dtype=dtype),
-        q.new_empty(k.shape[0] + views.numel(), dtype=wide(q.device)),
+        q.new_empty(2, k.shape[0] + views.numel(), dtype=dtype),
         k.new_empty(k.shape, dtype=dtype),
     )
 
@@ -214,7 +214,7 @@ class _Relation(torch.autograd.Function):
         loss, entropy, diff, lse, mean_t = _relation(x_q, x_k, bank, *_pass(scale), form, True, backend)
         grad_k = None
         if needs_k or needs_t:  # A row for each student view: reduction="none" weighs them apart.
-            lse_t = lse[: k.shape[0]].expand_as(loss).flatten()
+            lse_t = lse[:, None, : k.shape[0]].expand(2, loss.numel() // k.shape[0], -1).flatten(1)
             mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, x_k))
             g_mean = _cotangent(x_q, x_k, scale, form, mean_t.dtype).flatten(0, -2)
             grad_k, _ = _vjp(rows, bank, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
@@ -261,7 +261,7 @@ class _Relation(torch.autograd.Function):
             g_mean = (_cotangent(x_q, x_k, scale, form, mean_t.dtype) * g).sum_to_size(k.shape)
             g_row = (cast(x_q, mean_t.dtype) * (g * -c_s)).sum_to_size(k.shape)
             g = g.expand(*q.shape[:-1], 1).flatten()
-            x_q, (lse_t, lse_s) = x_q.flatten(0, -2), lse.split((k.shape[0], g.shape[0]))
+            x_q, (lse_t, lse_s) = x_q.flatten(0, -2), lse.split((k.shape[0], g.shape[0]), 1)
             how = {"want_x": False, "want_queue": True, "backend": backend}
             _, by_student = _vjp(x_q, bank, scale[:1], lse_s, g_lse=g, **how)
             _, by_teacher = _vjp(x_k, bank, scale[1:], lse_t, mean=mean_t, g_mean=g_mean, g_row=g_row, **how)
@@ -307,7 +307,7 @@ class _LogSumExp(torch.autograd.Function):
         ctx.number = None if isinstance(tau, Tensor) else tau
         ctx.how = dtype, backend
         ctx.set_materialize_grads(False)
-        lse = lse.to(mean.dtype)
+        lse = lse.sum(0)
         return (lse, mean) if want_mean else lse
 
     @staticmethod
@@ -410,4 +410,4 @@ def logsumexp(
         return found if want_mean else (found, found[:0])
     scale = _pass(_scales((tau, tau), x))
     lse, mean = _rows(x.to(dtype), queue.to(dtype), *scale, len(x), exclude, want_mean, backend)
-    return lse.to(mean.dtype), mean
+    return lse.sum(0), mean

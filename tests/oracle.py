@@ -67,8 +67,8 @@ def logsumexp(x, queue, tau, exclude=None):
 # ------------------------------------------------------------------------------------ the budget
 
 
-def check(name, got, exact, eager, scale, dtype, slack=1):
-    """Fail unless |got - exact| <= 2 |eager - exact| + slack * floor * max(|exact|, scale), in norm.
+def check(name, got, exact, eager, scale, floor):
+    """Fail unless |got - exact| <= 2 |eager - exact| + floor * max(|exact|, scale), in norm.
 
     Where eager code overflows it sets no example: nothing is added to the floor.
     """
@@ -76,7 +76,7 @@ def check(name, got, exact, eager, scale, dtype, slack=1):
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     assert torch.isfinite(got).all(), f"{name}: {got} is not finite"
     error, allowed = (got - exact).norm(), 2 * (eager - exact).norm().nan_to_num(0, posinf=0)
-    bound = allowed + slack * FLOOR[dtype] * max(float(exact.norm()), float(scale))
+    bound = allowed + floor * max(float(exact.norm()), float(scale))
     assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}, of {exact.norm():.2e}"
 
 
@@ -96,56 +96,36 @@ def cotangents_like(*shapes):
     return [torch.randn(shape).bfloat16().double() for shape in shapes]
 
 
-def agree(ours, formula, inputs, cotangents, scales, dtype, logit=None):
+def agree(ours, formula, inputs, cotangents, scales, dtype, logit, drawn=False):
     """ours(**inputs) against formula(**inputs): outputs and the gradient of every tensor.
 
     `scales` has the size below which an error does not count: one entry per output ("0", "1") and
     one per input. For a gradient it is (largest slope) * |cotangent|, as in DESIGN section 6.
 
-    One eager run may be right by luck: roundings vanish among few rows, ties or round numbers. For
-    drawn inputs, which find such luck, pass their largest `logit`. Then eager code also runs on
-    inputs an ulp off, and the worst of its errors counts; and the floor grows by an ulp of the
-    logit: a softmax is exact where one row has it all, but exp(logit - lse) has the rounding of lse.
+    The floor is FLOOR. For `drawn` inputs it is at least an ulp of the largest `logit`, which is what
+    any code errs by that rounds its logits: eager code is now and then right by luck, when roundings
+    vanish among few rows or round numbers, and random draws find that. So it is for float64, whose
+    oracle has no more digits than itself.
     """
-    kind = torch.promote_types(dtype, torch.float32)
-    slack = 1 if logit is None else 1 + torch.finfo(kind).eps * logit / FLOOR[dtype]
+    limited = drawn or dtype == torch.float64
+    ulp = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * logit
+    floor = max(FLOOR[dtype], ulp) if limited else FLOOR[dtype]
     values = {n: t.to(dtype) if is_float(t) and t.dim() else t for n, t in inputs.items()}
     precise = {n: t.double() if is_float(t) else t for n, t in values.items()}
     exact, exact_grads = evaluate(formula, precise, cotangents)
-    eager = [evaluate(formula, values, cotangents)]
-    if logit is not None:
-        eager += [evaluate(formula, _nudged(values), cotangents) for _ in range(4)]
+    eager, eager_grads = evaluate(formula, values, cotangents)
     got, grads = evaluate(ours, inputs, cotangents)
     for i, out in enumerate(got):
-        exact_out = exact[i].detach()
-        worst = _worst(exact_out, [outputs[i] for outputs, _ in eager])
-        check(f"output {i}", out, exact_out, worst, scales[str(i)], dtype, slack)
+        check(f"output {i}", out, exact[i].detach(), eager[i], scales[str(i)], floor)
     for name, grad in grads.items():
         assert grad is not None, f"no gradient for {name}"
         assert grad.dtype == inputs[name].dtype, f"gradient of {name} is {grad.dtype}"
-        worst = _worst(exact_grads[name], [of[name] for _, of in eager])
-        check(f"grad {name}", grad, exact_grads[name], worst, scales[name], dtype, slack)
+        check(f"grad {name}", grad, exact_grads[name], eager_grads[name], scales[name], floor)
 
 
 def largest_logit(*sides, queue):
     """A bound on <x, m> / tau; sides are (x, tau)."""
     return max(_widest(x) / float(tau) for x, tau in sides) * _widest(queue)
-
-
-def _nudged(inputs):
-    """Each number moved by up to an ulp of the dtype that sums are held in: float32 for 16 bits."""
-
-    def nudge(t):
-        t = t.to(torch.promote_types(t.dtype, torch.float32))
-        return t * (1 + torch.finfo(t.dtype).eps * torch.randint_like(t, -1, 2))
-
-    return {name: nudge(t) if is_float(t) else t for name, t in inputs.items()}
-
-
-def _worst(exact, candidates):
-    """The finite candidate farthest from exact; the first where none is finite."""
-    finite = [c for c in candidates if torch.isfinite(c).all()]
-    return max(finite or candidates[:1], key=lambda c: float((c.detach().double() - exact).norm()))
 
 
 def _widest(t):

@@ -76,7 +76,7 @@ def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", d
             "tau_s": temperature(tau_s, q.dtype), "tau_t": temperature(tau_t, q.dtype),
         },
         [g], relation_scales(q, k, queue, tau_s, tau_t, weights, ones), q.dtype,
-        logit=largest_logit((q, tau_s), (k, tau_t), queue=queue) if drawn else None,
+        largest_logit((q, tau_s), (k, tau_t), queue=queue), drawn,
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
         lambda q, k, queue, tau: reduced(info_nce(q, k, queue, tau), reduction),
         {"q": q, "k": k, "queue": queue, "tau": temperature(tau, q.dtype)},
         [g], info_nce_scales(q, k, queue, tau, weights, ones), q.dtype,
-        logit=largest_logit((q, tau), queue=torch.cat((queue, k))) if drawn else None,
+        largest_logit((q, tau), queue=torch.cat((queue, k))), drawn,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
         lambda x, queue, tau: logsumexp(x, queue, tau, exclude),
         {"x": x, "queue": queue, "tau": temperature(tau, x.dtype)},
         g, logsumexp_scales(x, queue, tau, *g), x.dtype,
-        logit=largest_logit((x, tau), queue=queue) if drawn else None,
+        largest_logit((x, tau), queue=queue), drawn,
     )  # fmt: skip
 
 
@@ -297,12 +297,10 @@ def test_row_offsets_beyond_32_bits(which, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_extreme_temperatures_and_norms(dtype, tau_s, tau_t, norm, backend):
     inputs = batch(None, 7, 1000, 96, dtype, norm)
-    # An ulp of a float64 logit of 2 million is 2e-10, twice the floor: one eager run may be lucky.
-    ulp = dtype == torch.float64
-    check_relation(*inputs, tau_s, tau_t, "kl", backend, drawn=ulp)
-    check_relation(*inputs, tau_s, tau_t, "ce", backend, drawn=ulp)
-    check_info_nce(*inputs, tau_s, backend, drawn=ulp)
-    check_logsumexp(inputs[0], inputs[2], tau_t, backend, drawn=ulp)
+    check_relation(*inputs, tau_s, tau_t, "kl", backend)
+    check_relation(*inputs, tau_s, tau_t, "ce", backend)
+    check_info_nce(*inputs, tau_s, backend)
+    check_logsumexp(inputs[0], inputs[2], tau_t, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -332,9 +330,9 @@ def test_one_huge_logit(place, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_among_large_logits(backend):
     # Logits of exactly +-512, each several times: eager's softmax takes the maximum out and happens to be
-    # exact, while exp(logit - lse) has the rounding of an lse of 512: half an ulp, which `drawn` allows.
+    # exact, while exp(logit - lse) would have the rounding of an lse of 512.
     q, k, queue = batch(None, 1, 5, 1, torch.float32, norm=2.0)
-    check_relation(q, k, queue, 1 / 128, 1.0, "kl", backend, drawn=True)
+    check_relation(q, k, queue, 1 / 128, 1.0, "kl", backend)
 
 
 # --------------------------------------------------------------------------------------- exclude
@@ -426,15 +424,15 @@ def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
 # ------------------------------------------------------------------------------------- any input
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     views=st.sampled_from([None, 1, 2]),
     rows=st.integers(1, 9),
     size=st.one_of(st.integers(1, 70), st.integers(2046, 2051)),  # around the widest tile, too
-    dim=st.integers(2, 40),  # not 1: there BLAS sums thousands of equal terms one after another
+    dim=st.integers(1, 40),
     taus=st.tuples(*2 * [st.floats(0.005, 10)]),
     norm=st.floats(0.01, 100),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     form=st.sampled_from(["kl", "ce"]),
     seed=st.integers(0, 2**16),
 )

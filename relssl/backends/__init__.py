@@ -5,7 +5,7 @@ A backend is a module with
     supports(device, dtype, dim) -> str | None
         None, or the reason why it cannot take rows of this width and dtype on this device type.
 
-    rows(x, queue, scale, split, exclude, want_mean) -> lse [R], mean [R, D]
+    rows(x, queue, scale, split, exclude, want_mean) -> lse [2, R], mean [R, D]
         With theta_r = c_r x_r, where c_r is scale[0] for r < split and scale[1] from there on:
             lse_r  = log sum_j exp<theta_r, m_j>         the log-partition function A(theta_r)
             mean_r = sum_j p_rj m_j                      its gradient
@@ -22,14 +22,15 @@ A backend is a module with
         g_row is g_mean for the vjp of `rows`; a loss whose terms cancel on paper passes what is left.
         g_lse, g_mean and g_row may be None (zero). What is not wanted comes back as [0, D].
 
-    relation(q, k, queue, scale, form, want_diff) -> loss, entropy [B], diff, lse [B + V*B], mean_t [B, D]
+    relation(q, k, queue, scale, form, want_diff) -> loss, entropy [B], diff, lse [2, B + V*B], mean_t [B, D]
         The relation loss of functional.relation_loss, unreduced, in one pass over the rows of k [B, D]
         and then q [B, D] or [V, B, D]. diff, in q's shape, is mean_s - mean_t, so that the gradient of
         q is scale[0] diff; without want_diff it is [V*B, 0].
 
 x [R, D] and queue [K, D] share their dtype and may have any strides; scale is made of Python floats, or
-is a tensor where a temperature lives on the device; exclude is int64 [R] or None; lse is float64
-(`common.wide`); everything else is float32 (float64 for float64 input) and results are too. An empty row
+is a tensor where a temperature lives on the device; exclude is int64 [R] or None; everything else is
+float32 (float64 for float64 input) and results are too. lse comes in two parts, [2, R], whose sum it is:
+rounded to one float, a large one would carry its rounding into every p = exp(logit - lse). An empty row
 (its only queue row excluded) has lse = -inf and mean = 0. A backend without `vjp` borrows chunked's.
 
 The reference stands apart: it has `supports`, and whole differentiable functions in place of the rest.

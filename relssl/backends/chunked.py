@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale, accumulator, cast, wide
+from relssl.backends.common import Scale, accumulator, cast
 
 # Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
 # returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
@@ -47,12 +47,13 @@ def relation(
     else:  # The student's mean is a quarter of the work.
         lse_t, mean_t = _lookup(teacher, queue, None, True)
         lse_s, diff = _lookup(student, queue, None, False)
-        lse = torch.cat((lse_t, lse_s))
+        lse = torch.cat((lse_t, lse_s), 1)
     # Cross-entropies with the teacher: first its own, which is its entropy, then of each student view.
-    cross = lse.view(-1, batch) - (theta.view(-1, batch, dim) * mean_t).sum(-1)
+    high, low = lse.view(2, -1, batch)
+    cross = high - (theta.view(-1, batch, dim) * mean_t).sum(-1) + low
     entropy = cross[0]
-    loss = cross[1:] - entropy if form == "kl" else cross[1:]
-    return loss.view(views).to(dtype, copy=True), entropy.to(dtype, copy=True), diff, lse, mean_t
+    loss = cross[1:] - entropy if form == "kl" else cross[1:].clone()
+    return loss.view(views), entropy, diff, lse, mean_t
 
 
 def vjp(
@@ -69,9 +70,7 @@ def vjp(
     want_queue: bool,
 ) -> tuple[Tensor, Tensor]:
     theta = (x.to(accumulator(x.dtype)) * scale).contiguous()
-    lse = lse[:, None]
-    high = lse.to(theta.dtype)
-    low = (lse - high).to(theta.dtype)
+    high, low = lse[:, :, None]
     g_lse = torch.zeros_like(high) if g_lse is None else g_lse[:, None]
     base = g_lse  # w = p (base + u)
     if g_mean is not None:
@@ -123,27 +122,30 @@ def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tup
 
 
 def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool) -> tuple[Tensor, Tensor]:
-    """lse [R] and mean [R, D], or [R, 0], of scaled rows."""
-    lse: Any = None
+    """lse [2, R] and mean [R, D], or [R, 0], of scaled rows."""
+    high: Any = None  # Not one sum: see the contract.
+    low: Any = None
     mean: Any = None
     for columns, tile, logits in _tiles(theta, queue, exclude):
         p = logits.softmax(1)
         # The largest probability is exp(largest logit - lse).
-        part_lse = logits.amax(1).to(wide(theta.device)).sub_(p.amax(1).log_())
+        part_high, part_low = logits.amax(1), p.amax(1).log_().neg_()
         if exclude is not None and tile.shape[0] == 1:  # A tile of one row, and that left out.
             empty = exclude == columns.start
             p.masked_fill_(empty[:, None], 0)
-            part_lse.masked_fill_(empty, -torch.inf)
+            part_low.masked_fill_(empty, 0)
         part_mean = torch.mm(p, tile) if want_mean else None
-        if lse is None:
-            lse, mean = part_lse, part_mean
+        if high is None:
+            high, low, mean = part_high, part_low, part_mean
             continue
-        merged = torch.logaddexp(lse, part_lse)
+        largest = torch.maximum(high, part_high)
+        low += high.sub_(largest)
+        part_low += part_high.sub_(largest)
+        high, total = largest, torch.logaddexp(low, part_low)
         if want_mean:
-            mean.mul_(lse.sub_(merged).exp_()[:, None])
-            part_mean.mul_(part_lse.sub_(merged).exp_()[:, None])
-            mean += part_mean
-        lse = merged
+            mean.mul_(low.sub_(total).exp_()[:, None])
+            mean.addcmul_(part_mean, part_low.sub_(total).exp_()[:, None])
+        low = total
     if mean is None:
         mean = theta.new_empty(theta.shape[0], 0)
-    return lse, mean
+    return torch.stack((high, low)), mean

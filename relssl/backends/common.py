@@ -16,11 +16,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def wide(device: torch.device | str) -> torch.dtype:
-    """The dtype of a log-sum-exp: in float32 the rounding of a large one would enter every exp(logit - lse)."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64  # MPS has no float64.
-
-
 def hold(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x rounded to dtype but held in the accumulator's dtype, and so is its gradient, unrounded."""
     wide = accumulator(dtype)
