@@ -40,9 +40,13 @@ from types import ModuleType
 
 import torch
 
-from relssl.backends import chunked, reference
+from relssl.backends import chunked, cpu, reference
 
-MODULES: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}  # as "auto" tries them
+MODULES: dict[str, ModuleType] = {  # as "auto" tries them
+    "cpu": cpu,
+    "chunked": chunked,
+    "reference": reference,
+}
 
 
 def choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:

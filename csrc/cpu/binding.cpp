@@ -1,0 +1,161 @@
+// relssl._cpu: the kernels for Python, over raw addresses. relssl/backends/cpu.py has checked what stands behind them;
+// here only what would be fatal is refused: null addresses and sizes that overflow.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "losses.h"
+
+namespace py = pybind11;
+
+namespace relssl {
+
+#define RELSSL_DECLARE(isa) extern const Kernels kernels_##isa;
+RELSSL_INSTRUCTION_SETS(RELSSL_DECLARE)
+#undef RELSSL_DECLARE
+
+}  // namespace relssl
+
+namespace {
+
+using namespace relssl;
+
+// Addresses come as integers; 0 is null.
+using Address = uintptr_t;
+using Rows = std::tuple<Address, int64_t, int64_t, double>;  // data, stride, count, scale
+
+bool supported(const std::string& name) {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx2" || name == "emulated") return avx2;
+  if (name == "avx512") return avx512;
+  if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return true;
+}
+
+// What was compiled and this processor runs, the best first.
+const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> kernels;
+#define RELSSL_LIST(isa) \
+  if (supported(#isa)) kernels.push_back(&kernels_##isa);
+    RELSSL_INSTRUCTION_SETS(RELSSL_LIST)
+#undef RELSSL_LIST
+    return kernels;
+  }();
+  return found;
+}
+
+const Kernels* chosen = nullptr;
+
+const Kernels& kernels() { return chosen ? *chosen : *available().front(); }
+
+void use(const std::string& name) {
+  std::string names;
+  for (const Kernels* k : available()) {
+    if (name == k->name) {
+      chosen = k;
+      return;
+    }
+    names += std::string(names.empty() ? "" : ", ") + k->name;
+  }
+  throw py::value_error("instruction set must be one of " + names + " on this machine; got '" + name + "'");
+}
+
+template <class T>
+T* pointer(Address address, const char* name) {
+  if (!address) throw py::value_error(std::string(name) + " is null");
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* optional(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// 2^40 elements are far beyond any memory, and leave room for every product of sizes below.
+void check(int64_t a, int64_t b, const char* name) {
+  if (a < 0 || b < 0 || (b && a > (int64_t{1} << 40) / b))
+    throw py::value_error(std::string(name) + " has a size out of range: " + std::to_string(a) + " by " +
+                          std::to_string(b));
+}
+
+Stack stack(const Rows& rows, int64_t dim) {
+  const auto [address, stride, count, scale] = rows;
+  check(count, dim, "x");
+  return {count ? pointer<const void>(address, "x") : nullptr, stride, count, scale};
+}
+
+Inputs inputs(const Rows& first, const Rows& second, Address queue, int64_t queue_stride, int64_t size, int64_t dim,
+              bool bf16, Address exclude, int threads) {
+  check(size, dim, "queue");
+  if (size == 0 || dim == 0) throw py::value_error("the queue is empty");
+  if (threads < 1) throw py::value_error("threads must be at least 1");
+  Inputs in{{stack(first, dim), stack(second, dim)}, pointer<const void>(queue, "queue"), queue_stride, size, dim,
+            bf16, optional<const int64_t>(exclude)};
+  check(in.rows(), dim, "x");
+  if (in.rows() == 0) throw py::value_error("x is empty");
+  return in;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "SIMD kernels; addresses of memory as integers, 0 for none. See relssl/backends/cpu.py.";
+
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : available()) names.push_back(k->name);
+    return names;
+  });
+  m.def("instruction_set", [] { return std::string(kernels().name); });
+  m.def("use", use);
+
+  m.def("rows", [](const Rows& first, const Rows& second, Address queue, int64_t queue_stride, int64_t size,
+                   int64_t dim, bool bf16, Address exclude, Address lse, Address mean0, Address mean1, int threads) {
+    const Inputs in = inputs(first, second, queue, queue_stride, size, dim, bf16, exclude, threads);
+    float* const mean[2] = {optional<float>(mean0), optional<float>(mean1)};
+    float* const to = pointer<float>(lse, "lse");
+    py::gil_scoped_release release;
+    rows(kernels(), in, to, mean, threads);
+  });
+
+  m.def("relation", [](const Rows& teacher, const Rows& student, Address queue, int64_t queue_stride, int64_t size,
+                       int64_t dim, bool bf16, bool kl, Address loss, Address entropy, Address diff, Address lse,
+                       Address mean_t, int threads) {
+    const Inputs in = inputs(teacher, student, queue, queue_stride, size, dim, bf16, 0, threads);
+    if (in.stacks[0].count == 0) throw py::value_error("k is empty");
+    float *to_loss = pointer<float>(loss, "loss"), *to_entropy = pointer<float>(entropy, "entropy");
+    float *to_lse = pointer<float>(lse, "lse"), *to_mean = pointer<float>(mean_t, "mean_t");
+    py::gil_scoped_release release;
+    relation(kernels(), in, kl, to_loss, to_entropy, optional<float>(diff), to_lse, to_mean, threads);
+  });
+
+  m.def("vjp", [](const Rows& x, Address queue, int64_t queue_stride, int64_t size, int64_t dim, bool bf16,
+                  Address exclude, Address lse, Address mean, Address g_lse, Address g_mean, Address g_row,
+                  Address grad_x, Address grad_queue, int threads) {
+    const Inputs in = inputs(x, {0, 0, 0, 0.0}, queue, queue_stride, size, dim, bf16, exclude, threads);
+    if (grad_x || g_mean) pointer<float>(mean, "mean");
+    const float* from = pointer<const float>(lse, "lse");
+    py::gil_scoped_release release;
+    vjp(kernels(), in, from, optional<const float>(mean), optional<const float>(g_lse),
+        optional<const float>(g_mean), optional<const float>(g_row), optional<float>(grad_x),
+        optional<float>(grad_queue), threads);
+  });
+
+  m.def("exp2", [](Address x, Address y, int64_t n) {
+    check(n, 1, "x");
+    kernels().exp2(pointer<const float>(x, "x"), pointer<float>(y, "y"), n);
+  });
+}

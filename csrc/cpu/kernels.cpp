@@ -1,0 +1,553 @@
+// The kernels, compiled once for each instruction set (RELSSL_ISA names it; see setup.py for the flags).
+//
+// A panel is 2 vectors of rows of x, side by side in the lanes, with the width of an embedding running down:
+// panel[d][lane]. Similarities of a queue tile with a panel come out as s[j][lane], so softmax works lane by lane and
+// needs no sums across them, and the mean as mean[d][lane]. The queue is read in place, tile by tile (the second
+// product finds the tile in the L2 cache), unless it is bfloat16 that must be widened first.
+
+#include "kernels.h"
+
+#include <cfloat>
+#include <cmath>
+
+#include "multiply.h"
+
+namespace {
+
+using namespace relssl;
+
+constexpr int64_t kPanel = 2 * kLanes;
+constexpr int64_t kTileBytes = 192 << 10;        // of a queue tile: well inside L2
+constexpr int64_t kPanelBytes = 16 << 10;        // of s, and of the part of a panel in use: both in L1
+constexpr int64_t kGroup = 8;                    // panels that the queue's gradient sums over at a time
+constexpr double kLog2e = 1.4426950408889634074;
+// A reference grows only when a logit exceeds it by this, in units of log 2: 2^8 overflows nothing, and rescaling
+// is rare. (Milakov & Gimelshein 2018 for the online softmax; the lazy step is FlashAttention 4's.)
+constexpr float kSlack = 8;
+
+template <int V>
+struct Width {
+  static constexpr int value = V;
+};
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Queue rows in a tile: a multiple of kRows.
+int64_t tile_height(int64_t dim) {
+  const int64_t height = min(kTileBytes / (4 * dim), kPanelBytes / (4 * kPanel));
+  return height < kRows ? kRows : height / kRows * kRows;
+}
+
+// Hands out pieces of one allocation; from null, it only counts.
+struct Carver {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    char* at = base + used;
+    used += up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(at);
+  }
+};
+
+// ------------------------------------------------------------------------------------ packing
+
+struct Source {
+  const void* row;
+  double scale;
+  int stack;
+  int64_t index;  // in the stack
+};
+
+Source source(const Inputs& in, int64_t row) {
+  const int stack = row >= in.stacks[0].count;
+  const int64_t index = row - (stack ? in.stacks[0].count : 0);
+  const Stack& s = in.stacks[stack];
+  const char* data = static_cast<const char*>(s.data);
+  return {data + index * s.stride * (in.bf16 ? 2 : 4), s.scale, stack, index};
+}
+
+inline float value(const void* row, int64_t d, bool bf16) {
+  return bf16 ? from_bf16(static_cast<const uint16_t*>(row)[d]) : static_cast<const float*>(row)[d];
+}
+
+inline void pack(const void* row, bool bf16, int64_t dim, float* to, Single) {
+  for (int64_t d = 0; d < dim; ++d) to[d * kPanel] = value(row, d, bf16);
+}
+
+inline void pack(const void* row, bool, int64_t dim, uint32_t* to, Pair) {
+  for (int64_t d = 0; d < dim / 2; ++d) std::memcpy(to + d * kPanel, static_cast<const char*>(row) + 4 * d, 4);
+}
+
+// Rows [row, row + rows) of x as panels; lanes beyond are zero. log2e * scale of each goes into `scale`.
+template <class E>
+void pack_rows(const Inputs& in, int64_t row, int64_t rows, typename E::Scalar* panels, float* scale) {
+  const int64_t depth = in.dim / E::kDepth;
+  for (int64_t r = 0; r < up(rows, kPanel); ++r) {
+    typename E::Scalar* to = panels + r / kPanel * depth * kPanel + r % kPanel;
+    if (r < rows) {
+      const Source from = source(in, row + r);
+      scale[r] = static_cast<float>(kLog2e * from.scale);
+      pack(from.row, in.bf16, in.dim, to, E{});
+    } else {
+      scale[r] = 0;
+      for (int64_t d = 0; d < depth; ++d) to[d * kPanel] = 0;
+    }
+  }
+}
+
+// The same of float32 rows [rows, dim] that lie close together.
+void pack_dense(const float* from, int64_t rows, int64_t dim, float* panels) {
+  for (int64_t r = 0; r < up(rows, kPanel); ++r) {
+    float* to = panels + r / kPanel * dim * kPanel + r % kPanel;
+    for (int64_t d = 0; d < dim; ++d) to[d * kPanel] = r < rows ? from[r * dim + d] : 0;
+  }
+}
+
+// ------------------------------------------------------------------------------------ queue tiles
+
+// Queue rows as float32, with their stride: where they are, or widened into `space`.
+struct Tile {
+  const float* data;
+  int64_t stride;
+};
+
+Tile float_tile(const Inputs& in, int64_t first, int64_t count, float* space) {
+  if (!in.bf16) return {static_cast<const float*>(in.queue) + first * in.queue_stride, in.queue_stride};
+  const int64_t stride = up(in.dim, kLanes);
+  for (int64_t j = 0; j < count; ++j) {
+    const uint16_t* from = static_cast<const uint16_t*>(in.queue) + (first + j) * in.queue_stride;
+    float* to = space + j * stride;
+    for (int64_t d = 0; d < in.dim; ++d) to[d] = from_bf16(from[d]);
+  }
+  return {space, stride};
+}
+
+int64_t tile_space(const Inputs& in) { return in.bf16 ? tile_height(in.dim) * up(in.dim, kLanes) : 0; }
+
+// s[j][lane] = <m_j, x_lane>, V vectors of lanes, j < count. The width is cut so that the panel stays in L1.
+template <class E, int V>
+void similarities(const typename E::Scalar* tile, int64_t stride, int64_t count, const typename E::Scalar* panel,
+                  int64_t depth, float* s, int64_t s_stride) {
+  const int64_t step = kPanelBytes / (4 * kPanel);
+  for (int64_t d = 0; d < depth; d += step)
+    multiply<E, V>(count, tile + d, stride, 1, panel + d * kPanel, kPanel, min(step, depth - d), s, s_stride, d > 0);
+}
+
+// What rows leave out gets the logit -infinity.
+void leave_out(const int64_t* exclude, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
+  for (int64_t r = 0; r < min(rows, kPanel); ++r) {
+    const int64_t j = exclude[r] - first;
+    if (j >= 0 && j < count) s[j * s_stride + r] = -INFINITY;
+  }
+}
+
+// ------------------------------------------------------------------------------------ forward
+
+// The running softmax of a panel.
+struct Softmax {
+  float reference[kPanel];  // 2^(logit - reference) is summed; -FLT_MAX: nothing yet
+  double sum[kPanel];       // of those, in double: a float would stop growing with the queue
+  double divisor[kPanel];   // the sum of the weights as they enter the mean, which may be rounded
+};
+
+// Weights of a tile in place of its similarities, for Single. Returns nothing to pack.
+template <int V>
+inline void weigh(Single, float* s, int64_t count, const float* scale, const Float* reference, Float* sum, Float*) {
+  for (int64_t j = 0; j < count; ++j, s += kPanel)
+    for (int v = 0; v < V; ++v) {
+      const Float p = exp2(load<Float>(s + v * kLanes) * load<Float>(scale + v * kLanes) - reference[v]);
+      sum[v] += p;
+      store(s + v * kLanes, p);
+    }
+}
+
+// For Pair: rounded to bfloat16, those of two queue rows in a lane. The rounded weights have a sum of their own: as
+// the divisor of the mean it is up to 3 times as accurate, and the exact one as the log-sum-exp up to 70 times.
+template <int V>
+inline void weigh(Pair, float* s, int64_t count, const float* scale, const Float* reference, Float* sum,
+                  Float* rounded) {
+  float* to = s;
+  for (int64_t j = 0; j < count; j += 2, s += 2 * kPanel, to += kPanel)
+    for (int v = 0; v < V; ++v) {
+      Float p[2] = {};
+      for (int i = 0; i < 2 && j + i < count; ++i) {
+        const Float logit = load<Float>(s + i * kPanel + v * kLanes) * load<Float>(scale + v * kLanes);
+        const Float exact = exp2(logit - reference[v]);
+        p[i] = round_bf16(exact);
+        sum[v] += exact;
+        rounded[v] += p[i];
+      }
+      store(to + v * kLanes, ((Bits)p[0] >> 16) | (Bits)p[1]);
+    }
+}
+
+// A tile's similarities into the softmax; its means, if wanted, into mean[d][lane].
+template <class E, int V>
+void absorb(float* s, int64_t count, const float* scale, Softmax& soft, const typename E::Scalar* columns,
+            int64_t column_stride, int64_t dim, float* mean) {
+  Float top[V], reference[V], grown[V], sum[V] = {}, rounded[V] = {};
+  bool growing = false;
+  for (int v = 0; v < V; ++v) top[v] = all(-INFINITY);
+  for (int64_t j = 0; j < count; ++j)
+    for (int v = 0; v < V; ++v) top[v] = larger(top[v], load<Float>(s + j * kPanel + v * kLanes));
+  for (int v = 0; v < V; ++v) {
+    reference[v] = load<Float>(soft.reference + v * kLanes);
+    top[v] *= load<Float>(scale + v * kLanes);
+    const Int grows = top[v] > reference[v] + kSlack;
+    grown[v] = grows ? top[v] : reference[v];
+    growing |= any(grows);
+  }
+  if (growing) {
+    for (int v = 0; v < V; ++v) {
+      const Float factor = exp2(reference[v] - grown[v]);
+      reference[v] = grown[v];
+      store(soft.reference + v * kLanes, grown[v]);
+      for (int i = 0; i < kLanes; ++i) {
+        soft.sum[v * kLanes + i] *= factor[i];
+        soft.divisor[v * kLanes + i] *= factor[i];
+      }
+      if (mean)
+        for (int64_t d = 0; d < dim; ++d) {
+          float* at = mean + d * kPanel + v * kLanes;
+          store(at, load<Float>(at) * factor);
+        }
+    }
+  }
+  weigh<V>(E{}, s, count, scale, reference, sum, rounded);
+  for (int v = 0; v < V; ++v)
+    for (int i = 0; i < kLanes; ++i) {
+      soft.sum[v * kLanes + i] += sum[v][i];
+      soft.divisor[v * kLanes + i] += E::kDepth == 2 ? rounded[v][i] : sum[v][i];
+    }
+  if (mean)
+    multiply<E, V>(dim, columns, 1, column_stride, reinterpret_cast<typename E::Scalar*>(s), kPanel,
+                   (count + E::kDepth - 1) / E::kDepth, mean, kPanel, true);
+}
+
+template <class E>
+struct ForwardMemory {
+  typename E::Scalar *panels, *space;
+  float *mean, *scale, *s;
+  Softmax* soft;
+  int64_t bytes;
+  ForwardMemory(const Inputs& in, int64_t rows, char* base) {
+    Carver carve{base};
+    const int64_t lanes = up(rows, kPanel), height = tile_height(in.dim);
+    panels = carve.take<typename E::Scalar>(lanes * in.dim / E::kDepth);
+    mean = carve.take<float>(lanes * in.dim);
+    scale = carve.take<float>(lanes);
+    soft = carve.take<Softmax>(lanes / kPanel);
+    s = carve.take<float>(height * kPanel);
+    // Single: a widened tile. Pair: a tile with every two rows interleaved.
+    space = carve.take<typename E::Scalar>(E::kDepth == 1 ? tile_space(in) : height / 2 * in.dim);
+    bytes = carve.used;
+  }
+};
+
+// The tile as both products read it: rows[j][depth] for the similarities, columns[j][d] for the means.
+template <class E>
+struct View {
+  const typename E::Scalar *rows, *columns;
+  int64_t row_stride, column_stride;
+};
+
+View<Single> view(const Inputs& in, int64_t first, int64_t count, float* space, Single) {
+  const Tile tile = float_tile(in, first, count, space);
+  return {tile.data, tile.data, tile.stride, tile.stride};
+}
+
+View<Pair> view(const Inputs& in, int64_t first, int64_t count, uint32_t* space, Pair) {
+  const uint16_t* rows = static_cast<const uint16_t*>(in.queue) + first * in.queue_stride;
+  for (int64_t j = 0; j < count; j += 2) {
+    const uint16_t *even = rows + j * in.queue_stride, *odd = even + in.queue_stride;
+    uint32_t* to = space + j / 2 * in.dim;
+    if (j + 1 < count)
+      for (int64_t d = 0; d < in.dim; ++d) to[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
+    else
+      for (int64_t d = 0; d < in.dim; ++d) to[d] = even[d];
+  }
+  return {reinterpret_cast<const uint32_t*>(rows), space, in.queue_stride / 2, in.dim};
+}
+
+template <class E>
+void forward_with(const Inputs& in, const Block& block, const Partial& out, char* scratch) {
+  const ForwardMemory<E> memory(in, block.rows, scratch);
+  const int64_t dim = in.dim, depth = dim / E::kDepth, height = tile_height(dim);
+  pack_rows<E>(in, block.row, block.rows, memory.panels, memory.scale);
+  for (int64_t i = 0; i < up(block.rows, kPanel) * dim; ++i) memory.mean[i] = 0;
+  for (int64_t p = 0; p * kPanel < block.rows; ++p)
+    for (int64_t i = 0; i < kPanel; ++i) {
+      memory.soft[p].reference[i] = -FLT_MAX;
+      memory.soft[p].sum[i] = memory.soft[p].divisor[i] = 0;
+    }
+
+  for (int64_t first = block.first; first < block.last; first += height) {
+    const int64_t count = min(height, block.last - first);
+    const View<E> tile = view(in, first, count, memory.space, E{});
+    for (int64_t row = 0; row < block.rows; row += kPanel) {
+      const int64_t last = min(row + kPanel, block.rows) - 1;
+      const bool wanted = out.mean[source(in, block.row + row).stack] || out.mean[source(in, block.row + last).stack];
+      const typename E::Scalar* panel = memory.panels + row * depth;
+      float* mean = wanted ? memory.mean + row * dim : nullptr;
+      const auto step = [&](auto width) {
+        constexpr int V = decltype(width)::value;
+        similarities<E, V>(tile.rows, tile.row_stride, count, panel, depth, memory.s, kPanel);
+        if (in.exclude)
+          leave_out(in.exclude + block.row + row, block.rows - row, first, count, memory.s, kPanel);
+        absorb<E, V>(memory.s, count, memory.scale + row, memory.soft[row / kPanel], tile.columns,
+                     tile.column_stride, dim, mean);
+      };
+      block.rows - row > kLanes ? step(Width<2>{}) : step(Width<1>{});
+    }
+  }
+
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const Softmax& soft = memory.soft[r / kPanel];
+    const int64_t lane = r % kPanel;
+    out.reference[r] = soft.reference[lane];
+    out.sum[r] = soft.sum[lane];
+    const Source from = source(in, block.row + r);
+    if (float* to = out.mean[from.stack]) {
+      const float* mean = memory.mean + (r - lane) * dim + lane;
+      const double divisor = soft.divisor[lane];
+      const float inverse = divisor == 0 ? 0 : static_cast<float>(1 / divisor);
+      for (int64_t d = 0; d < dim; ++d) to[from.index * dim + d] = mean[d * kPanel] * inverse;
+    }
+  }
+}
+
+// Pairs need whole pairs: an even width and 4-byte alignment. Other bfloat16 input is widened.
+bool pairs(const Inputs& in) {
+#if defined(__AVX512BF16__) || defined(RELSSL_EMULATED)
+  return in.bf16 && in.dim % 2 == 0 && in.queue_stride % 2 == 0 && reinterpret_cast<uintptr_t>(in.queue) % 4 == 0;
+#else
+  return false;
+#endif
+}
+
+int64_t forward_scratch(const Inputs& in, int64_t rows) {
+  return pairs(in) ? ForwardMemory<Pair>(in, rows, nullptr).bytes : ForwardMemory<Single>(in, rows, nullptr).bytes;
+}
+
+void forward(const Inputs& in, const Block& block, const Partial& out, char* scratch) {
+  pairs(in) ? forward_with<Pair>(in, block, out, scratch) : forward_with<Single>(in, block, out, scratch);
+}
+
+// ------------------------------------------------------------------------------------ vjp
+
+// What the weights of one panel need beside the tile: all in lanes.
+struct Weights {
+  const float *scale, *high, *low, *base;
+};
+
+// s[j][lane] from similarities to weights w = p (base + u). u[j][lane] may be null (zero); p goes to `keep` if given.
+template <int V>
+void weigh_vjp(float* s, int64_t s_stride, int64_t count, const Weights& of, const float* u, float* keep) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int v = 0; v < V; ++v) {
+      const int64_t lane = v * kLanes, at = j * s_stride + lane;
+      const Float logit = load<Float>(s + at) * load<Float>(of.scale + lane) - load<Float>(of.high + lane);
+      const Float p = exp2(logit - load<Float>(of.low + lane));
+      const Float base = load<Float>(of.base + lane);
+      if (keep) store(keep + at, p);
+      store(s + at, p * (u ? base + load<Float>(u + j * kPanel + lane) : base));
+    }
+}
+
+// A row of `from` for each lane; lanes beyond `rows` get 0.
+void pad(const float* from, int64_t rows, float* to) {
+  for (int64_t r = 0; r < up(rows, kPanel); ++r) to[r] = r < rows ? from[r] : 0;
+}
+
+// The rows of a block (or all of them), packed for the weights of a vjp.
+struct Packed {
+  float *panels, *g_panels, *scale, *high, *low, *base;
+  Packed(const Inputs& in, const Cotangents& g, int64_t rows, Carver& carve) {
+    const int64_t lanes = up(rows, kPanel);
+    panels = carve.take<float>(lanes * in.dim);
+    g_panels = g.g_mean ? carve.take<float>(lanes * in.dim) : nullptr;
+    scale = carve.take<float>(lanes);
+    high = carve.take<float>(lanes);
+    low = carve.take<float>(lanes);
+    base = carve.take<float>(lanes);
+  }
+  void fill(const Inputs& in, const Cotangents& g, int64_t row, int64_t rows) const {
+    pack_rows<Single>(in, row, rows, panels, scale);
+    if (g_panels) pack_dense(g.g_mean + row * in.dim, rows, in.dim, g_panels);
+    pad(g.lse[0] + row, rows, high);
+    pad(g.lse[1] + row, rows, low);
+    pad(g.base + row, rows, base);
+  }
+  // Weights of panel row / kPanel with a tile, into s; `u` is space for as many similarities.
+  template <int V>
+  void weigh(const Inputs& in, const Tile& tile, int64_t first, int64_t count, int64_t row, const int64_t* exclude,
+             int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
+    similarities<Single, V>(tile.data, tile.stride, count, panels + row * in.dim, in.dim, s, s_stride);
+    if (exclude) leave_out(exclude, rows, first, count, s, s_stride);
+    if (g_panels) similarities<Single, V>(tile.data, tile.stride, count, g_panels + row * in.dim, in.dim, u, kPanel);
+    weigh_vjp<V>(s, s_stride, count, {scale + row, high + row, low + row, base + row}, g_panels ? u : nullptr, keep);
+  }
+};
+
+struct VjpXMemory {
+  Carver carve;
+  Packed packed;
+  float *weighted, *s, *u, *space;
+  double* total;
+  VjpXMemory(const Inputs& in, const Cotangents& g, int64_t rows, char* base)
+      : carve{base}, packed(in, g, rows, carve) {
+    const int64_t lanes = up(rows, kPanel), height = tile_height(in.dim);
+    weighted = carve.take<float>(lanes * in.dim);
+    total = carve.take<double>(lanes);
+    s = carve.take<float>(height * kPanel);
+    u = carve.take<float>(height * kPanel);
+    space = carve.take<float>(tile_space(in));
+  }
+};
+
+int64_t vjp_x_scratch(const Inputs& in, const Cotangents& g, int64_t rows) {
+  return VjpXMemory(in, g, rows, nullptr).carve.used;
+}
+
+void vjp_x(const Inputs& in, const Cotangents& g, const Block& block, double* total, float* weighted, char* scratch) {
+  const VjpXMemory memory(in, g, block.rows, scratch);
+  const int64_t dim = in.dim, height = tile_height(dim), lanes = up(block.rows, kPanel);
+  memory.packed.fill(in, g, block.row, block.rows);
+  for (int64_t i = 0; i < lanes * dim; ++i) memory.weighted[i] = 0;
+  for (int64_t i = 0; i < lanes; ++i) memory.total[i] = 0;
+
+  for (int64_t first = block.first; first < block.last; first += height) {
+    const int64_t count = min(height, block.last - first);
+    const Tile tile = float_tile(in, first, count, memory.space);
+    for (int64_t row = 0; row < block.rows; row += kPanel) {
+      const auto step = [&](auto width) {
+        constexpr int V = decltype(width)::value;
+        const int64_t* exclude = in.exclude ? in.exclude + block.row + row : nullptr;
+        memory.packed.weigh<V>(in, tile, first, count, row, exclude, block.rows - row, memory.s, kPanel, memory.u,
+                               nullptr);
+        Float sum[V] = {};
+        for (int64_t j = 0; j < count; ++j)
+          for (int v = 0; v < V; ++v) sum[v] += load<Float>(memory.s + j * kPanel + v * kLanes);
+        for (int v = 0; v < V; ++v)
+          for (int i = 0; i < kLanes; ++i) memory.total[row + v * kLanes + i] += sum[v][i];
+        multiply<Single, V>(dim, tile.data, 1, tile.stride, memory.s, kPanel, count, memory.weighted + row * dim,
+                            kPanel, true);
+      };
+      block.rows - row > kLanes ? step(Width<2>{}) : step(Width<1>{});
+    }
+  }
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const float* from = memory.weighted + r / kPanel * kPanel * dim + r % kPanel;
+    for (int64_t d = 0; d < dim; ++d) weighted[r * dim + d] = from[d * kPanel];
+    total[r] = memory.total[r];
+  }
+}
+
+// For the queue's gradient all rows are packed once: as panels, and as rows of vectors to multiply weights with.
+struct VjpQueueShared {
+  Carver carve;
+  Packed packed;
+  int64_t width;       // of a row, padded
+  float *theta, *row;  // [rows, width]
+  VjpQueueShared(const Inputs& in, const Cotangents& g, char* base)
+      : carve{base}, packed(in, g, in.rows(), carve), width(up(in.dim, kLanes)) {
+    theta = carve.take<float>(up(in.rows(), kPanel) * width);
+    row = g.g_row ? carve.take<float>(up(in.rows(), kPanel) * width) : nullptr;
+  }
+};
+
+int64_t vjp_queue_shared(const Inputs& in, const Cotangents& g) { return VjpQueueShared(in, g, nullptr).carve.used; }
+
+void vjp_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
+  const VjpQueueShared shared(in, g, memory);
+  const int64_t rows = in.rows();
+  shared.packed.fill(in, g, 0, rows);
+  for (int64_t r = 0; r < up(rows, kPanel); ++r) {
+    float *theta = shared.theta + r * shared.width, *row = shared.row + r * shared.width;
+    for (int64_t d = 0; d < shared.width; ++d) {
+      const bool inside = r < rows && d < in.dim;
+      const Source from = source(in, r < rows ? r : 0);
+      theta[d] = inside ? static_cast<float>(from.scale * value(from.row, d, in.bf16)) : 0;
+      if (shared.row) row[d] = inside ? g.g_row[r * in.dim + d] : 0;
+    }
+  }
+}
+
+struct VjpQueueMemory {
+  Carver carve;
+  float *w, *p, *u, *sum, *space;
+  VjpQueueMemory(const Inputs& in, char* base) : carve{base} {
+    const int64_t height = tile_height(in.dim);
+    w = carve.take<float>(height * kGroup * kPanel);
+    p = carve.take<float>(height * kGroup * kPanel);
+    u = carve.take<float>(height * kPanel);
+    sum = carve.take<float>(height * up(in.dim, kLanes));
+    space = carve.take<float>(tile_space(in));
+  }
+};
+
+int64_t vjp_queue_scratch(const Inputs& in) { return VjpQueueMemory(in, nullptr).carve.used; }
+
+// sum[j][d] (+)= sum_r weights[j][r] rows[r][d]
+void spread(const float* weights, int64_t count, const float* rows, int64_t width, int64_t depth, float* sum,
+            bool add) {
+  const int64_t stride = kGroup * kPanel;
+  for (int64_t d = 0; d < width; d += kPanel) {
+    if (width - d >= kPanel)
+      multiply<Single, 2>(count, weights, stride, 1, rows + d, width, depth, sum + d, width, add);
+    else
+      multiply<Single, 1>(count, weights, stride, 1, rows + d, width, depth, sum + d, width, add);
+  }
+}
+
+void vjp_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_t end, const char* packed, float* grad_queue,
+               char* scratch) {
+  const VjpQueueShared shared(in, g, const_cast<char*>(packed));
+  const VjpQueueMemory memory(in, scratch);
+  const int64_t height = tile_height(in.dim), rows = in.rows(), group = kGroup * kPanel;
+  for (int64_t first = begin; first < end; first += height) {
+    const int64_t count = min(height, end - first);
+    const Tile tile = float_tile(in, first, count, memory.space);
+    for (int64_t from = 0; from < rows; from += group) {
+      const int64_t depth = min(group, up(rows - from, kPanel));
+      for (int64_t row = from; row < from + depth; row += kPanel) {
+        const int64_t* exclude = in.exclude ? in.exclude + row : nullptr;
+        shared.packed.weigh<2>(in, tile, first, count, row, exclude, rows - row, memory.w + row - from, group, memory.u,
+                               shared.row ? memory.p + row - from : nullptr);
+      }
+      spread(memory.w, count, shared.theta + from * shared.width, shared.width, depth, memory.sum, from > 0);
+      if (shared.row)
+        spread(memory.p, count, shared.row + from * shared.width, shared.width, depth, memory.sum, true);
+    }
+    for (int64_t j = 0; j < count; ++j)
+      std::memcpy(grad_queue + (first + j) * in.dim, memory.sum + j * shared.width, 4 * in.dim);
+  }
+}
+
+void exp2_all(const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    float lanes[kLanes] = {};
+    const int64_t count = min(kLanes, n - i);
+    std::memcpy(lanes, x + i, 4 * count);
+    store(lanes, exp2(load<Float>(lanes)));
+    std::memcpy(y + i, lanes, 4 * count);
+  }
+}
+
+}  // namespace
+
+namespace relssl {
+
+#define RELSSL_JOIN(a, b) a##b
+#define RELSSL_TABLE(isa) RELSSL_JOIN(kernels_, isa)
+#define RELSSL_TEXT(isa) #isa
+#define RELSSL_NAME(isa) RELSSL_TEXT(isa)
+
+extern const Kernels RELSSL_TABLE(RELSSL_ISA) = {
+    RELSSL_NAME(RELSSL_ISA), kPanel,        forward_scratch, forward,           vjp_x_scratch, vjp_x,
+    vjp_queue_shared,        vjp_queue_pack, vjp_queue_scratch, vjp_queue,       exp2_all,
+};
+
+}  // namespace relssl

@@ -1,0 +1,74 @@
+// What the per-instruction-set kernels offer: one table of functions, filled in by kernels.cpp once for each set.
+//
+// Similarities, softmax and mean are computed for a block of rows against a range of the queue; blocks are
+// independent, and losses.cpp spreads them over threads and merges what they give.
+
+#pragma once
+
+#include <cstdint>
+
+namespace relssl {
+
+// Embedding rows that share a scale: theta_r = scale * x_r. In elements, like all strides here.
+struct Stack {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  int64_t count = 0;
+  double scale = 0;
+};
+
+// float32, or bfloat16 where `bf16`. The rows of x are those of the first stack, then those of the second.
+struct Inputs {
+  Stack stacks[2];
+  const void* queue;
+  int64_t queue_stride, size, dim;
+  bool bf16;
+  const int64_t* exclude;  // for each row the queue row it leaves out; or null
+  int64_t rows() const { return stacks[0].count + stacks[1].count; }
+};
+
+struct Block {
+  int64_t row, rows;     // of x
+  int64_t first, last;   // of the queue
+};
+
+// Of one row against one range of the queue: sum_j 2^(logit_j - reference) in `sum`, logits in units of log 2,
+// and the mean of the queue rows under that softmax. Nothing in range: sum 0, mean 0.
+struct Partial {
+  float* reference;  // [rows]
+  double* sum;       // [rows]
+  float* mean[2];    // [count, dim] of each stack; null where it is not wanted
+};
+
+// A vector-Jacobian product with weights w_rj = p_rj (base_r + <m_j, g_mean_r>), p_rj = 2^(logit - lse).
+struct Cotangents {
+  const float* lse[2];   // [rows] each: high and low part, in units of log 2
+  const float* base;     // [rows]
+  const float* g_mean;   // [rows, dim] or null: zero
+  const float* g_row;    // [rows, dim] or null: zero
+};
+
+struct Kernels {
+  const char* name;
+  int64_t panel;  // rows that are computed side by side: blocks are best cut at multiples of it
+
+  // Bytes of scratch memory, 64-byte aligned, that a block of `rows` rows needs.
+  int64_t (*forward_scratch)(const Inputs&, int64_t rows);
+  void (*forward)(const Inputs&, const Block&, const Partial&, char* scratch);
+
+  // total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j, for the rows of the block: [rows], [rows, dim].
+  int64_t (*vjp_x_scratch)(const Inputs&, const Cotangents&, int64_t rows);
+  void (*vjp_x)(const Inputs&, const Cotangents&, const Block&, double* total, float* weighted, char* scratch);
+
+  // grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r, [size, dim], for a range of the queue. All rows of x are
+  // first packed once into memory that the ranges share.
+  int64_t (*vjp_queue_shared)(const Inputs&, const Cotangents&);
+  void (*vjp_queue_pack)(const Inputs&, const Cotangents&, char* shared);
+  int64_t (*vjp_queue_scratch)(const Inputs&);
+  void (*vjp_queue)(const Inputs&, const Cotangents&, int64_t first, int64_t last, const char* shared,
+                    float* grad_queue, char* scratch);
+
+  void (*exp2)(const float* x, float* y, int64_t n);  // for tests
+};
+
+}  // namespace relssl

@@ -1,0 +1,210 @@
+#include "losses.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "threads.h"
+
+namespace relssl {
+namespace {
+
+constexpr double kLn2 = 0.69314718055994530942;
+
+// Uninitialised memory for vectors.
+struct Free {
+  void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Memory = std::unique_ptr<char[], Free>;
+Memory allocate(int64_t bytes) { return Memory(new (std::align_val_t(64)) char[std::max<int64_t>(bytes, 1)]); }
+
+// Rows cut into blocks, the queue into ranges: one task each.
+struct Grid {
+  int64_t rows, size, panel;
+  int64_t block = 1, splits = 1;
+
+  // Blocks keep rows and means in the L2 cache. The queue is split where blocks alone are too few: four tasks a
+  // thread, that the last one running be short, but none smaller than it takes to wake a thread for.
+  Grid(const Inputs& in, int64_t panel, int threads) : rows(in.rows()), size(in.size), panel(panel) {
+    const int64_t fitting = std::max<int64_t>((512 << 10) / (8 * in.dim), 64);
+    const int64_t count = (rows + fitting - 1) / fitting;
+    block = ((rows + count - 1) / count + panel - 1) / panel * panel;
+    const double work = 4.0 * rows * size * in.dim;
+    const int64_t worth = threads == 1 ? 1 : static_cast<int64_t>(std::min(4.0 * threads, work / 4e6));
+    splits = std::clamp<int64_t>((worth + blocks() - 1) / blocks(), 1, size);
+  }
+  int64_t blocks() const { return (rows + block - 1) / block; }
+  int64_t tasks() const { return blocks() * splits; }
+  int64_t split(int64_t task) const { return task % splits; }
+  Block at(int64_t task) const {
+    const int64_t row = task / splits * block, s = split(task);
+    return {row, std::min(block, rows - row), size * s / splits, size * (s + 1) / splits};
+  }
+};
+
+float* stack_row(float* const mean[2], const Inputs& in, int64_t row) {
+  const int64_t first = in.stacks[0].count;
+  if (row < first) return mean[0] ? mean[0] + row * in.dim : nullptr;
+  return mean[1] ? mean[1] + (row - first) * in.dim : nullptr;
+}
+
+inline float element(const void* data, int64_t at, bool bf16) {
+  if (!bf16) return static_cast<const float*>(data)[at];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Element by element in double, on four chains that the processor can overlap.
+double dot(const void* x, bool bf16, const float* y, int64_t dim) {
+  double sum[4] = {};
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4)
+    for (int i = 0; i < 4; ++i) sum[i] += static_cast<double>(element(x, d + i, bf16)) * y[d + i];
+  for (; d < dim; ++d) sum[0] += static_cast<double>(element(x, d, bf16)) * y[d];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+const void* stack_data(const Stack& stack, int64_t row, bool bf16) {
+  return static_cast<const char*>(stack.data) + row * stack.stride * (bf16 ? 2 : 4);
+}
+
+// The scale as the kernels have it, who round its product with log2(e): the loss is then that of one temperature.
+double effective(double scale) { return static_cast<double>(static_cast<float>(scale / kLn2)) * kLn2; }
+
+}  // namespace
+
+void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mean[2], int threads) {
+  const Grid grid(in, kernels.panel, threads);
+  const int64_t count = in.rows(), dim = in.dim, splits = grid.splits;
+  threads = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
+  const int64_t scratch = (kernels.forward_scratch(in, grid.block) + 63) / 64 * 64;
+  const Memory memory = allocate(scratch * threads);
+  std::vector<float> reference(splits * count);
+  std::vector<double> sum(splits * count);
+  // A single range writes its means where they belong.
+  const Memory means = allocate(splits > 1 ? splits * count * dim * 4 : 0);
+  const auto place = [&](int64_t split, int stack) -> float* {
+    if (!mean[stack]) return nullptr;
+    if (splits == 1) return mean[stack];
+    return reinterpret_cast<float*>(means.get()) + (split * count + (stack ? in.stacks[0].count : 0)) * dim;
+  };
+
+  parallel(threads, grid.tasks(), [&](int64_t task, int slot) {
+    const int64_t split = grid.split(task);
+    const Block block = grid.at(task);
+    const int64_t at = split * count + block.row;
+    kernels.forward(in, block, {&reference[at], &sum[at], {place(split, 0), place(split, 1)}},
+                    memory.get() + slot * scratch);
+  });
+
+  std::vector<double> weight(splits);
+  for (int64_t r = 0; r < count; ++r) {
+    float top = reference[r];
+    for (int64_t s = 1; s < splits; ++s) top = std::max(top, reference[s * count + r]);
+    double total = 0;
+    for (int64_t s = 0; s < splits; ++s) {
+      weight[s] = sum[s * count + r] * std::exp2(static_cast<double>(reference[s * count + r]) - top);
+      total += weight[s];
+    }
+    const double exact = kLn2 * (top + std::log2(total));
+    lse[r] = static_cast<float>(exact);
+    lse[count + r] = std::isfinite(exact) ? static_cast<float>(exact - lse[r]) : 0;
+    float* to = splits > 1 ? stack_row(mean, in, r) : nullptr;
+    if (!to) continue;
+    for (int64_t s = 0; s < splits; ++s) {
+      const float* from = reinterpret_cast<const float*>(means.get()) + (s * count + r) * dim;
+      const float share = total == 0 ? 0 : static_cast<float>(weight[s] / total);
+      for (int64_t d = 0; d < dim; ++d) to[d] = s ? to[d] + share * from[d] : share * from[d];
+    }
+  }
+}
+
+void relation(const Kernels& kernels, const Inputs& in, bool kl, float* loss, float* entropy, float* diff, float* lse,
+              float* mean_t, int threads) {
+  float* const mean[2] = {mean_t, diff};
+  rows(kernels, in, lse, mean, threads);
+  const Stack &teacher = in.stacks[0], &student = in.stacks[1];
+  const int64_t batch = teacher.count, count = in.rows(), dim = in.dim;
+  const auto exact = [&](int64_t row) { return static_cast<double>(lse[row]) + lse[count + row]; };
+  std::vector<double> own(batch);  // of the teacher with itself: its entropy
+  for (int64_t b = 0; b < batch; ++b) {
+    const void* k = stack_data(teacher, b, in.bf16);
+    own[b] = exact(b) - effective(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, dim);
+    entropy[b] = static_cast<float>(own[b]);
+  }
+  for (int64_t r = 0; r < student.count; ++r) {
+    const int64_t b = r % batch;
+    const float* center = mean_t + b * dim;
+    const void* q = stack_data(student, r, in.bf16);
+    const double cross = exact(batch + r) - effective(student.scale) * dot(q, in.bf16, center, dim);
+    loss[r] = static_cast<float>(kl ? cross - own[b] : cross);
+    if (diff)
+      for (int64_t d = 0; d < dim; ++d) diff[r * dim + d] -= center[d];
+  }
+}
+
+void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float* mean, const float* g_lse,
+         const float* g_mean, const float* g_row, float* grad_x, float* grad_queue, int threads) {
+  const int64_t count = in.rows(), dim = in.dim;
+  std::vector<float> high(count), low(count), base(count);
+  for (int64_t r = 0; r < count; ++r) {
+    const double exact = (static_cast<double>(lse[r]) + lse[count + r]) / kLn2;
+    // An empty row has no weights: an infinite lse would make them NaN.
+    high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(exact);
+    low[r] = std::isfinite(exact) ? static_cast<float>(exact - high[r]) : 0;
+    const double part = g_mean ? dot(mean + r * dim, false, g_mean + r * dim, dim) : 0;
+    base[r] = static_cast<float>((g_lse ? g_lse[r] : 0) - part);
+  }
+  const Cotangents g{{high.data(), low.data()}, base.data(), g_mean, g_row};
+
+  if (grad_x || g_mean) {
+    const Grid grid(in, kernels.panel, threads);
+    const int team = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
+    const int64_t scratch = (kernels.vjp_x_scratch(in, g, grid.block) + 63) / 64 * 64;
+    const Memory memory = allocate(scratch * team), partial = allocate(grid.splits * count * dim * 4);
+    float* const weighted = reinterpret_cast<float*>(partial.get());
+    std::vector<double> total(grid.splits * count);
+    parallel(team, grid.tasks(), [&](int64_t task, int slot) {
+      const Block block = grid.at(task);
+      const int64_t at = grid.split(task) * count + block.row;
+      kernels.vjp_x(in, g, block, &total[at], weighted + at * dim, memory.get() + slot * scratch);
+    });
+    // sum_j w_j must be g_lse. What rounding leaves, the rest, goes out along the mean: without it a sharp row loses
+    // every digit, since u_j - ubar nearly vanishes where p_j does not.
+    for (int64_t r = 0; r < count; ++r) {
+      double rest = g_lse ? -g_lse[r] : 0;
+      for (int64_t s = 0; s < grid.splits; ++s) rest += total[s * count + r];
+      base[r] = static_cast<float>(base[r] - rest);
+      if (!grad_x) continue;
+      float* to = grad_x + r * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] = weighted[r * dim + d];
+      for (int64_t s = 1; s < grid.splits; ++s)
+        for (int64_t d = 0; d < dim; ++d) to[d] += weighted[(s * count + r) * dim + d];
+      const float scale = static_cast<float>(in.stacks[0].scale), along = static_cast<float>(rest);
+      for (int64_t d = 0; d < dim; ++d) to[d] = scale * (to[d] - along * mean[r * dim + d]);
+    }
+  }
+
+  if (grad_queue) {
+    const Memory shared = allocate(kernels.vjp_queue_shared(in, g));
+    kernels.vjp_queue_pack(in, g, shared.get());
+    const double work = 6.0 * count * in.size * dim;
+    const int64_t worth = threads == 1 ? 1 : static_cast<int64_t>(std::min(16.0 * threads, work / 4e6));
+    const int64_t tasks = std::clamp<int64_t>(worth, 1, in.size);
+    const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
+    const int64_t scratch = (kernels.vjp_queue_scratch(in) + 63) / 64 * 64;
+    const Memory memory = allocate(scratch * team);
+    parallel(team, tasks, [&](int64_t task, int slot) {
+      kernels.vjp_queue(in, g, in.size * task / tasks, in.size * (task + 1) / tasks, shared.get(), grad_queue,
+                        memory.get() + slot * scratch);
+    });
+  }
+}
+
+}  // namespace relssl

@@ -1,0 +1,99 @@
+// SIMD in plain C++: vector types of GCC and Clang, as wide as the instruction set. Included by kernels.cpp only.
+//
+// RELSSL_VECTOR_BYTES is the width. Everything has internal linkage: an inline function with external linkage,
+// compiled with AVX-512, could be the copy that the linker keeps for all.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = RELSSL_VECTOR_BYTES / 4;
+
+typedef float Float __attribute__((vector_size(RELSSL_VECTOR_BYTES)));
+typedef int32_t Int __attribute__((vector_size(RELSSL_VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(RELSSL_VECTOR_BYTES)));
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline Float all(float value) { return value - Float{}; }
+
+inline Float larger(Float a, Float b) { return b > a ? b : a; }  // a where b is NaN
+
+inline bool any(Int mask) {
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i];
+  return found != 0;
+}
+
+inline float from_bf16(uint16_t b) {
+  const uint32_t bits = static_cast<uint32_t>(b) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// 2^x within 1.3 units in the last place for -126.5 <= x < 127.5; 0 below; NaN stays NaN.
+//
+// x = n + f with |f| <= 1/2. Adding 1.5 * 2^23 + 127 leaves n + 127, the exponent of 2^n, in the lowest bits. 2^f is
+// a polynomial of degree 6 (relative error 2e-9), fitted with its constant fixed at 1: 2^0 is exact.
+inline Float exp2(Float x) {
+  const Float low = all(-127.0f), magic = all(12582912.0f + 127.0f);
+  x = low > x ? low : x;
+  const Float n = x + magic;
+  const Float f = x - (n - magic);
+  Float p = all(0.00015353361959569156f);
+  p = p * f + 0.0013398875016719103f;
+  p = p * f + 0.00961843691766262f;
+  p = p * f + 0.055503323674201965f;
+  p = p * f + 0.24022647738456726f;
+  p = p * f + 0.6931471824645996f;
+  p = p * f + 1.0f;
+  return p * (Float)((Bits)n << 23);
+}
+
+// To bfloat16 and back: rounded to nearest, ties to even; NaN stays NaN.
+inline Float round_bf16(Float x) {
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  return x == x ? (Float)rounded : x;
+}
+
+// What one lane of a product holds, and how two of them multiply and add.
+struct Single {
+  static constexpr int kDepth = 1;  // values of the contracted dimension in a lane
+  using Scalar = float;
+  using Vector = Float;
+  static inline Float dot(Float sum, float a, Float b) { return sum + a * b; }
+};
+
+// Two bfloat16 in 32 bits, the earlier one in the lower half, as the AVX-512 BF16 dot product takes them.
+struct Pair {
+  static constexpr int kDepth = 2;
+  using Scalar = uint32_t;
+  using Vector = Bits;
+  static inline Float dot(Float sum, uint32_t a, Bits b) {
+#ifdef __AVX512BF16__
+    return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+    return sum + from_bf16(a & 0xffff) * (Float)(b << 16) + from_bf16(a >> 16) * (Float)(b & 0xffff0000u);
+#endif
+  }
+};
+
+}  // namespace

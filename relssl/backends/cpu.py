@@ -1,0 +1,120 @@
+"""SIMD C++ (csrc/cpu): the whole loss in one native call, on all of torch's threads.
+
+Picks the instruction set at run time; RELSSL_CPU_ISA names another that `relssl info` lists. Here tensors become
+addresses: dtypes and shapes have been checked, and what has no contiguous rows is copied once.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from relssl.backends.common import Scale
+
+try:
+    from relssl import _cpu
+except ImportError as error:
+    _cpu = None  # type: ignore[assignment]
+    _missing = f"relssl._cpu is not built ({error})"
+else:
+    if os.environ.get("RELSSL_CPU_ISA"):
+        _cpu.use(os.environ["RELSSL_CPU_ISA"])
+
+
+def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
+    if device != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None if _cpu else _missing
+
+
+def rows(
+    x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
+) -> tuple[Tensor, Tensor]:
+    x, queue = _dense(x), _dense(queue)
+    count, dim = x.shape
+    lse = x.new_empty(2, count, dtype=torch.float32)
+    mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
+    exclude = exclude if exclude is None else exclude.contiguous()
+    first, second = _stack(x[:split], scale[0]), _stack(x[split:], scale[1])
+    means = (mean.data_ptr(), mean[split:].data_ptr()) if want_mean else (0, 0)
+    _cpu.rows(first, second, *_queue(queue), _address(exclude), lse.data_ptr(), *means, torch.get_num_threads())
+    return lse, mean
+
+
+def relation(
+    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, dim = k.shape
+    shape = q.shape
+    q, k, queue = _dense(q.reshape(-1, dim)), _dense(k), _dense(queue)
+    count = q.shape[0]
+    kind = torch.float32
+    loss, entropy = torch.empty(shape[:-1], dtype=kind), torch.empty(batch, dtype=kind)
+    diff = torch.empty(shape if want_diff else (count, 0), dtype=kind)
+    lse, mean_t = torch.empty(2, batch + count, dtype=kind), torch.empty(batch, dim, dtype=kind)
+    _cpu.relation(
+        _stack(k, scale[1]),
+        _stack(q, scale[0]),
+        *_queue(queue),
+        form == "kl",
+        loss.data_ptr(),
+        entropy.data_ptr(),
+        diff.data_ptr() if want_diff else 0,
+        lse.data_ptr(),
+        mean_t.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return loss, entropy, diff, lse, mean_t
+
+
+def vjp(
+    x: Tensor,
+    queue: Tensor,
+    scale: float | Tensor,
+    exclude: Tensor | None,
+    lse: Tensor,
+    mean: Tensor | None,
+    g_lse: Tensor | None,
+    g_mean: Tensor | None,
+    g_row: Tensor | None,
+    want_x: bool,
+    want_queue: bool,
+) -> tuple[Tensor, Tensor]:
+    x, queue = _dense(x), _dense(queue)
+    grad_x, grad_queue = (
+        t.new_empty(t.shape[0] if wanted else 0, t.shape[1], dtype=torch.float32)
+        for t, wanted in ((x, want_x), (queue, want_queue))
+    )
+    # Held by name, so that a copy made here lives as long as its address is in use.
+    given = [
+        t if t is None else t.contiguous()
+        for t in (exclude, lse, mean, g_lse, g_mean, g_row)
+    ]
+    _cpu.vjp(
+        _stack(x, scale),
+        *_queue(queue),
+        *(_address(t) for t in given),
+        grad_x.data_ptr() if want_x else 0,
+        grad_queue.data_ptr() if want_queue else 0,
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_queue
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t [R, D] with contiguous rows, whatever lies between them."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _stack(x: Tensor, scale: float | Tensor) -> tuple[int, int, int, float]:
+    return x.data_ptr(), x.stride(0), x.shape[0], float(scale)
+
+
+def _queue(queue: Tensor) -> tuple[int, int, int, int, bool]:
+    return queue.data_ptr(), queue.stride(0), *queue.shape, queue.dtype == torch.bfloat16
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
