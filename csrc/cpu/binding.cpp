@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "losses.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -152,6 +153,16 @@ PYBIND11_MODULE(_cpu, m) {
     vjp(kernels(), in, from, optional<const float>(mean), optional<const float>(g_lse),
         optional<const float>(g_mean), optional<const float>(g_row), optional<float>(grad_x),
         optional<float>(grad_queue), threads);
+  });
+
+  // Flop per call of multiply-adds in registers on all threads: time it to know what the processor can do.
+  m.def("peak", [](int64_t repeats, int threads) {
+    std::vector<double> flop(threads);
+    py::gil_scoped_release release;
+    parallel(threads, threads, [&](int64_t task, int) { flop[task] = kernels().peak(repeats); });
+    double total = 0;
+    for (double f : flop) total += f;
+    return total;
   });
 
   m.def("exp2", [](Address x, Address y, int64_t n) {

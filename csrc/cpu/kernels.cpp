@@ -2,8 +2,7 @@
 //
 // A panel is 2 vectors of rows of x, side by side in the lanes, with the width of an embedding running down:
 // panel[d][lane]. Similarities of a queue tile with a panel come out as s[j][lane], so softmax works lane by lane and
-// needs no sums across them, and the mean as mean[d][lane]. The queue is read in place, tile by tile (the second
-// product finds the tile in the L2 cache), unless it is bfloat16 that must be widened first.
+// needs no sums across them, and the mean as mean[d][lane]. Both products take the queue tile as it is, [j][d].
 
 #include "kernels.h"
 
@@ -17,8 +16,10 @@ namespace {
 using namespace relssl;
 
 constexpr int64_t kPanel = 2 * kLanes;
-constexpr int64_t kTileBytes = 192 << 10;        // of a queue tile: well inside L2
-constexpr int64_t kPanelBytes = 16 << 10;        // of s, and of the part of a panel in use: both in L1
+constexpr int64_t kTileBytes = 128 << 10;        // of a queue tile: inside any L2
+constexpr int64_t kPanelBytes = 16 << 10;        // of the part of a panel in use: in L1
+constexpr int64_t kWeightBytes = 8 << 10;        // of a tile's similarities with a panel: in L1
+constexpr int64_t kCopyRows = 128;               // of x, from which a tile is worth copying
 constexpr int64_t kGroup = 8;                    // panels that the queue's gradient sums over at a time
 constexpr double kLog2e = 1.4426950408889634074;
 // A reference grows only when a logit exceeds it by this, in units of log 2: 2^8 overflows nothing, and rescaling
@@ -35,7 +36,7 @@ inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Queue rows in a tile: a multiple of kRows.
 int64_t tile_height(int64_t dim) {
-  const int64_t height = min(kTileBytes / (4 * dim), kPanelBytes / (4 * kPanel));
+  const int64_t height = min(kTileBytes / (4 * dim), kWeightBytes / (4 * kPanel));
   return height < kRows ? kRows : height / kRows * kRows;
 }
 
@@ -107,24 +108,33 @@ void pack_dense(const float* from, int64_t rows, int64_t dim, float* panels) {
 
 // ------------------------------------------------------------------------------------ queue tiles
 
-// Queue rows as float32, with their stride: where they are, or widened into `space`.
+// Queue rows as float32, with their stride: where they are, or copied into `space`, widened if they are bfloat16. The
+// copy has rows of an odd number of cache lines: a column of it, which the mean walks along, then spreads over all of
+// L1, where rows of 512 bytes would share 8 of its sets. For few rows of x copying costs more than it gains.
 struct Tile {
   const float* data;
   int64_t stride;
 };
 
-Tile float_tile(const Inputs& in, int64_t first, int64_t count, float* space) {
-  if (!in.bf16) return {static_cast<const float*>(in.queue) + first * in.queue_stride, in.queue_stride};
-  const int64_t stride = up(in.dim, kLanes);
-  for (int64_t j = 0; j < count; ++j) {
-    const uint16_t* from = static_cast<const uint16_t*>(in.queue) + (first + j) * in.queue_stride;
+bool copied(const Inputs& in, int64_t rows) { return in.bf16 || rows >= kCopyRows; }
+int64_t copy_stride(const Inputs& in) { return (up(in.dim, 16) / 16 | 1) * 16; }
+int64_t tile_space(const Inputs& in, int64_t rows) {
+  return copied(in, rows) ? tile_height(in.dim) * copy_stride(in) : 0;
+}
+
+Tile float_tile(const Inputs& in, int64_t rows, int64_t first, int64_t count, float* space) {
+  const int64_t stride = copy_stride(in);
+  const char* from = static_cast<const char*>(in.queue) + first * in.queue_stride * (in.bf16 ? 2 : 4);
+  if (!copied(in, rows)) return {reinterpret_cast<const float*>(from), in.queue_stride};
+  for (int64_t j = 0; j < count; ++j, from += in.queue_stride * (in.bf16 ? 2 : 4)) {
     float* to = space + j * stride;
-    for (int64_t d = 0; d < in.dim; ++d) to[d] = from_bf16(from[d]);
+    if (in.bf16)
+      for (int64_t d = 0; d < in.dim; ++d) to[d] = from_bf16(reinterpret_cast<const uint16_t*>(from)[d]);
+    else
+      std::memcpy(to, from, 4 * in.dim);
   }
   return {space, stride};
 }
-
-int64_t tile_space(const Inputs& in) { return in.bf16 ? tile_height(in.dim) * up(in.dim, kLanes) : 0; }
 
 // s[j][lane] = <m_j, x_lane>, V vectors of lanes, j < count. The width is cut so that the panel stays in L1.
 template <class E, int V>
@@ -240,8 +250,8 @@ struct ForwardMemory {
     scale = carve.take<float>(lanes);
     soft = carve.take<Softmax>(lanes / kPanel);
     s = carve.take<float>(height * kPanel);
-    // Single: a widened tile. Pair: a tile with every two rows interleaved.
-    space = carve.take<typename E::Scalar>(E::kDepth == 1 ? tile_space(in) : height / 2 * in.dim);
+    // Single: a copied tile. Pair: a tile with every two rows interleaved.
+    space = carve.take<typename E::Scalar>(E::kDepth == 1 ? tile_space(in, rows) : height / 2 * in.dim);
     bytes = carve.used;
   }
 };
@@ -253,12 +263,12 @@ struct View {
   int64_t row_stride, column_stride;
 };
 
-View<Single> view(const Inputs& in, int64_t first, int64_t count, float* space, Single) {
-  const Tile tile = float_tile(in, first, count, space);
+View<Single> view(const Inputs& in, int64_t rows, int64_t first, int64_t count, float* space, Single) {
+  const Tile tile = float_tile(in, rows, first, count, space);
   return {tile.data, tile.data, tile.stride, tile.stride};
 }
 
-View<Pair> view(const Inputs& in, int64_t first, int64_t count, uint32_t* space, Pair) {
+View<Pair> view(const Inputs& in, int64_t, int64_t first, int64_t count, uint32_t* space, Pair) {
   const uint16_t* rows = static_cast<const uint16_t*>(in.queue) + first * in.queue_stride;
   for (int64_t j = 0; j < count; j += 2) {
     const uint16_t *even = rows + j * in.queue_stride, *odd = even + in.queue_stride;
@@ -285,7 +295,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
 
   for (int64_t first = block.first; first < block.last; first += height) {
     const int64_t count = min(height, block.last - first);
-    const View<E> tile = view(in, first, count, memory.space, E{});
+    const View<E> tile = view(in, block.rows, first, count, memory.space, E{});
     for (int64_t row = 0; row < block.rows; row += kPanel) {
       const int64_t last = min(row + kPanel, block.rows) - 1;
       const bool wanted = out.mean[source(in, block.row + row).stack] || out.mean[source(in, block.row + last).stack];
@@ -319,7 +329,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
 }
 
 // Pairs need whole pairs: an even width and 4-byte alignment. Other bfloat16 input is widened.
-bool pairs(const Inputs& in) {
+bool pairs([[maybe_unused]] const Inputs& in) {
 #if defined(__AVX512BF16__) || defined(RELSSL_EMULATED)
   return in.bf16 && in.dim % 2 == 0 && in.queue_stride % 2 == 0 && reinterpret_cast<uintptr_t>(in.queue) % 4 == 0;
 #else
@@ -403,7 +413,7 @@ struct VjpXMemory {
     total = carve.take<double>(lanes);
     s = carve.take<float>(height * kPanel);
     u = carve.take<float>(height * kPanel);
-    space = carve.take<float>(tile_space(in));
+    space = carve.take<float>(tile_space(in, rows));
   }
 };
 
@@ -420,7 +430,7 @@ void vjp_x(const Inputs& in, const Cotangents& g, const Block& block, double* to
 
   for (int64_t first = block.first; first < block.last; first += height) {
     const int64_t count = min(height, block.last - first);
-    const Tile tile = float_tile(in, first, count, memory.space);
+    const Tile tile = float_tile(in, block.rows, first, count, memory.space);
     for (int64_t row = 0; row < block.rows; row += kPanel) {
       const auto step = [&](auto width) {
         constexpr int V = decltype(width)::value;
@@ -484,7 +494,7 @@ struct VjpQueueMemory {
     p = carve.take<float>(height * kGroup * kPanel);
     u = carve.take<float>(height * kPanel);
     sum = carve.take<float>(height * up(in.dim, kLanes));
-    space = carve.take<float>(tile_space(in));
+    space = carve.take<float>(tile_space(in, in.rows()));
   }
 };
 
@@ -509,7 +519,7 @@ void vjp_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_t end
   const int64_t height = tile_height(in.dim), rows = in.rows(), group = kGroup * kPanel;
   for (int64_t first = begin; first < end; first += height) {
     const int64_t count = min(height, end - first);
-    const Tile tile = float_tile(in, first, count, memory.space);
+    const Tile tile = float_tile(in, rows, first, count, memory.space);
     for (int64_t from = 0; from < rows; from += group) {
       const int64_t depth = min(group, up(rows - from, kPanel));
       for (int64_t row = from; row < from + depth; row += kPanel) {
@@ -536,6 +546,20 @@ void exp2_all(const float* x, float* y, int64_t n) {
   }
 }
 
+double peak(int64_t repeats) {
+  constexpr int chains = 2 * kRows;
+  Float sum[chains];
+  for (int j = 0; j < chains; ++j) sum[j] = all(1.0f + j);  // Equal ones would be computed once.
+  for (int64_t i = 0; i < repeats; ++i) {
+#pragma GCC unroll 24
+    for (int j = 0; j < chains; ++j) sum[j] = sum[j] * 0.999f + 0.001f;
+  }
+  float total = 0;
+  for (int j = 0; j < chains; ++j)
+    for (int i = 0; i < kLanes; ++i) total += sum[j][i];
+  return total > 0 ? 2.0 * chains * kLanes * repeats : 0;
+}
+
 }  // namespace
 
 namespace relssl {
@@ -547,7 +571,7 @@ namespace relssl {
 
 extern const Kernels RELSSL_TABLE(RELSSL_ISA) = {
     RELSSL_NAME(RELSSL_ISA), kPanel,        forward_scratch, forward,           vjp_x_scratch, vjp_x,
-    vjp_queue_shared,        vjp_queue_pack, vjp_queue_scratch, vjp_queue,       exp2_all,
+    vjp_queue_shared,        vjp_queue_pack, vjp_queue_scratch, vjp_queue,       exp2_all, peak,
 };
 
 }  // namespace relssl

@@ -69,6 +69,7 @@ struct Kernels {
                     float* grad_queue, char* scratch);
 
   void (*exp2)(const float* x, float* y, int64_t n);  // for tests
+  double (*peak)(int64_t repeats);  // flop done by that many rounds of multiply-adds in registers, for benchmarks
 };
 
 }  // namespace relssl

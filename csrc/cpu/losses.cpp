@@ -27,8 +27,9 @@ struct Grid {
   int64_t rows, size, panel;
   int64_t block = 1, splits = 1;
 
-  // Blocks keep rows and means in the L2 cache. The queue is split where blocks alone are too few: four tasks a
-  // thread, that the last one running be short, but none smaller than it takes to wake a thread for.
+  // Blocks keep rows and means in the L2 cache. The queue is split where blocks alone are too few: into four ranges a
+  // thread, each shorter than the one before, so that whoever is last is not last by much; and none so short that
+  // waking a thread for it does not pay.
   Grid(const Inputs& in, int64_t panel, int threads) : rows(in.rows()), size(in.size), panel(panel) {
     const int64_t fitting = std::max<int64_t>((512 << 10) / (8 * in.dim), 64);
     const int64_t count = (rows + fitting - 1) / fitting;
@@ -42,7 +43,11 @@ struct Grid {
   int64_t split(int64_t task) const { return task % splits; }
   Block at(int64_t task) const {
     const int64_t row = task / splits * block, s = split(task);
-    return {row, std::min(block, rows - row), size * s / splits, size * (s + 1) / splits};
+    return {row, std::min(block, rows - row), border(s), border(s + 1)};
+  }
+  int64_t border(int64_t s) const {
+    const double left = 1 - static_cast<double>(s) / splits;
+    return size - static_cast<int64_t>(static_cast<double>(size) * left * left);
   }
 };
 
