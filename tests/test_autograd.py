@@ -11,7 +11,7 @@ from relssl.functional import info_nce, queue_logsumexp, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BACKENDS = ["chunked", "reference"]
+BACKENDS = ["chunked", "reference"]  # those that take float64
 
 
 def leaves(*tensors):

@@ -39,7 +39,9 @@ def rows(
     exclude = exclude if exclude is None else exclude.contiguous()
     first, second = _stack(x[:split], scale[0]), _stack(x[split:], scale[1])
     means = (mean.data_ptr(), mean[split:].data_ptr()) if want_mean else (0, 0)
-    _cpu.rows(first, second, *_queue(queue), _address(exclude), lse.data_ptr(), *means, torch.get_num_threads())
+    _cpu.rows(
+        first, second, *_queue(queue), _address(exclude), lse.data_ptr(), *means, torch.get_num_threads()
+    )
     return lse, mean
 
 
@@ -88,10 +90,7 @@ def vjp(
         for t, wanted in ((x, want_x), (queue, want_queue))
     )
     # Held by name, so that a copy made here lives as long as its address is in use.
-    given = [
-        t if t is None else t.contiguous()
-        for t in (exclude, lse, mean, g_lse, g_mean, g_row)
-    ]
+    given = [t if t is None else t.contiguous() for t in (exclude, lse, mean, g_lse, g_mean, g_row)]
     _cpu.vjp(
         _stack(x, scale),
         *_queue(queue),

@@ -1,0 +1,84 @@
+"""A loss of the package against the oracle, as every test of numbers asks for it."""
+
+import torch
+from oracle import (
+    agree,
+    cotangents_like,
+    info_nce,
+    info_nce_scales,
+    largest_logit,
+    logsumexp,
+    logsumexp_scales,
+    relation,
+    relation_scales,
+    unit,
+)
+
+from relssl.functional import info_nce as our_info_nce
+from relssl.functional import queue_logsumexp, relation_loss
+
+
+def reduced(rows, reduction):
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
+def temperature(value, dtype):
+    return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def weigh(shape, reduction):
+    """A cotangent of the reduced loss, what it gives each row, and the norm of that many ones."""
+    (g,) = cotangents_like(shape if reduction == "none" else ())
+    rows = shape.numel()
+    if reduction == "none":
+        return g, g, rows**0.5
+    weight, ones = (1, rows) if reduction == "sum" else (1 / rows, 1)
+    return g, (g * weight).expand(shape), ones
+
+
+def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False):
+    g, weights, ones = weigh(q.shape[:-1], reduction)
+    agree(
+        lambda q, k, queue, tau_s, tau_t: relation_loss(
+            q, k, queue, student_temperature=tau_s, teacher_temperature=tau_t,
+            form=form, reduction=reduction, backend=backend,
+        ),
+        lambda q, k, queue, tau_s, tau_t: reduced(
+            relation(q, k, queue, tau_s, tau_t, form)[0], reduction
+        ),
+        {
+            "q": q, "k": k, "queue": queue,
+            "tau_s": temperature(tau_s, q.dtype), "tau_t": temperature(tau_t, q.dtype),
+        },
+        [g], relation_scales(q, k, queue, tau_s, tau_t, weights, ones), q.dtype,
+        largest_logit((q, tau_s), (k, tau_t), queue=queue), drawn,
+    )  # fmt: skip
+
+
+def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
+    g, weights, ones = weigh(q.shape[:-1], reduction)
+    agree(
+        lambda q, k, queue, tau: our_info_nce(
+            q, k, queue, temperature=tau, reduction=reduction, backend=backend
+        ),
+        lambda q, k, queue, tau: reduced(info_nce(q, k, queue, tau), reduction),
+        {"q": q, "k": k, "queue": queue, "tau": temperature(tau, q.dtype)},
+        [g], info_nce_scales(q, k, queue, tau, weights, ones), q.dtype,
+        largest_logit((q, tau), queue=torch.cat((queue, k))), drawn,
+    )  # fmt: skip
+
+
+def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
+    g = cotangents_like(x.shape[:1], x.shape)
+    agree(
+        lambda x, queue, tau: queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend),
+        lambda x, queue, tau: logsumexp(x, queue, tau, exclude),
+        {"x": x, "queue": queue, "tau": temperature(tau, x.dtype)},
+        g, logsumexp_scales(x, queue, tau, *g), x.dtype,
+        largest_logit((x, tau), queue=queue), drawn,
+    )  # fmt: skip
+
+
+def batch(views, rows, size, dim, dtype, norm=1.0):
+    q = unit(*(() if views is None else (views,)), rows, dim, dtype=dtype, norm=norm)
+    return q, unit(rows, dim, dtype=dtype, norm=norm), unit(size, dim, dtype=dtype, norm=norm)
