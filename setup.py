@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
 
-# For each instruction set the flags to compile csrc/cpu/kernels.cpp with, best first; the choice is made at run time.
+# For each instruction set the flags to compile csrc/cpu/kernels.cpp with, best first; chosen at run time.
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 BASELINE = {"baseline": ["-DRELSSL_VECTOR_BYTES=16"]}  # SSE2, NEON, or what the compiler takes by itself
@@ -40,8 +40,8 @@ def compiler() -> list[str]:
         if shutil.which(command[0]):
             return command
     raise SystemExit(
-        f"relssl: no C++ compiler ({given[0] if given else 'c++, g++ or clang++'}) was found for the CPU kernels."
-        " Install one, name it in CXX, or set RELSSL_CPU=0 to install without them (slower on CPUs)."
+        f"relssl: no C++ compiler ({given[0] if given else 'c++, g++ or clang++'}) was found for the CPU"
+        " kernels. Install one, name it in CXX, or set RELSSL_CPU=0 to install without them (slower on CPUs)."
     )
 
 

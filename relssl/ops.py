@@ -388,7 +388,8 @@ def relation(
     if _wants_grad(q, k, queue, tau_s, tau_t):
         return _Relation.apply(q, k, queue, tau_s, tau_t, (form, reduction, dtype, backend))
     scale = _pass(_scales((tau_s, tau_t), q))
-    loss, entropy, *_ = _relation(q.to(dtype), k.to(dtype), queue.to(dtype), *scale, form, False, backend)
+    q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
+    loss, entropy, *_ = _relation(q, k, queue, *scale, form, False, backend)
     return reduce(loss, reduction), entropy
 
 

@@ -1,7 +1,7 @@
 """SIMD C++ (csrc/cpu): the whole loss in one native call, on all of torch's threads.
 
-Picks the instruction set at run time; RELSSL_CPU_ISA names another that `relssl info` lists. Here tensors become
-addresses: dtypes and shapes have been checked, and what has no contiguous rows is copied once.
+Picks the instruction set at run time; RELSSL_CPU_ISA names another that `relssl info` lists. Here tensors
+become addresses: dtypes and shapes have been checked, and what has no contiguous rows is copied once.
 """
 
 import os
@@ -12,9 +12,9 @@ from torch import Tensor
 from relssl.backends.common import Scale
 
 try:
-    from relssl import _cpu
+    from relssl import _cpu  # type: ignore[attr-defined]
 except ImportError as error:
-    _cpu = None  # type: ignore[assignment]
+    _cpu = None
     _missing = f"relssl._cpu is not built ({error})"
 else:
     if os.environ.get("RELSSL_CPU_ISA"):
@@ -49,10 +49,9 @@ def relation(
     q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
-    shape = q.shape
-    q, k, queue = _dense(q.reshape(-1, dim)), _dense(k), _dense(queue)
+    shape, kind = q.shape, torch.float32
+    q, k, queue = _dense(q if q.dim() == 2 else q.reshape(-1, dim)), _dense(k), _dense(queue)
     count = q.shape[0]
-    kind = torch.float32
     loss, entropy = torch.empty(shape[:-1], dtype=kind), torch.empty(batch, dtype=kind)
     diff = torch.empty(shape if want_diff else (count, 0), dtype=kind)
     lse, mean_t = torch.empty(2, batch + count, dtype=kind), torch.empty(batch, dim, dtype=kind)
