@@ -1,0 +1,256 @@
+"""The C++ kernels: every instruction set this machine runs, threads, forks, what addresses must refuse."""
+
+import os
+import subprocess
+import sys
+import threading
+from ctypes import c_float
+
+import numpy as np
+import pytest
+import torch
+from checks import batch, check_info_nce, check_logsumexp, check_relation
+from oracle import unit
+from torch.utils.data import DataLoader, Dataset
+
+from relssl import _cpu, backends
+from relssl.backends import cpu
+from relssl.functional import queue_logsumexp, relation_loss
+
+SETS = _cpu.instruction_sets()
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    """Each in turn: the best is what all other tests run on."""
+    chosen = _cpu.instruction_set()
+    _cpu.use(request.param)
+    yield request.param
+    _cpu.use(chosen)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------ instruction sets
+
+
+# Rows below, at and above one and two vectors of 4, 8 and 16 lanes, and a block with a copied tile; queues of
+# one row, of odd tiles, of several tiles; widths odd (no pairs of bfloat16), below a vector, and cut in L1.
+SHAPES = [
+    (1, 1, 1),
+    (3, 17, 7),
+    (4, 1000, 8),
+    (9, 61, 130),
+    (17, 255, 96),
+    (33, 333, 31),
+    (130, 513, 40),
+    (2, 129, 1030),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(instruction_set, shape, dtype):
+    q, k, queue = batch(None, *shape, dtype)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", "cpu")
+    check_relation(torch.stack((q, k, q)), k, queue, 0.1, 0.04, "ce", "cpu")
+    check_info_nce(q, k, queue, 0.2, "cpu")
+    exclude = torch.randint(-1, len(queue), (len(q),)) if len(queue) > 1 else None
+    check_logsumexp(q, queue, 0.1, "cpu", exclude)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tau", "norm"), [(0.005, 1.0), (0.04, 100.0), (1e4, 1.0)])
+def test_extremes(instruction_set, tau, norm, dtype):
+    q, k, queue = batch(None, 7, 1000, 96, dtype, norm)
+    check_relation(q, k, queue, tau, tau, "kl", "cpu")
+    check_logsumexp(k, queue, tau, "cpu")
+
+
+def test_the_largest_logit_comes_last(instruction_set):
+    """Each tile outdoes all before it, so that the running reference grows again and again."""
+    x = unit(5, 64)
+    queue = unit(4000, 64) * 0.1 + x.mean(0) * torch.linspace(0, 300, 4000)[:, None]
+    check_logsumexp(x, queue, 0.5, "cpu")
+
+
+def test_exp2(instruction_set):
+    """Within 2 units in the last place wherever the result is a normal number; 0 far below; NaN kept."""
+    x = np.concatenate(
+        [np.linspace(-126, 127, 2_000_003, dtype=np.float32), np.arange(-126, 128, dtype=np.float32)]
+    )
+    y = np.empty_like(x)
+    _cpu.exp2(x.ctypes.data, y.ctypes.data, len(x))
+    exact = np.exp2(x.astype(np.float64))
+    ulps = np.abs(y - exact) / np.spacing(exact.astype(np.float32))
+    assert ulps.max() <= 2
+    assert (y[-254:] == exact[-254:]).all()  # whole powers are exact
+    special = np.array([-127, -1e30, -np.inf, np.nan], dtype=np.float32)
+    special[3:].view(np.uint32)[:] |= 0x7F  # NaN with a payload
+    y = np.empty_like(special)
+    _cpu.exp2(special.ctypes.data, y.ctypes.data, len(special))
+    assert (y[:3] == 0).all() and np.isnan(y[3])
+
+
+def test_chosen_by_environment(tmp_path):
+    code = "from relssl import _cpu, functional; print(_cpu.instruction_set())"
+    run = lambda name: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code],
+        env={**os.environ, "RELSSL_CPU_ISA": name}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run("baseline").stdout.strip() == "baseline"
+    assert "instruction set must be one of" in run("mmx").stderr
+
+
+def test_falls_back_without_the_extension(tmp_path):
+    code = (
+        "import sys; sys.modules['relssl._cpu'] = None\n"
+        "from relssl import backends\n"
+        "import torch\n"
+        "print(backends.choose('auto', 'cpu', torch.float32, 8))\n"
+        "backends.choose('cpu', 'cpu', torch.float32, 8)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.strip() == "chunked"
+    assert "backend 'cpu' cannot run this: relssl._cpu is not built" in run.stderr
+
+
+def test_auto_takes_it():
+    assert backends.choose("auto", "cpu", torch.float32, 128) == "cpu"
+    assert backends.choose("auto", "cpu", torch.bfloat16, 128) == "cpu"
+    assert backends.choose("auto", "cpu", torch.float64, 128) == "chunked"
+
+
+# -------------------------------------------------------------------------------------- threads
+
+
+def everything(q, k, queue):
+    """Loss and all gradients, and those of an lse and mean."""
+    inputs = [t.clone().requires_grad_() for t in (q, k, queue)]
+    loss = relation_loss(*inputs, backend="cpu")
+    lse, mean = queue_logsumexp(inputs[0], inputs[2], 0.1, backend="cpu")
+    (loss + lse.square().mean() + mean.square().sum()).backward()
+    return loss.detach(), lse.detach(), mean.detach(), *(t.grad for t in inputs)
+
+
+@pytest.mark.parametrize("rows", [3, 40, 700])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_bitwise_equal_from_run_to_run(threads, count, rows):
+    threads(count)
+    inputs = [unit(n, 64) for n in (rows, rows, 9000)]
+    first, *others = (everything(*inputs) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_any_number_of_threads(threads, count):
+    threads(count)
+    check_relation(*batch(None, 70, 9001, 40, torch.float32), 0.1, 0.04, "kl", "cpu")
+
+
+def test_callers_at_the_same_time():
+    """The pool serves one of them; the others do their work alone, and all get the same."""
+    inputs = [unit(n, 64) for n in (50, 50, 20_000)]
+    expected = everything(*inputs)
+    found = [None] * 4
+
+    def call(i):
+        found[i] = everything(*inputs)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for results in found:
+        assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+
+
+class Losses(Dataset):
+    """A loss on several threads of ours, where a DataLoader's worker computes its samples.
+
+    Everything else stays on one: OpenMP's threads do not survive a fork.
+    """
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        torch.set_num_threads(1)
+        torch.manual_seed(index)
+        q, k, queue = (unit(n, 32) for n in (20, 20, 20_000))
+        torch.set_num_threads(2)
+        return relation_loss(q, k, queue, backend="cpu")
+
+
+def test_in_a_forked_worker(threads):
+    threads(2)
+    direct = torch.stack([Losses()[i] for i in range(4)])  # our threads are there when the fork comes
+    workers = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert torch.equal(torch.stack(list(workers)), direct)
+
+
+# ------------------------------------------------------------------------------ raw addresses
+
+
+def call_rows(x, bank, **changes):
+    lse, mean = torch.empty(2, len(x)), torch.empty(x.shape)
+    arguments = {
+        "first": (x.data_ptr(), x.stride(0), len(x), 1.0), "second": (0, 0, 0, 1.0),
+        "queue": bank.data_ptr(), "stride": bank.stride(0), "size": len(bank), "dim": bank.shape[1],
+        "bf16": False, "exclude": 0, "lse": lse.data_ptr(), "mean": mean.data_ptr(), "mean2": 0, "threads": 2,
+    }  # fmt: skip
+    _cpu.rows(*(arguments | changes).values())
+    return lse.sum(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queue": 0}, "queue is null"),
+        ({"lse": 0}, "lse is null"),
+        ({"first": (0, 8, 3, 1.0)}, "x is null"),
+        ({"first": (1, 8, 0, 1.0)}, "x is empty"),
+        ({"size": 0}, "the queue is empty"),
+        ({"dim": 0}, "the queue is empty"),
+        ({"size": -1}, "queue has a size out of range: -1 by 8"),
+        ({"size": 2**62}, "queue has a size out of range"),
+        ({"first": (64, 8, 2**60, 1.0)}, "x has a size out of range"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_what_would_be_fatal_is_refused(changes, message):
+    x, queue = unit(3, 8), unit(20, 8)
+    torch.testing.assert_close(call_rows(x, queue), torch.logsumexp(x @ queue.T, 1))
+    with pytest.raises(ValueError, match=message):
+        call_rows(x, queue, **changes)
+
+
+def test_null_results_of_the_other_calls_are_refused():
+    x = unit(3, 8)
+    rows, at = (x.data_ptr(), 8, 3, 1.0), x.data_ptr()
+    with pytest.raises(ValueError, match="mean_t is null"):
+        _cpu.relation(rows, rows, at, 8, 3, 8, False, True, at, at, 0, at, 0, 1)
+    with pytest.raises(ValueError, match="mean is null"):
+        _cpu.vjp(rows, at, 8, 3, 8, False, 0, at, 0, 0, at, 0, at, 0, 1)
+    with pytest.raises(ValueError, match="x is null"):
+        _cpu.exp2(0, at, 3)
+
+
+def test_wrong_types_are_refused():
+    with pytest.raises(TypeError):
+        _cpu.exp2(c_float(), 1, 2)
+
+
+def test_rows_are_read_in_place():
+    """Contiguous rows at any distance need no copy; anything else is copied once."""
+    base = torch.randn(6, 40)
+    for view in (base[::2], base[:, 3:20], base[:1].expand(6, 40)):
+        assert cpu._dense(view).data_ptr() == view.data_ptr()
+    assert cpu._dense(base.T).data_ptr() != base.data_ptr()
