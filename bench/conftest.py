@@ -1,0 +1,42 @@
+"""The table that a benchmark run ends with."""
+
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+class Table:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, what: str, seconds: list[float], ratios: dict, rates: dict) -> None:
+        """Ratios: (median, low, high) of a peer's time to ours; rates: of our flop rate to that of a product."""
+        self.lines.append(f"{what}: {1e3 * median(seconds):.1f} ms")
+        self.lines += [f"    {x:5.2f} x as fast as {n:<16}({a:.2f} to {b:.2f})" for n, (x, a, b) in ratios.items()]
+        self.lines += [f"    {x:5.2f} of the rate of {n:<14}({a:.2f} to {b:.2f})" for n, (x, a, b) in rates.items()]
+
+
+_table = Table()
+
+
+@pytest.fixture
+def table() -> Table:
+    return _table
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not _table.lines:
+        return
+    terminalreporter.section("relssl's CPU kernel against its peers: median of ratios, quartiles in brackets")
+    from relssl import _cpu
+
+    terminalreporter.write_line(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_cpu.instruction_set()}"
+    )
+    for line in _table.lines:
+        terminalreporter.write_line(line)
