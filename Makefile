@@ -1,16 +1,21 @@
-# make demo    train on real images, and time the loss against eager PyTorch: under two minutes of CPU
-# make test    the test suite                make check   lint, format and types
+# make demo      train on real images, and time the loss against eager PyTorch: under two minutes of CPU
+# make test      the test suite                  make check   lint, format and types
+# make bench     time the loss against its peers: some ten minutes
+# make fuzz      10,000 random calls of the C++ kernels against the oracle: three minutes
+# make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
 # Each makes its own .venv with the versions in constraints.txt; nothing need be there before.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Empty is unset: with bytecode kept, a test's child process starts in a third of the time.
 export PYTHONDONTWRITEBYTECODE :=
+# The tests run the AVX-512 BF16 code anywhere, its one instruction emulated.
+export RELSSL_EMULATE := 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
-SOURCES := setup.py pyproject.toml constraints.txt README.md \
+SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 	$(shell find relssl kernels csrc -type f -not -name '*.pyc' -not -name '* *')
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench fuzz sanitize clean
 
 demo: .venv/installed
 	$(BIN)/python bench/demo.py --out out/demo
@@ -23,6 +28,22 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/pytest bench $(ARGS)
+
+fuzz: .venv/installed
+	$(BIN)/python tests/fuzz.py $(ARGS)
+
+# The sanitized package lies in a folder of its own, before the other on the path.
+SANITIZE := -fsanitize=address,undefined
+sanitize: .venv/installed
+	CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" LDFLAGS="$(SANITIZE)" \
+		$(PIP) --no-deps --upgrade --target build/sanitized .
+	grep -q __asan build/sanitized/relssl/_cpu*.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+		$(BIN)/pytest tests/test_cpu.py tests/test_losses.py -k "not chunked and not reference" $(ARGS)
 
 clean:
 	rm -rf .venv build out *.egg-info

@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -31,7 +32,7 @@ X86 = {
     "avx512": [*AVX512, "-DRELSSL_VECTOR_BYTES=64"],
     "avx2": [*AVX2, "-DRELSSL_VECTOR_BYTES=32"],
 }
-EMULATED = {"emulated": [*AVX2, "-DRELSSL_VECTOR_BYTES=64", "-DRELSSL_EMULATED", "-O1"]}
+EMULATED = {"emulated": [*AVX2, "-DRELSSL_VECTOR_BYTES=64", "-DRELSSL_EMULATED", "-O2"]}
 
 
 def compiler() -> list[str]:
@@ -60,17 +61,23 @@ def cpu_objects(cxx: list[str]) -> dict[str, tuple[Path, list[str]]]:
     if platform.machine().lower() in ("x86_64", "amd64"):
         sets = {**X86, **BASELINE, **(EMULATED if os.environ.get("RELSSL_EMULATE") == "1" else {})}
     sets = {name: flags for name, flags in sets.items() if accepts(cxx, flags)}
-    listed = "-DRELSSL_INSTRUCTION_SETS(X)=" + " ".join(f"X({name})" for name in sets)
+    listed = ["-DRELSSL_INSTRUCTION_SETS(X)=" + " ".join(f"X({name})" for name in sets)]
+    listed += ["-DRELSSL_AVX512_BF16"] if "avx512_bf16" in sets else []
     objects = {
         f"kernels_{name}.o": (CPU / "kernels.cpp", [*flags, f"-DRELSSL_ISA={name}"])
         for name, flags in sets.items()
     }
     objects |= {f"{name}.o": (CPU / f"{name}.cpp", []) for name in ("losses", "threads")}
-    return objects | {"binding.o": (CPU / "binding.cpp", [listed])}
+    return objects | {"binding.o": (CPU / "binding.cpp", listed)}
 
 
 class NinjaBuildExt(build_ext):
     """Compile with ninja, in parallel and only what changed; link as setuptools does."""
+
+    def run(self) -> None:
+        if self.extensions:  # setuptools links with what CXX says, or else with what built Python.
+            os.environ["CXX"] = shlex.join(compiler())
+        super().run()
 
     def build_extensions(self) -> None:
         cxx = compiler()
@@ -79,11 +86,11 @@ class NinjaBuildExt(build_ext):
         self.compile(cxx, objects, folder)
         for extension in self.extensions:
             extension.extra_objects = [str(folder / name) for name in objects]
+            extension.depends = extension.extra_objects  # or what is linked already would stay
         super().build_extensions()
 
     def compile(self, cxx: list[str], objects: dict[str, tuple[Path, list[str]]], folder: Path) -> None:
-        import sysconfig
-
+        import ninja
         import pybind11
 
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]
@@ -107,7 +114,8 @@ class NinjaBuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([shutil.which("ninja") or "ninja", "-C", str(folder), *jobs]).returncode:
+        command = shutil.which("ninja") or str(Path(ninja.BIN_DIR) / "ninja")
+        if subprocess.run([command, "-C", str(folder), *jobs]).returncode:
             raise SystemExit("relssl: compiling the CPU kernels failed. RELSSL_CPU=0 installs without them.")
 
 

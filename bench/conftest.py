@@ -17,8 +17,12 @@ class Table:
     def add(self, what: str, seconds: list[float], ratios: dict, rates: dict) -> None:
         """Ratios: (median, low, high) of a peer's time to ours; rates: of our flop rate to that of a product."""
         self.lines.append(f"{what}: {1e3 * median(seconds):.1f} ms")
-        self.lines += [f"    {x:5.2f} x as fast as {n:<16}({a:.2f} to {b:.2f})" for n, (x, a, b) in ratios.items()]
-        self.lines += [f"    {x:5.2f} of the rate of {n:<14}({a:.2f} to {b:.2f})" for n, (x, a, b) in rates.items()]
+        self.lines += [
+            f"    {x:5.2f} x as fast as {n:<16}({a:.2f} to {b:.2f})" for n, (x, a, b) in ratios.items()
+        ]
+        self.lines += [
+            f"    {x:5.2f} of the rate of {n:<14}({a:.2f} to {b:.2f})" for n, (x, a, b) in rates.items()
+        ]
 
 
 _table = Table()

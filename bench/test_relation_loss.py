@@ -1,6 +1,6 @@
 """The relation loss on the CPU, forward and backward: relssl's kernel against everything else.
 
-    pytest bench/                       the table in the end has a row for each shape
+pytest bench/                       the table in the end has a row for each shape
 """
 
 import pytest
@@ -45,14 +45,16 @@ def check(losses: dict, q, k, queue) -> None:
         assert (grad.double() - exact.grad).norm() <= tolerance * exact.grad.norm(), name
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-K{}-D{}".format(*s))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_forward_and_backward(shape, dtype, table):
-    rows, size, dim, rounds = shape
-    if dtype == torch.bfloat16 and shape != SHAPES[0]:
-        pytest.skip("16-bit matrix products of this CPU are slow: one shape shows it")
+# In bfloat16 once: eager code takes some 20 s a call where the CPU has no instructions for it.
+CASES = [(*shape, torch.float32) for shape in SHAPES] + [(256, 65_536, 128, 3, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("rows", "size", "dim", "rounds", "dtype"), CASES)
+def test_forward_and_backward(rows, size, dim, rounds, dtype, table):
     q, k, queue = inputs(rows, size, dim, dtype)
     losses = peers(queue)
+    if dtype == torch.bfloat16:
+        del losses["torch.compile"]  # which leaves the products, and so the time, as they are
     check(losses, q, k, queue)
     runs = {n: (lambda loss=loss: gradient(loss, q, k, queue)) for n, loss in losses.items()}
     if dtype == torch.bfloat16:  # against our own float32

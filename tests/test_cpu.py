@@ -72,6 +72,53 @@ def test_extremes(instruction_set, tau, norm, dtype):
     check_logsumexp(k, queue, tau, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [1e3, 1e5, 1e12])
+def test_any_finite_input(instruction_set, norm, dtype):
+    """Logits up to 1e25, whose last digit is worth more than any exponent: a row then is one-hot, or a tie."""
+    x, _, queue = batch(None, 9, 300, 64, dtype, norm)
+    queue[100:] = queue[:100].repeat(2, 1)  # ties of three
+    x, queue = (t.requires_grad_() for t in (x, queue))
+    lse, mean = queue_logsumexp(x, queue, 0.04, backend="cpu")
+    exact = x.detach().double() @ queue.detach().double().T / 0.04
+    largest, at = exact.max(1)
+    torch.testing.assert_close(lse.double(), largest, rtol=1e-6, atol=2)
+    torch.testing.assert_close(mean, queue.detach()[at].float(), rtol=1e-5, atol=0)
+    if norm > 1e5:
+        return  # two floats no longer hold an lse down to the digits that matter
+    lse.sum().backward()
+    torch.testing.assert_close(
+        queue.grad.sum(0).float(), x.detach().float().sum(0) / 0.04, rtol=1e-2, atol=norm
+    )
+
+
+def test_flat_softmax(instruction_set):
+    """At a temperature beyond float32 only the number of rows is left, also of those not left out."""
+    x, queue = unit(5, 16), unit(30, 16)
+    exclude = torch.tensor([-1, 0, 29, 3, -1])
+    lse, mean = queue_logsumexp(x, queue, 1e46, exclude=exclude, backend="cpu")
+    counts = torch.tensor([30.0, 29, 29, 29, 30])
+    torch.testing.assert_close(lse, counts.log())
+    torch.testing.assert_close(mean[0], queue.mean(0))
+
+
+@pytest.mark.parametrize("rows", [3, 16, 37])  # lanes of a panel that hold no row must not matter
+def test_infinite_queue_row_without_weight(instruction_set, rows):
+    x, queue = torch.rand(rows, 4) + 0.1, torch.rand(5, 4)
+    queue[2, 1] = -torch.inf
+    queue.requires_grad_()
+    queue_logsumexp(x, queue, 0.1, backend="cpu")[0].sum().backward()
+    assert (queue.grad[2] == 0).all() and torch.isfinite(queue.grad).all()
+
+
+def test_sharp_rows_of_bfloat16(instruction_set):
+    """The gradient's similarities must be those that the log-sum-exp was made of, however they were rounded."""
+    x = unit(7, 96, dtype=torch.bfloat16, norm=100.0)
+    queue = torch.cat((unit(993, 96, dtype=torch.bfloat16, norm=100.0), x)).requires_grad_()
+    queue_logsumexp(x, queue, 0.04, backend="cpu")[0].sum().backward()
+    torch.testing.assert_close(queue.grad[-7:], (x / 0.04).to(torch.bfloat16), rtol=1e-2, atol=0)
+
+
 def test_the_largest_logit_comes_last(instruction_set):
     """Each tile outdoes all before it, so that the running reference grows again and again."""
     x = unit(5, 64)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.resources
+import os
 import subprocess
 import sys
 
@@ -20,11 +21,15 @@ import relssl
         "relssl.ops",
         "relssl.queue",
         "relssl.backends.chunked",
+        "relssl.backends.cpu",
         "relssl.backends.reference",
         "relssl.kernels",
+        "relssl._cpu",
     ],
 )
 def test_imports(name):
+    if name == "relssl._cpu" and os.environ.get("RELSSL_CPU") == "0":
+        pytest.skip("installed without it: RELSSL_CPU=0")
     assert importlib.import_module(name).__name__ == name
 
 

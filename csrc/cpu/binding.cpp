@@ -5,8 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <limits>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -33,14 +31,16 @@ using Address = uintptr_t;
 using Rows = std::tuple<Address, int64_t, int64_t, double>;  // data, stride, count, scale
 
 bool supported(const std::string& name) {
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef __x86_64__
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx2" || name == "emulated") return avx2;
   if (name == "avx512") return avx512;
+#ifdef RELSSL_AVX512_BF16  // GCC before 10 does not know the name.
   if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
   return true;
 }
@@ -105,8 +105,8 @@ Inputs inputs(const Rows& first, const Rows& second, Address queue, int64_t queu
   if (threads < 1) throw py::value_error("threads must be at least 1");
   Inputs in{{stack(first, dim), stack(second, dim)}, pointer<const void>(queue, "queue"), queue_stride, size, dim,
             bf16, optional<const int64_t>(exclude)};
-  check(in.rows(), dim, "x");
-  if (in.rows() == 0) throw py::value_error("x is empty");
+  check(all_rows(in), dim, "x");
+  if (all_rows(in) == 0) throw py::value_error("x is empty");
   return in;
 }
 

@@ -2,11 +2,10 @@
 //
 // A panel is 2 vectors of rows of x, side by side in the lanes, with the width of an embedding running down:
 // panel[d][lane]. Similarities of a queue tile with a panel come out as s[j][lane], so softmax works lane by lane and
-// needs no sums across them, and the mean as mean[d][lane]. Both products take the queue tile as it is, [j][d].
+// needs no sums across them, and the mean as mean[d][lane].
 
 #include "kernels.h"
 
-#include <cfloat>
 #include <cmath>
 
 #include "multiply.h"
@@ -21,7 +20,6 @@ constexpr int64_t kPanelBytes = 16 << 10;        // of the part of a panel in us
 constexpr int64_t kWeightBytes = 8 << 10;        // of a tile's similarities with a panel: in L1
 constexpr int64_t kCopyRows = 128;               // of x, from which a tile is worth copying
 constexpr int64_t kGroup = 8;                    // panels that the queue's gradient sums over at a time
-constexpr double kLog2e = 1.4426950408889634074;
 // A reference grows only when a logit exceeds it by this, in units of log 2: 2^8 overflows nothing, and rescaling
 // is rare. (Milakov & Gimelshein 2018 for the online softmax; the lazy step is FlashAttention 4's.)
 constexpr float kSlack = 8;
@@ -81,7 +79,7 @@ inline void pack(const void* row, bool, int64_t dim, uint32_t* to, Pair) {
   for (int64_t d = 0; d < dim / 2; ++d) std::memcpy(to + d * kPanel, static_cast<const char*>(row) + 4 * d, 4);
 }
 
-// Rows [row, row + rows) of x as panels; lanes beyond are zero. log2e * scale of each goes into `scale`.
+// Rows [row, row + rows) of x as panels, and the scale of each; lanes beyond are zero.
 template <class E>
 void pack_rows(const Inputs& in, int64_t row, int64_t rows, typename E::Scalar* panels, float* scale) {
   const int64_t depth = in.dim / E::kDepth;
@@ -89,7 +87,7 @@ void pack_rows(const Inputs& in, int64_t row, int64_t rows, typename E::Scalar* 
     typename E::Scalar* to = panels + r / kPanel * depth * kPanel + r % kPanel;
     if (r < rows) {
       const Source from = source(in, row + r);
-      scale[r] = static_cast<float>(kLog2e * from.scale);
+      scale[r] = log2_scale(from.scale);
       pack(from.row, in.bf16, in.dim, to, E{});
     } else {
       scale[r] = 0;
@@ -145,29 +143,29 @@ void similarities(const typename E::Scalar* tile, int64_t stride, int64_t count,
     multiply<E, V>(count, tile + d, stride, 1, panel + d * kPanel, kPanel, min(step, depth - d), s, s_stride, d > 0);
 }
 
-// What rows leave out gets the logit -infinity.
+// What rows leave out gets the similarity -infinity.
 void leave_out(const int64_t* exclude, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
   for (int64_t r = 0; r < min(rows, kPanel); ++r) {
-    const int64_t j = exclude[r] - first;
-    if (j >= 0 && j < count) s[j * s_stride + r] = -INFINITY;
+    if (exclude[r] >= first && exclude[r] < first + count) s[(exclude[r] - first) * s_stride + r] = -INFINITY;
   }
 }
 
 // ------------------------------------------------------------------------------------ forward
 
-// The running softmax of a panel.
+// The running softmax of a panel. The reference is a similarity, from which others are subtracted before they are
+// scaled: the difference of large ones is exact, and a fused multiply-add can take no part in it.
 struct Softmax {
-  float reference[kPanel];  // 2^(logit - reference) is summed; -FLT_MAX: nothing yet
+  float reference[kPanel];  // 2^((s - reference) scale) is summed; -FLT_MAX: nothing yet
   double sum[kPanel];       // of those, in double: a float would stop growing with the queue
   double divisor[kPanel];   // the sum of the weights as they enter the mean, which may be rounded
 };
 
-// Weights of a tile in place of its similarities, for Single. Returns nothing to pack.
+// Weights of a tile in place of its similarities.
 template <int V>
 inline void weigh(Single, float* s, int64_t count, const float* scale, const Float* reference, Float* sum, Float*) {
   for (int64_t j = 0; j < count; ++j, s += kPanel)
     for (int v = 0; v < V; ++v) {
-      const Float p = exp2(load<Float>(s + v * kLanes) * load<Float>(scale + v * kLanes) - reference[v]);
+      const Float p = exp2((load<Float>(s + v * kLanes) - reference[v]) * load<Float>(scale + v * kLanes));
       sum[v] += p;
       store(s + v * kLanes, p);
     }
@@ -183,8 +181,8 @@ inline void weigh(Pair, float* s, int64_t count, const float* scale, const Float
     for (int v = 0; v < V; ++v) {
       Float p[2] = {};
       for (int i = 0; i < 2 && j + i < count; ++i) {
-        const Float logit = load<Float>(s + i * kPanel + v * kLanes) * load<Float>(scale + v * kLanes);
-        const Float exact = exp2(logit - reference[v]);
+        const Float above = load<Float>(s + i * kPanel + v * kLanes) - reference[v];
+        const Float exact = exp2(above * load<Float>(scale + v * kLanes));
         p[i] = round_bf16(exact);
         sum[v] += exact;
         rounded[v] += p[i];
@@ -204,14 +202,13 @@ void absorb(float* s, int64_t count, const float* scale, Softmax& soft, const ty
     for (int v = 0; v < V; ++v) top[v] = larger(top[v], load<Float>(s + j * kPanel + v * kLanes));
   for (int v = 0; v < V; ++v) {
     reference[v] = load<Float>(soft.reference + v * kLanes);
-    top[v] *= load<Float>(scale + v * kLanes);
-    const Int grows = top[v] > reference[v] + kSlack;
+    const Int grows = (top[v] - reference[v]) * load<Float>(scale + v * kLanes) > kSlack;
     grown[v] = grows ? top[v] : reference[v];
     growing |= any(grows);
   }
   if (growing) {
     for (int v = 0; v < V; ++v) {
-      const Float factor = exp2(reference[v] - grown[v]);
+      const Float factor = exp2((reference[v] - grown[v]) * load<Float>(scale + v * kLanes));
       reference[v] = grown[v];
       store(soft.reference + v * kLanes, grown[v]);
       for (int i = 0; i < kLanes; ++i) {
@@ -316,7 +313,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
   for (int64_t r = 0; r < block.rows; ++r) {
     const Softmax& soft = memory.soft[r / kPanel];
     const int64_t lane = r % kPanel;
-    out.reference[r] = soft.reference[lane];
+    out.reference[r] = static_cast<double>(soft.reference[lane]) * memory.scale[r];
     out.sum[r] = soft.sum[lane];
     const Source from = source(in, block.row + r);
     if (float* to = out.mean[from.stack]) {
@@ -330,7 +327,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
 
 // Pairs need whole pairs: an even width and 4-byte alignment. Other bfloat16 input is widened.
 bool pairs([[maybe_unused]] const Inputs& in) {
-#if defined(__AVX512BF16__) || defined(RELSSL_EMULATED)
+#ifdef RELSSL_PAIRS
   return in.bf16 && in.dim % 2 == 0 && in.queue_stride % 2 == 0 && reinterpret_cast<uintptr_t>(in.queue) % 4 == 0;
 #else
   return false;
@@ -358,8 +355,8 @@ void weigh_vjp(float* s, int64_t s_stride, int64_t count, const Weights& of, con
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < V; ++v) {
       const int64_t lane = v * kLanes, at = j * s_stride + lane;
-      const Float logit = load<Float>(s + at) * load<Float>(of.scale + lane) - load<Float>(of.high + lane);
-      const Float p = exp2(logit - load<Float>(of.low + lane));
+      const Float above = load<Float>(s + at) - load<Float>(of.high + lane);
+      const Float p = exp2(above * load<Float>(of.scale + lane) - load<Float>(of.low + lane));
       const Float base = load<Float>(of.base + lane);
       if (keep) store(keep + at, p);
       store(s + at, p * (u ? base + load<Float>(u + j * kPanel + lane) : base));
@@ -371,9 +368,11 @@ void pad(const float* from, int64_t rows, float* to) {
   for (int64_t r = 0; r < up(rows, kPanel); ++r) to[r] = r < rows ? from[r] : 0;
 }
 
-// The rows of a block (or all of them), packed for the weights of a vjp.
+// The rows of a block (or all of them), packed for the weights of a vjp. Their similarities are computed as the forward
+// pass has them, by Pair where it took Pair: the log-sum-exp belongs to those, to the last digit.
 struct Packed {
-  float *panels, *g_panels, *scale, *high, *low, *base;
+  void* panels;
+  float *g_panels, *scale, *high, *low, *base;
   Packed(const Inputs& in, const Cotangents& g, int64_t rows, Carver& carve) {
     const int64_t lanes = up(rows, kPanel);
     panels = carve.take<float>(lanes * in.dim);
@@ -384,17 +383,27 @@ struct Packed {
     base = carve.take<float>(lanes);
   }
   void fill(const Inputs& in, const Cotangents& g, int64_t row, int64_t rows) const {
-    pack_rows<Single>(in, row, rows, panels, scale);
+    if (pairs(in))
+      pack_rows<Pair>(in, row, rows, static_cast<uint32_t*>(panels), scale);
+    else
+      pack_rows<Single>(in, row, rows, static_cast<float*>(panels), scale);
     if (g_panels) pack_dense(g.g_mean + row * in.dim, rows, in.dim, g_panels);
-    pad(g.lse[0] + row, rows, high);
-    pad(g.lse[1] + row, rows, low);
+    pad(g.high + row, rows, high);
+    pad(g.low + row, rows, low);
     pad(g.base + row, rows, base);
   }
   // Weights of panel row / kPanel with a tile, into s; `u` is space for as many similarities.
   template <int V>
   void weigh(const Inputs& in, const Tile& tile, int64_t first, int64_t count, int64_t row, const int64_t* exclude,
              int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
-    similarities<Single, V>(tile.data, tile.stride, count, panels + row * in.dim, in.dim, s, s_stride);
+    if (pairs(in)) {
+      const uint16_t* queue = static_cast<const uint16_t*>(in.queue) + first * in.queue_stride;
+      similarities<Pair, V>(reinterpret_cast<const uint32_t*>(queue), in.queue_stride / 2, count,
+                            static_cast<const uint32_t*>(panels) + row * in.dim / 2, in.dim / 2, s, s_stride);
+    } else {
+      similarities<Single, V>(tile.data, tile.stride, count, static_cast<const float*>(panels) + row * in.dim, in.dim,
+                              s, s_stride);
+    }
     if (exclude) leave_out(exclude, rows, first, count, s, s_stride);
     if (g_panels) similarities<Single, V>(tile.data, tile.stride, count, g_panels + row * in.dim, in.dim, u, kPanel);
     weigh_vjp<V>(s, s_stride, count, {scale + row, high + row, low + row, base + row}, g_panels ? u : nullptr, keep);
@@ -462,9 +471,9 @@ struct VjpQueueShared {
   int64_t width;       // of a row, padded
   float *theta, *row;  // [rows, width]
   VjpQueueShared(const Inputs& in, const Cotangents& g, char* base)
-      : carve{base}, packed(in, g, in.rows(), carve), width(up(in.dim, kLanes)) {
-    theta = carve.take<float>(up(in.rows(), kPanel) * width);
-    row = g.g_row ? carve.take<float>(up(in.rows(), kPanel) * width) : nullptr;
+      : carve{base}, packed(in, g, all_rows(in), carve), width(up(in.dim, kLanes)) {
+    theta = carve.take<float>(all_rows(in) * width);
+    row = g.g_row ? carve.take<float>(all_rows(in) * width) : nullptr;
   }
 };
 
@@ -472,15 +481,14 @@ int64_t vjp_queue_shared(const Inputs& in, const Cotangents& g) { return VjpQueu
 
 void vjp_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
   const VjpQueueShared shared(in, g, memory);
-  const int64_t rows = in.rows();
+  const int64_t rows = all_rows(in);
   shared.packed.fill(in, g, 0, rows);
-  for (int64_t r = 0; r < up(rows, kPanel); ++r) {
-    float *theta = shared.theta + r * shared.width, *row = shared.row + r * shared.width;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Source from = source(in, r);
     for (int64_t d = 0; d < shared.width; ++d) {
-      const bool inside = r < rows && d < in.dim;
-      const Source from = source(in, r < rows ? r : 0);
-      theta[d] = inside ? static_cast<float>(from.scale * value(from.row, d, in.bf16)) : 0;
-      if (shared.row) row[d] = inside ? g.g_row[r * in.dim + d] : 0;
+      const int64_t at = r * shared.width + d;
+      shared.theta[at] = d < in.dim ? static_cast<float>(from.scale * value(from.row, d, in.bf16)) : 0;
+      if (shared.row) shared.row[at] = d < in.dim ? g.g_row[r * in.dim + d] : 0;
     }
   }
 }
@@ -494,7 +502,7 @@ struct VjpQueueMemory {
     p = carve.take<float>(height * kGroup * kPanel);
     u = carve.take<float>(height * kPanel);
     sum = carve.take<float>(height * up(in.dim, kLanes));
-    space = carve.take<float>(tile_space(in, in.rows()));
+    space = carve.take<float>(tile_space(in, all_rows(in)));
   }
 };
 
@@ -516,12 +524,12 @@ void vjp_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_t end
                char* scratch) {
   const VjpQueueShared shared(in, g, const_cast<char*>(packed));
   const VjpQueueMemory memory(in, scratch);
-  const int64_t height = tile_height(in.dim), rows = in.rows(), group = kGroup * kPanel;
+  const int64_t height = tile_height(in.dim), rows = all_rows(in), group = kGroup * kPanel;
   for (int64_t first = begin; first < end; first += height) {
     const int64_t count = min(height, end - first);
     const Tile tile = float_tile(in, rows, first, count, memory.space);
     for (int64_t from = 0; from < rows; from += group) {
-      const int64_t depth = min(group, up(rows - from, kPanel));
+      const int64_t depth = min(group, rows - from);
       for (int64_t row = from; row < from + depth; row += kPanel) {
         const int64_t* exclude = in.exclude ? in.exclude + row : nullptr;
         shared.packed.weigh<2>(in, tile, first, count, row, exclude, rows - row, memory.w + row - from, group, memory.u,

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 namespace relssl {
@@ -24,8 +25,17 @@ struct Inputs {
   int64_t queue_stride, size, dim;
   bool bf16;
   const int64_t* exclude;  // for each row the queue row it leaves out; or null
-  int64_t rows() const { return stacks[0].count + stacks[1].count; }
 };
+
+// Static: see vector.h.
+static inline int64_t all_rows(const Inputs& in) { return in.stacks[0].count + in.stacks[1].count; }
+
+// A scale as the kernels multiply similarities with it: in units of log 2, rounded to float, and never 0, since a
+// left-out queue row has the similarity -infinity.
+static inline float log2_scale(double scale) {
+  const float rounded = static_cast<float>(scale * 1.4426950408889634074);
+  return rounded < FLT_MIN ? FLT_MIN : rounded;
+}
 
 struct Block {
   int64_t row, rows;     // of x
@@ -35,17 +45,18 @@ struct Block {
 // Of one row against one range of the queue: sum_j 2^(logit_j - reference) in `sum`, logits in units of log 2,
 // and the mean of the queue rows under that softmax. Nothing in range: sum 0, mean 0.
 struct Partial {
-  float* reference;  // [rows]
-  double* sum;       // [rows]
-  float* mean[2];    // [count, dim] of each stack; null where it is not wanted
+  double* reference;  // [rows]
+  double* sum;        // [rows]
+  float* mean[2];     // [count, dim] of each stack; null where it is not wanted
 };
 
-// A vector-Jacobian product with weights w_rj = p_rj (base_r + <m_j, g_mean_r>), p_rj = 2^(logit - lse).
+// A vector-Jacobian product with weights w_rj = p_rj (base_r + <m_j, g_mean_r>) and
+// p_rj = 2^((<m_j, x_r> - high_r) scale - low_r): lse = high * scale + low, in units of log 2.
 struct Cotangents {
-  const float* lse[2];   // [rows] each: high and low part, in units of log 2
-  const float* base;     // [rows]
-  const float* g_mean;   // [rows, dim] or null: zero
-  const float* g_row;    // [rows, dim] or null: zero
+  const float *high, *low;  // [rows]
+  const float* base;        // [rows]
+  const float* g_mean;      // [rows, dim] or null: zero
+  const float* g_row;       // [rows, dim] or null: zero
 };
 
 struct Kernels {

@@ -1,7 +1,6 @@
 #include "losses.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -30,7 +29,7 @@ struct Grid {
   // Blocks keep rows and means in the L2 cache. The queue is split where blocks alone are too few: into four ranges a
   // thread, each shorter than the one before, so that whoever is last is not last by much; and none so short that
   // waking a thread for it does not pay.
-  Grid(const Inputs& in, int64_t panel, int threads) : rows(in.rows()), size(in.size), panel(panel) {
+  Grid(const Inputs& in, int64_t panel, int threads) : rows(all_rows(in)), size(in.size), panel(panel) {
     const int64_t fitting = std::max<int64_t>((512 << 10) / (8 * in.dim), 64);
     const int64_t count = (rows + fitting - 1) / fitting;
     block = ((rows + count - 1) / count + panel - 1) / panel * panel;
@@ -80,18 +79,17 @@ const void* stack_data(const Stack& stack, int64_t row, bool bf16) {
 }
 
 // The scale as the kernels have it, who round its product with log2(e): the loss is then that of one temperature.
-double effective(double scale) { return static_cast<double>(static_cast<float>(scale / kLn2)) * kLn2; }
+double effective(double scale) { return log2_scale(scale) * kLn2; }
 
 }  // namespace
 
 void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mean[2], int threads) {
   const Grid grid(in, kernels.panel, threads);
-  const int64_t count = in.rows(), dim = in.dim, splits = grid.splits;
+  const int64_t count = all_rows(in), dim = in.dim, splits = grid.splits;
   threads = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
   const int64_t scratch = (kernels.forward_scratch(in, grid.block) + 63) / 64 * 64;
   const Memory memory = allocate(scratch * threads);
-  std::vector<float> reference(splits * count);
-  std::vector<double> sum(splits * count);
+  std::vector<double> reference(splits * count), sum(splits * count);
   // A single range writes its means where they belong.
   const Memory means = allocate(splits > 1 ? splits * count * dim * 4 : 0);
   const auto place = [&](int64_t split, int stack) -> float* {
@@ -110,11 +108,11 @@ void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mea
 
   std::vector<double> weight(splits);
   for (int64_t r = 0; r < count; ++r) {
-    float top = reference[r];
+    double top = reference[r];
     for (int64_t s = 1; s < splits; ++s) top = std::max(top, reference[s * count + r]);
     double total = 0;
     for (int64_t s = 0; s < splits; ++s) {
-      weight[s] = sum[s * count + r] * std::exp2(static_cast<double>(reference[s * count + r]) - top);
+      weight[s] = sum[s * count + r] * std::exp2(reference[s * count + r] - top);
       total += weight[s];
     }
     const double exact = kLn2 * (top + std::log2(total));
@@ -135,7 +133,7 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, float* loss, fl
   float* const mean[2] = {mean_t, diff};
   rows(kernels, in, lse, mean, threads);
   const Stack &teacher = in.stacks[0], &student = in.stacks[1];
-  const int64_t batch = teacher.count, count = in.rows(), dim = in.dim;
+  const int64_t batch = teacher.count, count = all_rows(in), dim = in.dim;
   const auto exact = [&](int64_t row) { return static_cast<double>(lse[row]) + lse[count + row]; };
   std::vector<double> own(batch);  // of the teacher with itself: its entropy
   for (int64_t b = 0; b < batch; ++b) {
@@ -156,17 +154,19 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, float* loss, fl
 
 void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float* mean, const float* g_lse,
          const float* g_mean, const float* g_row, float* grad_x, float* grad_queue, int threads) {
-  const int64_t count = in.rows(), dim = in.dim;
+  const int64_t count = all_rows(in), dim = in.dim;
   std::vector<float> high(count), low(count), base(count);
+  const double scale = log2_scale(in.stacks[0].scale);
   for (int64_t r = 0; r < count; ++r) {
     const double exact = (static_cast<double>(lse[r]) + lse[count + r]) / kLn2;
-    // An empty row has no weights: an infinite lse would make them NaN.
-    high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(exact);
-    low[r] = std::isfinite(exact) ? static_cast<float>(exact - high[r]) : 0;
+    // Within float, however small the scale. An empty row has no weights: an infinite lse would make them NaN.
+    const double most = FLT_MAX / 2;
+    high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(std::clamp(exact / scale, -most, most));
+    low[r] = exact == -INFINITY ? 0 : static_cast<float>(exact - high[r] * scale);
     const double part = g_mean ? dot(mean + r * dim, false, g_mean + r * dim, dim) : 0;
     base[r] = static_cast<float>((g_lse ? g_lse[r] : 0) - part);
   }
-  const Cotangents g{{high.data(), low.data()}, base.data(), g_mean, g_row};
+  const Cotangents g{high.data(), low.data(), base.data(), g_mean, g_row};
 
   if (grad_x || g_mean) {
     const Grid grid(in, kernels.panel, threads);
@@ -191,8 +191,8 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
       for (int64_t d = 0; d < dim; ++d) to[d] = weighted[r * dim + d];
       for (int64_t s = 1; s < grid.splits; ++s)
         for (int64_t d = 0; d < dim; ++d) to[d] += weighted[(s * count + r) * dim + d];
-      const float scale = static_cast<float>(in.stacks[0].scale), along = static_cast<float>(rest);
-      for (int64_t d = 0; d < dim; ++d) to[d] = scale * (to[d] - along * mean[r * dim + d]);
+      const float c = static_cast<float>(in.stacks[0].scale), along = static_cast<float>(rest);
+      for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - along * mean[r * dim + d]);
     }
   }
 

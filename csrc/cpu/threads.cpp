@@ -1,14 +1,12 @@
 #include "threads.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-#include <vector>
-#ifndef _WIN32
-#include <pthread.h>
-#endif
 
 namespace relssl {
 namespace {
@@ -81,10 +79,8 @@ std::atomic<Pool*> pool{nullptr};
 Pool& the_pool() {
   Pool* found = pool.load();
   if (!found) {
-#ifndef _WIN32
     static const int once = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
     (void)once;
-#endif
     Pool* made = new Pool;
     if (!pool.compare_exchange_strong(found, made))
       delete made;

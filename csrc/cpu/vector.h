@@ -7,8 +7,14 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
+
+// The dot product of bfloat16 pairs, or its emulation for tests. (CXXFLAGS may bring the macro into any file.)
+#if defined(__AVX512BF16__) && RELSSL_VECTOR_BYTES == 64
+#define RELSSL_BF16_DOT 1
 #include <immintrin.h>
+#endif
+#if defined(RELSSL_BF16_DOT) || defined(RELSSL_EMULATED)
+#define RELSSL_PAIRS 1
 #endif
 
 namespace {
@@ -48,7 +54,7 @@ inline float from_bf16(uint16_t b) {
   return value;
 }
 
-// 2^x within 1.3 units in the last place for -126.5 <= x < 127.5; 0 below; NaN stays NaN.
+// 2^x within 1.3 units in the last place for -126.5 < x < 127.5; 0 below; NaN stays NaN.
 //
 // x = n + f with |f| <= 1/2. Adding 1.5 * 2^23 + 127 leaves n + 127, the exponent of 2^n, in the lowest bits. 2^f is
 // a polynomial of degree 6 (relative error 2e-9), fitted with its constant fixed at 1: 2^0 is exact.
@@ -88,10 +94,11 @@ struct Pair {
   using Scalar = uint32_t;
   using Vector = Bits;
   static inline Float dot(Float sum, uint32_t a, Bits b) {
-#ifdef __AVX512BF16__
+#ifdef RELSSL_BF16_DOT
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
 #else
-    return sum + from_bf16(a & 0xffff) * (Float)(b << 16) + from_bf16(a >> 16) * (Float)(b & 0xffff0000u);
+    sum += from_bf16(a >> 16) * (Float)(b & 0xffff0000u);  // The later one first, as the instruction does.
+    return sum + from_bf16(a & 0xffff) * (Float)(b << 16);
 #endif
   }
 };

@@ -1,0 +1,113 @@
+"""Random calls of the losses on the C++ backend against the oracle: `make fuzz`, not part of the suite.
+
+    python tests/fuzz.py [--calls 10000] [--seed 0]
+
+Every call has its own seed, which is printed if it fails; `--calls 1 --seed THAT` repeats it. Shapes, strides,
+temperatures, norms, dtype, instruction set and threads are drawn; one call in ten is given a bad argument and
+must raise a Python exception that names it.
+"""
+
+import argparse
+import random
+import sys
+from time import perf_counter
+
+import torch
+from checks import batch, check_info_nce, check_logsumexp, check_relation
+from oracle import unit
+
+from relssl import _cpu
+from relssl.functional import queue_logsumexp, relation_loss
+
+
+def log_uniform(low, high):
+    return low * (high / low) ** random.random()
+
+
+def strided(t):
+    """The same values at other strides."""
+    kind = random.randrange(4)
+    if kind == 0:
+        return t
+    if kind == 1:
+        return t.mT.contiguous().mT
+    larger = t.new_full([n + random.randrange(3) for n in t.shape], torch.nan)
+    view = larger[tuple(slice(0, n) for n in t.shape)]
+    if kind == 2:
+        larger = t.new_full([2 * n for n in t.shape], torch.nan)
+        view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
+    return view.copy_(t)
+
+
+def good():
+    dtype = random.choice([torch.float32, torch.bfloat16])
+    rows, dim = round(log_uniform(1, 200)), round(log_uniform(1, 300))
+    size = max(1, round(log_uniform(1, min(20_000, 2e6 / (rows * dim)) + 1)))
+    views = random.choice([None, None, 1, 3])
+    taus = log_uniform(0.005, 10), log_uniform(0.005, 10)
+    inputs = [strided(t) for t in batch(views, rows, size, dim, dtype, log_uniform(0.01, 1e4))]
+    what = random.randrange(4)
+    if what < 2:
+        check_relation(*inputs, *taus, ("kl", "ce")[what], "cpu", drawn=True)
+    elif what == 2:
+        check_info_nce(*inputs, taus[0], "cpu", drawn=True)
+    else:
+        exclude = torch.randint(-1, size, (rows,)) if size > 1 and random.random() < 0.5 else None
+        check_logsumexp(inputs[1], inputs[2], taus[0], "cpu", exclude, drawn=True)
+
+
+def bad():
+    rows, size, dim = (random.randint(1, 9) for _ in range(3))
+    q, k, queue = unit(rows, dim), unit(rows, dim), unit(size, dim)
+    wrong = [
+        lambda: relation_loss(q[:0], k[:0], queue, backend="cpu"),
+        lambda: relation_loss(q, k, queue[:0], backend="cpu"),
+        lambda: relation_loss(q, unit(rows, dim + 1), queue, backend="cpu"),
+        lambda: relation_loss(q, k, unit(size, dim + 1), backend="cpu"),
+        lambda: relation_loss(q, k.double(), queue, backend="cpu"),
+        lambda: relation_loss(q.double(), k.double(), queue.double(), backend="cpu"),
+        lambda: relation_loss(q.int(), k, queue, backend="cpu"),
+        lambda: relation_loss(q, k, queue, student_temperature=-random.random(), backend="cpu"),
+        lambda: relation_loss(q, k, queue, teacher_temperature=torch.tensor(torch.nan), backend="cpu"),
+        lambda: relation_loss(q[0], k, queue, backend="cpu"),
+        lambda: relation_loss(q, None, queue, backend="cpu"),
+        lambda: queue_logsumexp(q, queue, 0.1, exclude=torch.full((rows,), size), backend="cpu"),
+        lambda: queue_logsumexp(q, queue, 0.1, exclude=torch.zeros(rows + 1, dtype=int), backend="cpu"),
+        lambda: queue_logsumexp(q.to("meta"), queue, 0.1, backend="cpu"),
+        lambda: _cpu.rows((0, dim, rows, 1.0), (0, 0, 0, 1.0), 0, dim, size, dim, False, 0, 0, 0, 0, 1),
+        lambda: _cpu.exp2(64, 64, -random.randint(1, 2**62)),
+    ]
+    call = random.choice(wrong)
+    try:
+        call()
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not str(error):
+            raise AssertionError("an error without a message") from error
+    else:
+        raise AssertionError("a bad argument went through")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    settings = parser.parse_args()
+    began, failed = perf_counter(), 0
+    for seed in range(settings.seed, settings.seed + settings.calls):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        _cpu.use(random.choice(_cpu.instruction_sets()))
+        torch.set_num_threads(random.choice([1, 1, 1, 2, 3]))
+        try:
+            bad() if random.random() < 0.1 else good()
+        except Exception as error:
+            failed += 1
+            print(f"seed {seed}, {_cpu.instruction_set()}: {type(error).__name__}: {error}", flush=True)
+        if (seed + 1) % 1000 == 0:
+            print(f"{seed + 1 - settings.seed} calls, {perf_counter() - began:.0f} s", flush=True)
+    print(f"{settings.calls} calls, {failed} failed, {perf_counter() - began:.0f} s")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
