@@ -15,7 +15,7 @@ class Table:
         self.lines: list[str] = []
 
     def add(self, what: str, seconds: list[float], ratios: dict, rates: dict) -> None:
-        """Ratios: (median, low, high) of a peer's time to ours; rates: of our flop rate to that of a product."""
+        """ratios: (median, low, high) of a peer's time to ours; rates: of our flop rate to another."""
         self.lines.append(f"{what}: {1e3 * median(seconds):.1f} ms")
         self.lines += [
             f"    {x:5.2f} x as fast as {n:<16}({a:.2f} to {b:.2f})" for n, (x, a, b) in ratios.items()

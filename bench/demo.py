@@ -14,6 +14,7 @@ from time import perf_counter
 import eager
 import matplotlib
 import torch
+from interleave import interleave, ratio
 from memory import measurable, relation_memory
 from torch.nn import functional as F
 
@@ -59,18 +60,10 @@ def time_loss(rounds: int = 7) -> dict:
         "eager": lambda: eager.relation_loss(q, k, columns),
         "relssl": lambda: relation_loss(q, k, queue, form="ce"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    losses = {}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            q.grad = None
-            began = perf_counter()
-            loss = run()
-            loss.backward()
-            seconds[name].append(perf_counter() - began)
-            losses[name] = loss.item()
-    seconds = {name: times[1:] for name, times in seconds.items()}  # The first round warms up.
-    ratios = sorted(e / r for e, r in zip(seconds["eager"], seconds["relssl"], strict=True))
+    losses = {name: run().item() for name, run in runs.items()}
+    both = {name: (lambda run=run: torch.autograd.grad(run(), q)) for name, run in runs.items()}
+    seconds = interleave(both, rounds)
+    times_faster, low, high = ratio(seconds["eager"], seconds["relssl"])
     memory = {name: relation_memory(SHAPE["B"], SHAPE["K"], name) for name in runs if measurable()}
     return {
         "shape": SHAPE,
@@ -79,8 +72,8 @@ def time_loss(rounds: int = 7) -> dict:
         "backend": backends.choose("auto", "cpu", torch.float32, SHAPE["D"]),
         "loss": losses,
         "seconds": {name: median(times) for name, times in seconds.items()},
-        "ratio": median(ratios),
-        "ratio_range": [ratios[0], ratios[-1]],
+        "ratio": times_faster,
+        "ratio_quartiles": [low, high],
         "peak_extra_bytes": memory,
     }
 
@@ -135,8 +128,9 @@ def main() -> None:
         memory = loss["peak_extra_bytes"].get(name)
         told = f"{memory / 2**20:>8.0f} MiB extra at its peak" if memory is not None else ""
         print(f"  {name:<8}{1e3 * seconds:>8.0f} ms{told}   loss {loss['loss'][name]:.6f}")
-    low, high = loss["ratio_range"]
-    print(f"  relssl ({loss['backend']}) is {loss['ratio']:.1f} times as fast ({low:.1f} to {high:.1f})")
+    low, high = loss["ratio_quartiles"]
+    told = f"{loss['ratio']:.1f} times as fast (quartiles {low:.1f} to {high:.1f})"
+    print(f"  relssl ({loss['backend']}) is {told}")
     print(f"\nwritten: {', '.join(sorted(str(p) for p in out.glob('*.*')))}")
 
 

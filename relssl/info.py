@@ -6,7 +6,15 @@ import numpy
 import torch
 
 from relssl import backends
+from relssl.backends import cpu
 from relssl.version import __version__
+
+
+def _instruction_sets() -> str:
+    if cpu._cpu is None:
+        return cpu._missing
+    others = [name for name in cpu._cpu.instruction_sets() if name != cpu._cpu.instruction_set()]
+    return f"C++ kernels for {cpu._cpu.instruction_set()} (RELSSL_CPU_ISA could choose {', '.join(others)})"
 
 
 def report() -> str:
@@ -23,7 +31,7 @@ def report() -> str:
     lines = [
         f"relssl {__version__}, Python {platform.python_version()} on {platform.machine()}",
         f"torch {torch.__version__}, triton {triton_version}, numpy {numpy.__version__}",
-        f"CPU threads {torch.get_num_threads()}",
+        f"CPU threads {torch.get_num_threads()}, {_instruction_sets()}",
         f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen by torch'}",
         "",
         "backends, in the order auto tries them:",
