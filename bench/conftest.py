@@ -17,12 +17,9 @@ class Table:
     def add(self, what: str, seconds: list[float], ratios: dict, rates: dict) -> None:
         """ratios: (median, low, high) of a peer's time to ours; rates: of our flop rate to another."""
         self.lines.append(f"{what}: {1e3 * median(seconds):.1f} ms")
-        self.lines += [
-            f"    {x:5.2f} x as fast as {n:<16}({a:.2f} to {b:.2f})" for n, (x, a, b) in ratios.items()
-        ]
-        self.lines += [
-            f"    {x:5.2f} of the rate of {n:<14}({a:.2f} to {b:.2f})" for n, (x, a, b) in rates.items()
-        ]
+        for told, values in (("x as fast as", ratios), ("of the rate of", rates)):
+            for name, (mid, low, high) in values.items():
+                self.lines.append(f"  {mid:7.2f} {told} {name:<14} ({low:.2f} to {high:.2f})")
 
 
 _table = Table()

@@ -2,9 +2,9 @@
 
     python tests/fuzz.py [--calls 10000] [--seed 0]
 
-Every call has its own seed, which is printed if it fails; `--calls 1 --seed THAT` repeats it. Shapes, strides,
-temperatures, norms, dtype, instruction set and threads are drawn; one call in ten is given a bad argument and
-must raise a Python exception that names it.
+Every call has its own seed, which is printed if it fails; `--calls 1 --seed THAT` repeats it. Shapes,
+strides, temperatures, norms, dtype, instruction set and threads are drawn; one call in ten is given a bad
+argument and must raise a Python exception.
 """
 
 import argparse

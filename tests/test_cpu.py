@@ -75,7 +75,7 @@ def test_extremes(instruction_set, tau, norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", [1e3, 1e5, 1e12])
 def test_any_finite_input(instruction_set, norm, dtype):
-    """Logits up to 1e25, whose last digit is worth more than any exponent: a row then is one-hot, or a tie."""
+    """Logits up to 1e25, whose last digit outweighs any exponent: a row then is one-hot, or a tie."""
     x, _, queue = batch(None, 9, 300, 64, dtype, norm)
     queue[100:] = queue[:100].repeat(2, 1)  # ties of three
     x, queue = (t.requires_grad_() for t in (x, queue))
@@ -112,7 +112,7 @@ def test_infinite_queue_row_without_weight(instruction_set, rows):
 
 
 def test_sharp_rows_of_bfloat16(instruction_set):
-    """The gradient's similarities must be those that the log-sum-exp was made of, however they were rounded."""
+    """The gradient's similarities must be those that made the log-sum-exp, however they were rounded."""
     x = unit(7, 96, dtype=torch.bfloat16, norm=100.0)
     queue = torch.cat((unit(993, 96, dtype=torch.bfloat16, norm=100.0), x)).requires_grad_()
     queue_logsumexp(x, queue, 0.04, backend="cpu")[0].sum().backward()

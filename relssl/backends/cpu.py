@@ -49,12 +49,12 @@ def relation(
     q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
-    shape, kind = q.shape, {"dtype": torch.float32}
+    shape, kind = q.shape, torch.float32
     q, k, queue = _dense(q if q.dim() == 2 else q.reshape(-1, dim)), _dense(k), _dense(queue)
     count = q.shape[0]
-    loss, entropy = q.new_empty(shape[:-1], **kind), q.new_empty(batch, **kind)
-    diff = q.new_empty(shape if want_diff else (count, 0), **kind)
-    lse, mean_t = q.new_empty(2, batch + count, **kind), q.new_empty(batch, dim, **kind)
+    loss, entropy = q.new_empty(shape[:-1], dtype=kind), q.new_empty(batch, dtype=kind)
+    diff = q.new_empty(shape if want_diff else (count, 0), dtype=kind)
+    lse, mean_t = q.new_empty(2, batch + count, dtype=kind), q.new_empty(batch, dim, dtype=kind)
     _cpu.relation(
         _stack(k, scale[1]),
         _stack(q, scale[0]),
