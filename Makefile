@@ -38,7 +38,7 @@ fuzz: .venv/installed
 # The sanitized package lies in a folder of its own, before the other on the path.
 SANITIZE := -fsanitize=address,undefined
 sanitize: .venv/installed
-	CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" LDFLAGS="$(SANITIZE)" \
+	CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" LDFLAGS="$(SANITIZE)" \
 		$(PIP) --no-deps --upgrade --target build/sanitized .
 	grep -q __asan build/sanitized/relssl/_cpu*.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

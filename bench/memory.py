@@ -69,6 +69,9 @@ def inputs(B, K, D=128):
 def run_relssl(q, k, queue):
     relation_loss(q, k, queue).backward()
 
+def run_chunked(q, k, queue):
+    relation_loss(q, k, queue, backend="chunked").backward()
+
 def run_eager(q, k, queue):
     eager.relation_loss(q, k, queue.T).backward()
 
@@ -79,13 +82,16 @@ small, large = inputs(8, 1024), inputs({rows}, {size})
 def relation_memory(rows: int, size: int, code: str = "relssl") -> int:
     """Bytes that a forward and backward of the relation loss needs, D = 128, float32.
 
-    code is "relssl" or "eager" (bench/eager.py).
+    code is "relssl" (the default backend), "chunked" or "eager" (bench/eager.py).
     """
     setup = RELATION.format(folder=os.path.dirname(os.path.abspath(__file__)), rows=rows, size=size)
     return peak_extra_memory(f"run_{code}(*large)", setup=setup, warm_up=f"run_{code}(*small)")
 
 
 if __name__ == "__main__":
-    for rows, size, code in ((256, 2**20, "relssl"), (256, 2**17, "relssl"), (256, 2**17, "eager")):
-        mib = relation_memory(rows, size, code) / 2**20
-        print(f"B = {rows}, K = {size:>9,}: {code:6} {mib:9,.1f} MiB")
+    for size in (2**17, 2**20):
+        for code in ("relssl", "chunked", "eager"):
+            if code == "eager" and size == 2**20:
+                continue  # some 5 GiB
+            mib = relation_memory(256, size, code) / 2**20
+            print(f"B = 256, K = {size:>9,}: {code:7} {mib:9,.1f} MiB")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from relssl import _cpu
 
-# B, K, D, rounds. The first is the yardstick; then ReSSL's per-GPU shape on ImageNet, a small and a large one.
+# B, K, D, rounds. The first is the yardstick; then ReSSL's on ImageNet per GPU, a small and a large one.
 SHAPES = [(256, 65_536, 128, 9), (32, 131_072, 512, 5), (64, 16_384, 128, 21), (1024, 65_536, 256, 3)]
 
 
