@@ -1,6 +1,6 @@
 """The relation loss on the CPU, forward and backward: relssl's kernel against everything else.
 
-pytest bench/                       the table in the end has a row for each shape
+pytest bench/       the table in the end has a row for each shape
 """
 
 import pytest
@@ -11,8 +11,14 @@ from torch.nn import functional as F
 
 from relssl import _cpu
 
-# B, K, D, rounds. The first is the yardstick; then ReSSL's on ImageNet per GPU, a small and a large one.
-SHAPES = [(256, 65_536, 128, 9), (32, 131_072, 512, 5), (64, 16_384, 128, 21), (1024, 65_536, 256, 3)]
+# B, K, D, rounds. The yardstick; ReSSL's on ImageNet per GPU; a small and a large one; few rows.
+SHAPES = [
+    (256, 65_536, 128, 9),
+    (32, 131_072, 512, 5),
+    (64, 16_384, 128, 21),
+    (1024, 65_536, 256, 3),
+    (4, 65_536, 128, 15),
+]
 
 
 def inputs(rows: int, size: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
