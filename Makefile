@@ -1,6 +1,6 @@
 # make demo      train on real images, and time the loss against eager PyTorch: under two minutes of CPU
 # make test      the test suite                  make check   lint, format and types
-# make bench     time the loss against its peers: some ten minutes
+# make bench     time the loss against its peers: four minutes
 # make fuzz      10,000 random calls of the C++ kernels against the oracle: three minutes
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
 # Each makes its own .venv with the versions in constraints.txt; nothing need be there before.

@@ -13,7 +13,7 @@ from relssl import _cpu
 
 # B, K, D, rounds. The yardstick; ReSSL's on ImageNet per GPU; a small and a large one; few rows.
 SHAPES = [
-    (256, 65_536, 128, 9),
+    (256, 65_536, 128, 15),
     (32, 131_072, 512, 5),
     (64, 16_384, 128, 21),
     (1024, 65_536, 256, 3),
