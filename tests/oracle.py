@@ -100,7 +100,7 @@ def agree(ours, formula, inputs, cotangents, scales, dtype, logit, drawn=False):
     """ours(**inputs) against formula(**inputs): outputs and the gradient of every tensor.
 
     `scales` has the size below which an error does not count: one entry per output ("0", "1") and
-    one per input. For a gradient it is (largest slope) * |cotangent|, as in DESIGN section 6.
+    one per input. For a gradient it is (largest slope) * |cotangent|.
 
     The floor is FLOOR. For `drawn` inputs it is at least an ulp of the largest `logit`, which is what
     any code errs by that rounds its logits: eager code is now and then right by luck, when roundings
