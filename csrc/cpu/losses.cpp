@@ -26,11 +26,12 @@ struct Grid {
   int64_t rows, size, panel;
   int64_t block = 1, splits = 1;
 
-  // Blocks keep rows and means in the L2 cache. The queue is split where blocks alone are too few: into four ranges a
+  // Rows and means of a block take 1 MiB: they stream through a little of each cache while a tile of the queue stays,
+  // and larger blocks read the queue less often. The queue is split where blocks alone are too few: into four ranges a
   // thread, each shorter than the one before, so that whoever is last is not last by much; and none so short that
   // waking a thread for it does not pay.
   Grid(const Inputs& in, int64_t panel, int threads) : rows(all_rows(in)), size(in.size), panel(panel) {
-    const int64_t fitting = std::max<int64_t>((512 << 10) / (8 * in.dim), 64);
+    const int64_t fitting = std::max<int64_t>((1 << 20) / (8 * in.dim), 64);
     const int64_t count = (rows + fitting - 1) / fitting;
     block = ((rows + count - 1) / count + panel - 1) / panel * panel;
     const double work = 4.0 * rows * size * in.dim;
