@@ -16,21 +16,22 @@ LAYOUTS = {
 SCALES = {"numbers": ([10.0, 25.0], None), "device": ([], torch.tensor([10.0, 25.0]))}
 
 
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(layout, scale, dtype):
+def test_opcheck(layout, scale, dtype, backend):
     q, k, queue = (LAYOUTS[layout](unit(*s, 16, dtype=dtype)) for s in ((2, 5), (5,), (40,)))
     by_value, on_device = SCALES[scale]
     ops = torch.ops.relssl
     for views, form, want in ((q, "kl", True), (q[0], "ce", True), (q, "ce", False)):
-        arguments = (views, k, queue, by_value, on_device, form, want, "chunked")
+        arguments = (views, k, queue, by_value, on_device, form, want, backend)
         torch.library.opcheck(ops.relation.default, arguments)
     exclude = torch.tensor([0, -1, 3, 39, -1])
     for out, want in ((None, True), (exclude, True), (exclude, False)):
-        arguments = (k, queue, by_value, on_device, 3, out, want, "chunked")
+        arguments = (k, queue, by_value, on_device, 3, out, want, backend)
         torch.library.opcheck(ops.rows.default, arguments)
-    lse, mean = ops.rows.default(k, queue, by_value, on_device, 5, exclude, True, "chunked")
+    lse, mean = ops.rows.default(k, queue, by_value, on_device, 5, exclude, True, backend)
     one = (by_value[:1], None if on_device is None else on_device[:1])
     g_lse, g_mean = torch.randn(5), torch.randn(5, 16)
     for g, row, x, bank in (
@@ -38,7 +39,7 @@ def test_opcheck(layout, scale, dtype):
         (g_mean, None, True, False),
         (None, None, False, True),
     ):
-        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, "chunked")
+        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, backend)
         torch.library.opcheck(ops.rows_vjp.default, arguments)
 
 
