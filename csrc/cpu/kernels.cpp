@@ -63,16 +63,11 @@ Source source(const Inputs& in, int64_t row) {
   const int stack = row >= in.stacks[0].count;
   const int64_t index = row - (stack ? in.stacks[0].count : 0);
   const Stack& s = in.stacks[stack];
-  const char* data = static_cast<const char*>(s.data);
-  return {data + index * s.stride * (in.bf16 ? 2 : 4), s.scale, stack, index};
-}
-
-inline float value(const void* row, int64_t d, bool bf16) {
-  return bf16 ? from_bf16(static_cast<const uint16_t*>(row)[d]) : static_cast<const float*>(row)[d];
+  return {row_address(s, index, in.bf16), s.scale, stack, index};
 }
 
 inline void pack(const void* row, bool bf16, int64_t dim, float* to, Single) {
-  for (int64_t d = 0; d < dim; ++d) to[d * kPanel] = value(row, d, bf16);
+  for (int64_t d = 0; d < dim; ++d) to[d * kPanel] = element(row, d, bf16);
 }
 
 inline void pack(const void* row, bool, int64_t dim, uint32_t* to, Pair) {
@@ -487,7 +482,7 @@ void vjp_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
     const Source from = source(in, r);
     for (int64_t d = 0; d < shared.width; ++d) {
       const int64_t at = r * shared.width + d;
-      shared.theta[at] = d < in.dim ? static_cast<float>(from.scale * value(from.row, d, in.bf16)) : 0;
+      shared.theta[at] = d < in.dim ? static_cast<float>(from.scale * element(from.row, d, in.bf16)) : 0;
       if (shared.row) shared.row[at] = d < in.dim ? g.g_row[r * in.dim + d] : 0;
     }
   }

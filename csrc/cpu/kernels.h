@@ -7,6 +7,7 @@
 
 #include <cfloat>
 #include <cstdint>
+#include <cstring>
 
 namespace relssl {
 
@@ -27,7 +28,22 @@ struct Inputs {
   const int64_t* exclude;  // for each row the queue row it leaves out; or null
 };
 
-// Static: see vector.h.
+// The small functions here are static: see vector.h.
+static inline float from_bf16(uint16_t b) {
+  const uint32_t bits = static_cast<uint32_t>(b) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+static inline float element(const void* row, int64_t d, bool bf16) {
+  return bf16 ? from_bf16(static_cast<const uint16_t*>(row)[d]) : static_cast<const float*>(row)[d];
+}
+
+static inline const void* row_address(const Stack& stack, int64_t row, bool bf16) {
+  return static_cast<const char*>(stack.data) + row * stack.stride * (bf16 ? 2 : 4);
+}
+
 static inline int64_t all_rows(const Inputs& in) { return in.stacks[0].count + in.stacks[1].count; }
 
 // A scale as the kernels multiply similarities with it: in units of log 2, rounded to float, and never 0, since a

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
@@ -21,6 +20,13 @@ struct Free {
 using Memory = std::unique_ptr<char[], Free>;
 Memory allocate(int64_t bytes) { return Memory(new (std::align_val_t(64)) char[std::max<int64_t>(bytes, 1)]); }
 
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// How many tasks so much work is worth: some for each thread, but none so short that waking a thread does not pay.
+int64_t worth(int threads, double each, double flop) {
+  return threads == 1 ? 1 : static_cast<int64_t>(std::min(each * threads, flop / 4e6));
+}
+
 // Rows cut into blocks, the queue into ranges: one task each.
 struct Grid {
   int64_t rows, size, panel;
@@ -28,15 +34,13 @@ struct Grid {
 
   // Rows and means of a block take 1 MiB: they stream through a little of each cache while a tile of the queue stays,
   // and larger blocks read the queue less often. The queue is split where blocks alone are too few: into four ranges a
-  // thread, each shorter than the one before, so that whoever is last is not last by much; and none so short that
-  // waking a thread for it does not pay.
+  // thread, each shorter than the one before, so that whoever is last is not last by much.
   Grid(const Inputs& in, int64_t panel, int threads) : rows(all_rows(in)), size(in.size), panel(panel) {
     const int64_t fitting = std::max<int64_t>((1 << 20) / (8 * in.dim), 64);
     const int64_t count = (rows + fitting - 1) / fitting;
     block = ((rows + count - 1) / count + panel - 1) / panel * panel;
-    const double work = 4.0 * rows * size * in.dim;
-    const int64_t worth = threads == 1 ? 1 : static_cast<int64_t>(std::min(4.0 * threads, work / 4e6));
-    splits = std::clamp<int64_t>((worth + blocks() - 1) / blocks(), 1, size);
+    const int64_t wanted = worth(threads, 4, 4.0 * rows * size * in.dim);
+    splits = std::clamp<int64_t>((wanted + blocks() - 1) / blocks(), 1, size);
   }
   int64_t blocks() const { return (rows + block - 1) / block; }
   int64_t tasks() const { return blocks() * splits; }
@@ -57,14 +61,6 @@ float* stack_row(float* const mean[2], const Inputs& in, int64_t row) {
   return mean[1] ? mean[1] + (row - first) * in.dim : nullptr;
 }
 
-inline float element(const void* data, int64_t at, bool bf16) {
-  if (!bf16) return static_cast<const float*>(data)[at];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 // Element by element in double, on four chains that the processor can overlap.
 double dot(const void* x, bool bf16, const float* y, int64_t dim) {
   double sum[4] = {};
@@ -73,10 +69,6 @@ double dot(const void* x, bool bf16, const float* y, int64_t dim) {
     for (int i = 0; i < 4; ++i) sum[i] += static_cast<double>(element(x, d + i, bf16)) * y[d + i];
   for (; d < dim; ++d) sum[0] += static_cast<double>(element(x, d, bf16)) * y[d];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
-const void* stack_data(const Stack& stack, int64_t row, bool bf16) {
-  return static_cast<const char*>(stack.data) + row * stack.stride * (bf16 ? 2 : 4);
 }
 
 // The scale as the kernels have it, who round its product with log2(e): the loss is then that of one temperature.
@@ -88,7 +80,7 @@ void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mea
   const Grid grid(in, kernels.panel, threads);
   const int64_t count = all_rows(in), dim = in.dim, splits = grid.splits;
   threads = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
-  const int64_t scratch = (kernels.forward_scratch(in, grid.block) + 63) / 64 * 64;
+  const int64_t scratch = aligned(kernels.forward_scratch(in, grid.block));
   const Memory memory = allocate(scratch * threads);
   std::vector<double> reference(splits * count), sum(splits * count);
   // A single range writes its means where they belong.
@@ -138,14 +130,14 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, float* loss, fl
   const auto exact = [&](int64_t row) { return static_cast<double>(lse[row]) + lse[count + row]; };
   std::vector<double> own(batch);  // of the teacher with itself: its entropy
   for (int64_t b = 0; b < batch; ++b) {
-    const void* k = stack_data(teacher, b, in.bf16);
+    const void* k = row_address(teacher, b, in.bf16);
     own[b] = exact(b) - effective(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, dim);
     entropy[b] = static_cast<float>(own[b]);
   }
   for (int64_t r = 0; r < student.count; ++r) {
     const int64_t b = r % batch;
     const float* center = mean_t + b * dim;
-    const void* q = stack_data(student, r, in.bf16);
+    const void* q = row_address(student, r, in.bf16);
     const double cross = exact(batch + r) - effective(student.scale) * dot(q, in.bf16, center, dim);
     loss[r] = static_cast<float>(kl ? cross - own[b] : cross);
     if (diff)
@@ -172,7 +164,7 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
   if (grad_x || g_mean) {
     const Grid grid(in, kernels.panel, threads);
     const int team = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
-    const int64_t scratch = (kernels.vjp_x_scratch(in, g, grid.block) + 63) / 64 * 64;
+    const int64_t scratch = aligned(kernels.vjp_x_scratch(in, g, grid.block));
     const Memory memory = allocate(scratch * team), partial = allocate(grid.splits * count * dim * 4);
     float* const weighted = reinterpret_cast<float*>(partial.get());
     std::vector<double> total(grid.splits * count);
@@ -200,11 +192,9 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
   if (grad_queue) {
     const Memory shared = allocate(kernels.vjp_queue_shared(in, g));
     kernels.vjp_queue_pack(in, g, shared.get());
-    const double work = 6.0 * count * in.size * dim;
-    const int64_t worth = threads == 1 ? 1 : static_cast<int64_t>(std::min(16.0 * threads, work / 4e6));
-    const int64_t tasks = std::clamp<int64_t>(worth, 1, in.size);
+    const int64_t tasks = std::clamp<int64_t>(worth(threads, 16, 6.0 * count * in.size * dim), 1, in.size);
     const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
-    const int64_t scratch = (kernels.vjp_queue_scratch(in) + 63) / 64 * 64;
+    const int64_t scratch = aligned(kernels.vjp_queue_scratch(in));
     const Memory memory = allocate(scratch * team);
     parallel(team, tasks, [&](int64_t task, int slot) {
       kernels.vjp_queue(in, g, in.size * task / tasks, in.size * (task + 1) / tasks, shared.get(), grad_queue,

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 // The dot product of bfloat16 pairs, or its emulation for tests. (CXXFLAGS may bring the macro into any file.)
 #if defined(__AVX512BF16__) && RELSSL_VECTOR_BYTES == 64
 #define RELSSL_BF16_DOT 1
@@ -45,13 +47,6 @@ inline bool any(Int mask) {
   int32_t found = 0;
   for (int i = 0; i < kLanes; ++i) found |= mask[i];
   return found != 0;
-}
-
-inline float from_bf16(uint16_t b) {
-  const uint32_t bits = static_cast<uint32_t>(b) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
 }
 
 // 2^x within 1.3 units in the last place for -126.5 < x < 127.5; 0 below; NaN stays NaN.
@@ -97,8 +92,8 @@ struct Pair {
 #ifdef RELSSL_BF16_DOT
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
 #else
-    sum += from_bf16(a >> 16) * (Float)(b & 0xffff0000u);  // The later one first, as the instruction does.
-    return sum + from_bf16(a & 0xffff) * (Float)(b << 16);
+    sum += relssl::from_bf16(a >> 16) * (Float)(b & 0xffff0000u);  // The later one first, as the instruction does.
+    return sum + relssl::from_bf16(a & 0xffff) * (Float)(b << 16);
 #endif
   }
 };
