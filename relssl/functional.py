@@ -8,11 +8,10 @@ of the size batch x queue is ever needed, and the gradient costs no second pass.
 from typing import Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from relssl import ops
 from relssl.arguments import check_choice, check_lookup, check_pair, compute_dtype, queue_rows
-from relssl.backends.common import Temperature, hold
+from relssl.backends.common import Temperature
 from relssl.queue import FeatureQueue
 
 Reduction = Literal["mean", "sum", "none"]
@@ -97,12 +96,7 @@ def info_nce(
     rows = queue_rows(queue)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_pair(q, k, rows, temperature=temperature)
-    dtype = compute_dtype(q, rows)
-    q, k = hold(q, dtype), hold(k, dtype)
-    partition, _ = ops.logsumexp(q.flatten(0, -2), rows, temperature, None, dtype, False, backend)
-    positive = (q * k).sum(-1) / temperature
-    positive = positive + 0 * positive  # An infinite one becomes NaN, as in a softmax with it.
-    return ops.reduce(F.softplus(partition.view(positive.shape) - positive, threshold=40), reduction)
+    return ops.info_nce(q, k, rows, temperature, reduction, backend)
 
 
 def queue_logsumexp(

@@ -3,6 +3,7 @@
     relssl::rows       lse and mean of stacked rows: the primitive
     relssl::rows_vjp   its vector-Jacobian product
     relssl::relation   loss rows, teacher entropy and grad_q of the relation loss in one call
+    relssl::info_nce   loss rows and grad_q of InfoNCE
 
 Ops are opaque to torch.compile and know nothing of autograd. The autograd.Functions around them compute
 gradients in the forward pass, so the queue may change before backward: they keep a plain reference to
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from relssl import backends
 from relssl.arguments import compute_dtype, transformed
-from relssl.backends import chunked, reference
+from relssl.backends import chunked, common, reference
 from relssl.backends.common import Scale, Temperature, accumulator, cast, without_autocast
 
 _lib = torch.library.Library("relssl", "FRAGMENT")
@@ -144,6 +145,26 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
 def _relation(q, k, queue, scale, device_scale, form, want_diff, backend):
     scale = scale if device_scale is None else device_scale
     return backends.MODULES[backend].relation(q, k, queue, scale, form, want_diff)
+
+
+def _info_nce_fake(q, k, queue, scale, device_scale, want_diff, backend):
+    views, kind = q.shape[:-1], {"dtype": accumulator(q.dtype)}
+    loss, sigma = q.new_empty(views, **kind), q.new_empty(views, **kind)
+    diff = q.new_empty(q.shape if want_diff else (views.numel(), 0), **kind)
+    return loss, sigma, diff, q.new_empty(2, views.numel(), **kind)
+
+
+@_op(
+    "info_nce(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, bool want_diff,"
+    " str backend) -> (Tensor loss, Tensor sigma, Tensor diff, Tensor lse)",
+    _info_nce_fake,
+)
+def _info_nce(q, k, queue, scale, device_scale, want_diff, backend):
+    scale = scale if device_scale is None else device_scale
+    module = backends.MODULES[backend]
+    if hasattr(module, "info_nce"):
+        return module.info_nce(q, k, queue, scale, want_diff)
+    return common.info_nce(module.rows, q, k, queue, scale, want_diff)
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -292,6 +313,54 @@ def reduce(rows: Tensor, reduction: str) -> Tensor:
     return rows.mean() if reduction == "mean" else rows.sum()
 
 
+class _InfoNCE(torch.autograd.Function):
+    """The reduced loss. With sigma, the negatives' share, every gradient but the queue's is at hand."""
+
+    @staticmethod
+    def forward(ctx, q, k, queue, tau, how):
+        reduction, dtype, backend = how
+        needs_queue = ctx.needs_input_grad[2]
+        scale = _scales((tau,), q)
+        x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
+        loss, sigma, diff, lse = _info_nce(x_q, x_k, bank, *_pass(scale), True, backend)
+        ctx.save_for_backward(q, k, _tensor(tau), sigma, diff, lse, queue if needs_queue else None)
+        ctx.bank = None if needs_queue or torch.compiler.is_compiling() else _Bank(queue)
+        ctx.number = _number(tau)
+        ctx.how = how
+        ctx.weight = 1 / loss.numel() if reduction == "mean" else 1.0
+        return reduce(loss, reduction)
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, tau, sigma, diff, lse, queue = ctx.saved_tensors
+        needs_q, needs_k, needs_queue, needs_tau, _ = needs = ctx.needs_input_grad
+        reduction, dtype, backend = ctx.how
+        tau = ctx.number or tau
+        if _differentiable_backward():
+            queue = ctx.bank.get() if queue is None else queue
+
+            def run(*inputs):
+                return [reduce(reference.info_nce(*inputs, dtype), reduction)]
+
+            return *_recompute(run, (q, k, queue, tau), needs, (g,)), None
+
+        (c,) = scale = _scales((tau,), q)
+        g = (g[..., None] if reduction == "none" else g) * ctx.weight
+        grad_q = diff * (g * c)
+        g = sigma[..., None] * g  # of each row's log-sum-exp
+        of_k = of_queue = of_tau = None
+        if needs_k:
+            of_k = (cast(q, dtype) * (g * -c)).sum_to_size(k.shape).to(k.dtype)
+        if needs_queue:
+            x, bank = cast(q, dtype).flatten(0, -2), cast(queue, dtype)
+            how = {"want_x": False, "want_queue": True, "backend": backend}
+            _, of_queue = _vjp(x, bank, scale, lse, g_lse=g.flatten(), **how)
+            of_queue = cast(of_queue, queue.dtype)
+        if needs_tau:
+            of_tau = (cast(q, dtype) * grad_q).sum() * -c
+        return cast(grad_q, q.dtype) if needs_q else None, of_k, of_queue, of_tau, None
+
+
 class _LogSumExp(torch.autograd.Function):
     """lse alone, whose gradient is the mean made in forward; or lse and mean, whose backward needs vjp."""
 
@@ -391,6 +460,19 @@ def relation(
     q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
     loss, entropy, *_ = _relation(q, k, queue, *scale, form, False, backend)
     return reduce(loss, reduction), entropy
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: str, backend: str) -> Tensor:
+    """The reduced InfoNCE. Arguments are checked."""
+    dtype = compute_dtype(q, queue)
+    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1])
+    if backend == "reference" or transformed():
+        return reduce(reference.info_nce(q, k, _kept(queue), tau, dtype), reduction)
+    if _wants_grad(q, k, queue, tau):
+        return _InfoNCE.apply(q, k, queue, tau, (reduction, dtype, backend))
+    scale = _pass(_scales((tau,), q))
+    q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
+    return reduce(_info_nce(q, k, queue, *scale, False, backend)[0], reduction)
 
 
 def logsumexp(

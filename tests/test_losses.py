@@ -15,7 +15,7 @@ from relssl.functional import queue_logsumexp, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BACKENDS = ["cpu", "chunked", "reference"]
+BACKENDS = ["triton"]
 EXACT = ["chunked", "reference"]  # those that take float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

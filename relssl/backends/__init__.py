@@ -27,6 +27,12 @@ A backend is a module with
         and then q [B, D] or [V, B, D]. diff, in q's shape, is mean_s - mean_t, so that the gradient of
         q is scale[0] diff; without want_diff it is [V*B, 0].
 
+    info_nce(q, k, queue, scale, want_diff) -> loss, sigma, diff, lse [2, V*B]
+        InfoNCE as in functional.info_nce, unreduced; scale is one. With z = A(theta) - <theta, k>,
+        loss = log(1 + exp z), sigma = 1 / (1 + exp -z), and diff = sigma (mean - k), in q's shape, makes
+        the gradient of q scale[0] diff; without want_diff it is [V*B, 0]. A backend without it gets
+        common.info_nce over its own `rows`.
+
 x [R, D] and queue [K, D] share their dtype and may have any strides; scale is made of Python floats, or
 is a tensor where a temperature lives on the device; exclude is int64 [R] or None; everything else is
 float32 (float64 for float64 input) and results are too. lse comes in two parts, [2, R], whose sum it is:
@@ -40,10 +46,11 @@ from types import ModuleType
 
 import torch
 
-from relssl.backends import chunked, cpu, reference
+from relssl.backends import chunked, cpu, reference, triton
 
 MODULES: dict[str, ModuleType] = {  # as "auto" tries them
     "cpu": cpu,
+    "triton": triton,
     "chunked": chunked,
     "reference": reference,
 }

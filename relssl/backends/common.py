@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Temperature = float | Tensor
 Scale = list[float] | Tensor  # 1/temperature: by value, or on the device
@@ -29,6 +30,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def dense(t: Tensor) -> Tensor:
+    """t [R, D] with contiguous rows, whatever lies between them."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
 def without_autocast(run: Callable) -> Callable:
     """Run a function of tensors with autocast off: their dtypes have been chosen."""
 
@@ -40,3 +46,20 @@ def without_autocast(run: Callable) -> Callable:
             return run(x, *args)
 
     return guarded
+
+
+def info_nce(
+    rows: Callable, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, want_diff: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the contract calls info_nce, for a backend that has `rows` only."""
+    x = q.flatten(0, -2)
+    lse, mean = rows(x, queue, [scale[0]] * 2, x.shape[0], None, want_diff)
+    kind = lse.dtype
+    positive = (cast(q, kind) * cast(k, kind)).sum(-1) * scale[0]
+    positive = positive + 0 * positive  # An infinite one becomes NaN, as in a softmax with it.
+    high, low = lse.view(2, *positive.shape)
+    z = high - positive + low
+    sigma, diff = z.sigmoid(), mean
+    if want_diff:
+        diff = (mean.view(q.shape) - k).mul_(sigma[..., None])
+    return functional.softplus(z, threshold=40), sigma, diff, lse

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale
+from relssl.backends.common import Scale, dense
 
 try:
     from relssl import _cpu  # type: ignore[attr-defined]
@@ -32,7 +32,7 @@ def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
 def rows(
     x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
 ) -> tuple[Tensor, Tensor]:
-    x, queue = _dense(x), _dense(queue)
+    x, queue = dense(x), dense(queue)
     count, dim = x.shape
     lse = x.new_empty(2, count, dtype=torch.float32)
     mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
@@ -50,7 +50,7 @@ def relation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
     shape, kind = q.shape, torch.float32
-    q, k, queue = _dense(q if q.dim() == 2 else q.reshape(-1, dim)), _dense(k), _dense(queue)
+    q, k, queue = dense(q if q.dim() == 2 else q.reshape(-1, dim)), dense(k), dense(queue)
     count = q.shape[0]
     loss, entropy = q.new_empty(shape[:-1], dtype=kind), q.new_empty(batch, dtype=kind)
     diff = q.new_empty(shape if want_diff else (count, 0), dtype=kind)
@@ -83,7 +83,7 @@ def vjp(
     want_x: bool,
     want_queue: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, queue = _dense(x), _dense(queue)
+    x, queue = dense(x), dense(queue)
     grad_x, grad_queue = (
         t.new_empty(t.shape[0] if wanted else 0, t.shape[1], dtype=torch.float32)
         for t, wanted in ((x, want_x), (queue, want_queue))
@@ -99,11 +99,6 @@ def vjp(
         torch.get_num_threads(),
     )
     return grad_x, grad_queue
-
-
-def _dense(t: Tensor) -> Tensor:
-    """t [R, D] with contiguous rows, whatever lies between them."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _stack(x: Tensor, scale: float | Tensor) -> tuple[int, int, int, float]:

@@ -58,3 +58,13 @@ def relation(
     if form == "ce":
         return -(p_t * log_p_s).sum(-1), entropy
     return (p_t * (log_p_t - log_p_s)).sum(-1), entropy
+
+
+@without_autocast
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: Temperature, dtype: torch.dtype) -> Tensor:
+    """InfoNCE with positive k and negatives queue ([B] or [V, B])."""
+    q, k, queue = (hold(t, dtype) for t in (q, k, queue))
+    positive = (q * k).sum(-1, keepdim=True)
+    positive = positive + 0 * positive  # An infinite one becomes NaN, and with it the loss.
+    logits = torch.cat((positive, q @ queue.T), -1) / valid(temperature)
+    return -logits.log_softmax(-1)[..., 0]

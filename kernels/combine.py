@@ -1,0 +1,155 @@
+"""The splits of the queue merged, and the losses: epilogues of the forward pass, one program for each row.
+
+The order of summation is fixed. What depends on a row alone is computed in float64: it is a few numbers, a
+loss is the small difference of large ones, and a log-sum-exp rounded to one float32 would carry its rounding
+into every p = exp(logit - lse) of a backward pass. Hence lse is stored in two parts, whose sum it is.
+"""
+
+import triton
+import triton.language as tl
+from relssl.kernels.pieces import HUGE, LN2, load_scale
+
+
+@triton.jit
+def merge(stats, row, rows, splits, c, S: tl.constexpr, MEAN: tl.constexpr):
+    """A row's log-sum-exp in units of log 2, float64, and what to weigh its partial means with, [S]."""
+    s = tl.arange(0, S)
+    inside = s < splits
+    at = stats + s.to(tl.int64) * rows + row
+    plane = splits.to(tl.int64) * rows
+    reference = tl.load(at, mask=inside, other=-HUGE)
+    top = tl.max(reference, 0)
+    weight = tl.exp2((reference - top) * c)
+    total = tl.sum(weight * tl.load(at + plane, mask=inside, other=0.0), 0)
+    lse = top.to(tl.float64) * c.to(tl.float64) + tl.log2(total.to(tl.float64))
+    if MEAN:
+        divisor = tl.sum(weight * tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
+        weight = weight / tl.where(divisor == 0.0, 1.0, divisor)  # A row left with nothing has the mean 0.
+    return lse, weight
+
+
+@triton.jit
+def load_mean(means, row, rows, splits, weight, d, S: tl.constexpr, DIM: tl.constexpr):
+    s = tl.arange(0, S)
+    at = means + (s.to(tl.int64) * rows + row)[:, None] * DIM + d[None, :]
+    part = tl.load(at, mask=(s < splits)[:, None] & (d < DIM)[None, :], other=0.0)
+    return tl.sum(part * weight[:, None], 0)
+
+
+@triton.jit
+def store_lse(lse, to, row, rows):
+    """As high + low, [2, rows]."""
+    natural = lse * LN2
+    high = natural.to(tl.float32)
+    low = (natural - high.to(tl.float64)).to(tl.float32)
+    tl.store(to + row, high)
+    tl.store(to + rows + row, tl.where(high == float("-inf"), 0.0, low))
+
+
+@triton.jit
+def inner(x, mean):
+    return tl.sum(x.to(tl.float64) * mean.to(tl.float64), 0)
+
+
+@triton.jit(do_not_specialize=["split", "rows", "splits"])
+def combine_rows(
+    stats, means, scale_first, scale_second,
+    lse_out, mean_out,  # [2, rows], [rows, DIM]
+    split, rows, splits,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, MEAN: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    c = tl.where(row < split, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE))
+    lse, weight = merge(stats, row, rows, splits, c, S, MEAN)
+    store_lse(lse, lse_out, row, rows)
+    if MEAN:
+        for start in tl.static_range(0, DIM, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mean = load_mean(means, row, rows, splits, weight, d, S, DIM)
+            tl.store(mean_out + row.to(tl.int64) * DIM + d, mean, mask=d < DIM)
+
+
+@triton.jit(do_not_specialize=["batch", "rows_t", "splits_t", "rows_s", "splits_s", "offset"])
+def combine_relation(
+    q, k, scale_s, scale_t,
+    stats_t, means_t, stats_s, means_s,  # may be one and the same: the teacher's rows come first
+    loss, entropy, diff, lse_out, mean_out,
+    q_stride, k_stride,
+    batch, rows_t, splits_t, rows_s, splits_s,
+    offset,  # of the students' rows in their stats and means
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr,
+    KL: tl.constexpr, DIFF: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A program for each student row r, whose teacher is row r % batch; the first view's writes that, too.
+
+    loss = A(theta_s) - <theta_s, mean_t> (- H(p_t) if KL),  H(p_t) = A(theta_t) - <theta_t, mean_t>
+    diff = mean_s - mean_t, the gradient of q but for 1 / temperature
+    """
+    r = tl.program_id(0)
+    students = tl.num_programs(0)
+    b = r % batch
+    c_s, c_t = load_scale(scale_s, DEVICE_SCALE), load_scale(scale_t, DEVICE_SCALE)
+    lse_t, weight_t = merge(stats_t, b, rows_t, splits_t, c_t, S, True)
+    lse_s, weight_s = merge(stats_s, offset + r, rows_s, splits_s, c_s, S, DIFF)
+    along_s = tl.zeros([], tl.float64)
+    along_t = tl.zeros([], tl.float64)
+    for start in tl.static_range(0, DIM, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = d < DIM
+        mean_t = load_mean(means_t, b, rows_t, splits_t, weight_t, d, S, DIM)
+        along_s += inner(tl.load(q + r.to(tl.int64) * q_stride + d, mask=inside, other=0.0), mean_t)
+        along_t += inner(tl.load(k + b.to(tl.int64) * k_stride + d, mask=inside, other=0.0), mean_t)
+        if DIFF:
+            mean_s = load_mean(means_s, offset + r, rows_s, splits_s, weight_s, d, S, DIM)
+            tl.store(diff + r.to(tl.int64) * DIM + d, mean_s - mean_t, mask=inside)
+        if r < batch:
+            tl.store(mean_out + b.to(tl.int64) * DIM + d, mean_t, mask=inside)
+    own = lse_t - c_t.to(tl.float64) * along_t
+    cross = lse_s - c_s.to(tl.float64) * along_s
+    if KL:
+        cross -= own
+    tl.store(loss + r, (cross * LN2).to(tl.float32))
+    store_lse(lse_s, lse_out, batch + r, batch + students)
+    if r < batch:
+        tl.store(entropy + b, (own * LN2).to(tl.float32))
+        store_lse(lse_t, lse_out, b, batch + students)
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "splits"])
+def combine_info_nce(
+    q, k, scale,
+    stats, means,
+    loss, sigma, diff, lse_out,  # [rows], [rows], [rows, DIM], [2, rows]
+    q_stride, k_stride,
+    batch, rows, splits,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, DIFF: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A program for each row r of q, whose positive is row r % batch of k.
+
+    loss = log(1 + e^z),  z = A(theta) - <theta, k>,  sigma = 1 / (1 + e^-z)
+    diff = sigma (mean - k), the gradient of q but for 1 / temperature
+    """
+    r = tl.program_id(0)
+    b = r % batch
+    c = load_scale(scale, DEVICE_SCALE)
+    lse, weight = merge(stats, r, rows, splits, c, S, DIFF)
+    along = tl.zeros([], tl.float64)
+    for start in tl.static_range(0, DIM, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        own = tl.load(q + r.to(tl.int64) * q_stride + d, mask=d < DIM, other=0.0)
+        positive = tl.load(k + b.to(tl.int64) * k_stride + d, mask=d < DIM, other=0.0)
+        along += inner(own, positive.to(tl.float32))
+    along += 0.0 * along  # An infinite one becomes NaN, as in a softmax with it.
+    z = LN2 * (lse - c.to(tl.float64) * along)
+    small = tl.exp(-tl.abs(z))
+    chance = tl.where(z > 0.0, 1.0, small) / (1.0 + small)
+    tl.store(loss + r, (tl.maximum(z, 0.0) + tl.log(1.0 + small)).to(tl.float32))
+    tl.store(sigma + r, chance.to(tl.float32))
+    store_lse(lse, lse_out, r, rows)
+    if DIFF:
+        for start in tl.static_range(0, DIM, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mean = load_mean(means, r, rows, splits, weight, d, S, DIM)
+            positive = tl.load(k + b.to(tl.int64) * k_stride + d, mask=d < DIM, other=0.0)
+            gap = chance.to(tl.float32) * (mean - positive.to(tl.float32))
+            tl.store(diff + r.to(tl.int64) * DIM + d, gap, mask=d < DIM)

@@ -1,0 +1,113 @@
+"""How to cut the work: tiles for each chip, width and dtype, and splits of the queue that fill the chip.
+
+Static, so that every process of a run cuts alike and results repeat; RELSSL_AUTOTUNE=1 measures instead
+(autotune.py). The tables hold what compiles without spilling registers (docs/kernels.md); their choice among
+that awaits a measurement.
+"""
+
+from typing import NamedTuple
+
+LOG2E = 1.4426950408889634
+TINY = 1.1754943508222875e-38  # the smallest normal float32
+MOST_SPLITS = 256  # combine.py holds a row's splits in registers
+INTERPRETER, AMD = 0, 1  # where a capability stands
+
+
+class Chip(NamedTuple):
+    capability: int  # 10 * major + minor, or one of the names above
+    processors: int  # streaming multiprocessors
+
+
+class Tiles(NamedTuple):
+    block_m: int  # rows of x
+    block_n: int  # rows of the queue
+    warps: int
+    stages: int  # queue tiles in flight
+
+
+# By family, bytes of an element and width: tiles of a forward pass. Narrower rows take the first line.
+FORWARD = {
+    ("sm_90", 2): {
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 128, 8, 3),
+        256: Tiles(128, 64, 8, 3),
+        512: Tiles(64, 32, 8, 3),
+        1024: Tiles(32, 16, 8, 2),
+    },
+    ("sm_80", 2): {
+        64: Tiles(128, 128, 8, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 64, 8, 3),
+        512: Tiles(64, 32, 8, 2),
+        1024: Tiles(32, 16, 8, 2),
+    },
+    ("small", 2): {
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 32, 8, 3),
+        256: Tiles(64, 32, 8, 3),
+        512: Tiles(32, 32, 8, 2),
+        1024: Tiles(32, 16, 8, 2),
+    },
+    ("sm_80", 4): {
+        64: Tiles(64, 64, 8, 2),
+        128: Tiles(64, 32, 8, 2),
+        256: Tiles(32, 32, 8, 2),
+        512: Tiles(16, 32, 8, 2),
+        1024: Tiles(16, 16, 8, 2),
+    },
+}
+
+
+def family(capability: int) -> str:
+    """Chips that share a table. "small" have 100 KiB of shared memory for a program."""
+    if capability in (90, 100, 103):
+        return "sm_90"
+    return "sm_80" if capability == 80 else "small"
+
+
+def width(dim: int) -> int:
+    """The power of two that a tile is wide: a matrix product takes 16 at least."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def log2_scale(scale: float) -> float:
+    """1 / temperature in units of log 2, and never 0: a left-out entry has the similarity -inf."""
+    return max(scale * LOG2E, TINY)
+
+
+def forward(chip: Chip, itemsize: int, dim: int, rows: int) -> Tiles:
+    """Of lookup.py."""
+    if chip.capability == INTERPRETER:
+        return Tiles(64, 128, 4, 1)
+    return lines(FORWARD, chip, itemsize, dim)
+
+
+def backward(chip: Chip, itemsize: int, dim: int, rows: int) -> Tiles:
+    """Of vjp_x."""
+    return forward(chip, itemsize, dim, rows)
+
+
+def backward_queue(chip: Chip, itemsize: int, dim: int) -> Tiles:
+    """Of vjp_queue."""
+    return forward(chip, itemsize, dim, 0)
+
+
+def combine(dim: int, splits: int) -> dict[str, int]:
+    """Of combine.py: all splits at once, and as many columns of their means as fit 4 warps' registers."""
+    count = max(2, 1 << (splits - 1).bit_length())
+    return {"DIM": dim, "S": count, "BLOCK_D": min(width(dim), 8192 // count), "num_warps": 4}
+
+
+def splits(rows: int, size: int, tiles: Tiles, chip: Chip) -> tuple[int, int]:
+    """In how many ranges to cut the queue, and how many of its rows are in each: whole tiles.
+
+    The fewest that keep 95 % as many processors busy as the best number does: one wave where blocks of rows
+    are few, several where they are many and one would leave processors idle.
+    """
+    blocks = -(-rows // tiles.block_m)
+    count = -(-size // tiles.block_n)
+    most = min(count, MOST_SPLITS, max(1, 4 * chip.processors // blocks))
+    busy = [blocks * s / (-(-blocks * s // chip.processors) * chip.processors) for s in range(1, most + 1)]
+    wanted = 1 + next(s for s, part in enumerate(busy) if part >= 0.95 * max(busy))
+    step = -(-count // wanted) * tiles.block_n
+    return -(-size // step), step

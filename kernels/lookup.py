@@ -1,0 +1,111 @@
+"""Forward: what a block of rows finds in one split of the queue, writing nothing of size R x K.
+
+Flash attention with a scale per row and the queue for both keys and values: a tile is loaded once and serves
+both products. A program owns BLOCK_M rows of the stacked [first; second] and the queue rows of one split; it
+leaves, for each of its rows and that split,
+
+    reference r, sum l = sum_j 2^(c (s_j - r)), divisor l', mean O = sum_j p_j m_j
+
+where s_j = <x, m_j>, p_j is 2^(c (s_j - r)) rounded to the tile's dtype and l' is the sum of those: with
+16-bit p the exact sum makes the better log-sum-exp (up to 70 times), the rounded one the better divisor of O
+(up to 3 times). combine.py merges the splits in a fixed order, so results do not change from run to run.
+
+The reference r is a similarity, subtracted before scaling: the difference of two large ones is exact. FIXED
+tries r = 0 first, which needs no maximum and no rescaling of O, and looks afterwards whether any row left the
+range in which that is exact; only then does the program start again with a running maximum (Milakov &
+Gimelshein 2018). float16 cannot hold 2^(c s), and starts there.
+"""
+
+import triton
+import triton.language as tl
+from relssl.kernels.pieces import HUGE, load_excluded, load_scale, load_tile, mask
+
+
+@triton.jit
+def sweep(
+    x, c, excluded, queue, queue_stride, begin, end, size, d,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr,
+    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, ONLINE: tl.constexpr,
+):  # fmt: skip
+    reference = tl.full([BLOCK_M], -HUGE if ONLINE else 0.0, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    divisor = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        tile = load_tile(queue, queue_stride, n, size, d, DIM, EVEN)
+        s = mask(tl.dot(x, tl.trans(tile), input_precision=PRECISION), n, size, excluded, EVEN, EXCLUDE)
+        if ONLINE:
+            grown = tl.maximum(reference, tl.max(s, 1))
+            factor = tl.exp2((reference - grown) * c)
+            reference = grown
+            total *= factor
+            p = tl.exp2((s - reference[:, None]) * c[:, None])
+        else:
+            p = tl.exp2(s * c[:, None])
+        total += tl.sum(p, 1)
+        if MEAN:
+            rounded = p.to(tile.dtype)
+            if ONLINE:
+                divisor *= factor
+                mean *= factor[:, None]
+            if tile.dtype != tl.float32:
+                divisor += tl.sum(rounded.to(tl.float32), 1)
+            mean = tl.dot(rounded, tile, mean, input_precision=PRECISION)
+    if MEAN and x.dtype == tl.float32:
+        divisor = total
+    return reference, total, divisor, mean
+
+
+@triton.jit(do_not_specialize=["split", "rows", "size", "step"])
+def lookup(
+    first, second, queue, exclude, scale_first, scale_second,
+    stats,  # [3, splits, rows]: reference, sum and divisor
+    means,  # [splits, rows, DIM]; unused without MEAN
+    first_stride, second_stride, queue_stride,
+    split, rows, size,
+    step,  # queue rows in a split: whole tiles
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEAN: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, FIXED: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own_split, splits = tl.program_id(1), tl.num_programs(1)
+    d = tl.arange(0, BLOCK_D)
+
+    # A block may hold rows of both stacks.
+    index = row.to(tl.int64)
+    start = tl.where(row < split, first + index * first_stride, second + (index - split) * second_stride)
+    x = tl.load(start[:, None] + d[None, :], mask=(row < rows)[:, None] & (d < DIM)[None, :], other=0.0)
+    c = tl.where(row < split, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE))
+    excluded = load_excluded(exclude, row, rows, EXCLUDE)
+    begin = own_split * step
+    end = tl.minimum(begin + step, size)
+
+    reference, total, divisor, mean = sweep(
+        x, c, excluded, queue, queue_stride, begin, end, size, d,
+        DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, not FIXED,
+    )  # fmt: skip
+    if FIXED:
+        # What sank below 2^-126 is less than an ulp of the sum, and nothing came near infinity. NaN fails.
+        seen = total
+        if MEAN:
+            seen += tl.sum(
+                mean - mean
+            )  # 0 or NaN. Over both axes: over one of them, sm_100 does not compile.
+        exact = (seen >= size * 2.0**-102) & (seen <= 2.0**100)
+        if tl.min(exact.to(tl.int32), 0) == 0:
+            reference, total, divisor, mean = sweep(
+                x, c, excluded, queue, queue_stride, begin, end, size, d,
+                DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, True,
+            )  # fmt: skip
+
+    inside = row < rows
+    at = stats + own_split.to(tl.int64) * rows + row
+    plane = splits.to(tl.int64) * rows
+    tl.store(at, reference, mask=inside)
+    tl.store(at + plane, total, mask=inside)
+    if MEAN:
+        tl.store(at + 2 * plane, divisor, mask=inside)
+        to = means + (own_split.to(tl.int64) * rows + index)[:, None] * DIM + d[None, :]
+        tl.store(to, mean, mask=inside[:, None] & (d < DIM)[None, :])

@@ -1,0 +1,168 @@
+"""What the compiler makes of each kernel of the default tables, without a GPU:
+
+    python -m relssl.kernels.resources [--capability 90 ...] [--dim 128 ...]
+
+prints registers, spilled bytes, shared memory and the instructions that matter, as a table in Markdown.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from relssl.kernels import combine, heuristics, lookup, vjp
+from relssl.kernels.heuristics import Chip, Tiles
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+DIMS = (64, 128, 256, 512, 1024)
+# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications).
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+PROCESSORS = 132
+
+
+class Resources(NamedTuple):
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+    tensor: str  # the instruction of the matrix products
+    copies: int  # asynchronous ones of 16 bytes
+    narrow: int  # asynchronous ones of fewer
+
+
+class Case(NamedTuple):
+    """A kernel as the default tables have it for a chip, width and dtype."""
+
+    name: str
+    kernel: Any
+    dtype: str
+    dim: int
+    tiles: Tiles
+    constants: dict[str, Any]
+
+
+def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
+    """The forward pass with a gradient, its combine step, and both kernels of the backward pass."""
+    chip = Chip(capability, PROCESSORS)
+    size = {"fp32": 4}.get(dtype, 2)
+    common = {
+        "DIM": dim,
+        "BLOCK_D": heuristics.width(dim),
+        "EXCLUDE": False,
+        "EVEN": True,
+        "DEVICE_SCALE": False,
+        "PRECISION": "tf32x3" if size == 4 else "tf32",
+    }
+    for rows in (64, 4096):
+        tiles = heuristics.forward(chip, size, dim, rows)
+        flags = {"MEAN": True, "FIXED": dtype != "fp16"}
+        yield Case(f"lookup R={rows:,}", lookup.lookup, dtype, dim, tiles, common | flags)
+    tiles = heuristics.backward(chip, size, dim, 4096)
+    yield Case("vjp_x", vjp.vjp_x, dtype, dim, tiles, common | {"G_MEAN": True})
+    tiles = heuristics.backward_queue(chip, size, dim)
+    yield Case("vjp_queue", vjp.vjp_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True})
+    fitting = heuristics.combine(dim, PROCESSORS)
+    tiles = Tiles(0, 0, fitting.pop("num_warps"), 1)
+    for name in ("rows", "relation", "info_nce"):
+        flags = {"MEAN": True, "KL": True, "DIFF": True, "DEVICE_SCALE": False}
+        kernel = getattr(combine, f"combine_{name}")
+        yield Case(f"combine_{name}", kernel, dtype, dim, tiles, fitting | flags)
+
+
+FLOATS = ("stats", "means", "lse", "base", "g_mean", "g_row", "totals", "weighted", "grad_queue")
+OUTPUTS = (
+    "loss",
+    "entropy",
+    "diff",
+    "sigma",
+    "lse_out",
+    "mean_out",
+    "stats_t",
+    "means_t",
+    "stats_s",
+    "means_s",
+)
+
+
+def signature(names: list[str], dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name.startswith("scale"):
+            return "fp32"
+        if name in ("first", "second", "queue", "x", "q", "k"):
+            return f"*{dtype}"
+        if name in FLOATS + OUTPUTS:
+            return "*fp32"
+        return "*i64" if name == "exclude" else "i32"
+
+    return {name: kind(name) for name in names}
+
+
+def compiled(case: Case, capability: int) -> Any:
+    """For pointers and strides that are multiples of 16, as Triton finds them at most calls."""
+    names = case.kernel.arg_names
+    constants = {n: v for n, v in (case.constants | blocks(case)).items() if n in names}
+    types = signature(names, case.dtype, constants)
+    aligned = [n for n, t in types.items() if t.startswith("*") or n.endswith("_stride")]
+    source = ASTSource(
+        case.kernel,
+        signature=types,
+        constexprs={(names.index(n),): v for n, v in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": case.tiles.warps, "num_stages": case.tiles.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def blocks(case: Case) -> dict[str, int]:
+    return {"BLOCK_M": case.tiles.block_m, "BLOCK_N": case.tiles.block_n}
+
+
+def resources(case: Case, capability: int) -> Resources:
+    result = compiled(case, capability)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        told = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", told)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
+    ptx = result.asm["ptx"]
+    tensor = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none")
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^]]+\], \[[^]]+\], (\w+)", ptx)
+    wide = sum(int(n, 0) == 16 for n in copies)
+    return Resources(registers, stack, result.metadata.shared, tensor, wide, len(copies) - wide)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES)
+    parser.add_argument("--dim", type=int, nargs="*", default=DIMS)
+    parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16", "fp32"])
+    options = parser.parse_args()
+    print("| chip | kernel | dtype | D | tiles | warps, stages | registers | spilled | shared | product |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for capability in options.capability:
+        for dtype in options.dtype:
+            for dim in options.dim:
+                for case in cases(capability, dim, dtype):
+                    got = resources(case, capability)
+                    tiles = case.tiles
+                    print(
+                        f"| sm_{capability} | {case.name} | {dtype} | {dim} | {tiles.block_m} x {tiles.block_n}"
+                        f" | {tiles.warps}, {tiles.stages} | {got.registers} | {got.spilled} | {got.shared:,}"
+                        f" | {got.tensor} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

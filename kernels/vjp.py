@@ -1,0 +1,117 @@
+"""Backward of the lookup: gradients of x and of the queue from x, queue and lse, recomputing the rest.
+
+    u_rj = <m_j, g_mean_r>    p_rj = 2^(c <x_r, m_j> - lse_r)    w_rj = p_rj (base_r + u_rj)
+
+    vjp_x       total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j: a block of rows, a split of the queue
+    vjp_queue   grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the queue and
+                passes over all rows, so nothing is added atomically
+
+Products with a gradient in them need its range: beside bfloat16 they are of bfloat16, but beside float16 of
+float32 (TF32 loses no digit of a float16), since p or g may lie below the smallest float16.
+"""
+
+import triton
+import triton.language as tl
+from relssl.kernels.pieces import HUGE, LN2, LOG2E, load_excluded, load_rows, load_scale, load_tile, mask
+
+
+@triton.jit
+def load_lse(lse, row, rows, c):
+    """lse, in units of log 2, as high * c + low: (s - high) c - low is exact where lse is large."""
+    inside = row < rows
+    exact = tl.load(lse + row, mask=inside, other=0.0).to(tl.float64)
+    exact = (exact + tl.load(lse + rows + row, mask=inside, other=0.0).to(tl.float64)) * LOG2E
+    wide = c.to(tl.float64)
+    # Within float32, however small c is. A row left with nothing has no weights: its lse would make them NaN.
+    empty = exact == float("-inf")
+    most = HUGE / 2
+    high = tl.minimum(tl.maximum(exact / wide, -most), most).to(tl.float32)
+    high = tl.where(exact == exact, high, float("nan"))
+    low = (exact - high.to(tl.float64) * wide).to(tl.float32)
+    return tl.where(empty, HUGE, high), tl.where(empty, 0.0, low)
+
+
+@triton.jit
+def as_weight(x, like):
+    """x in the dtype that products with gradients have beside rows of dtype `like`."""
+    return x.to(tl.bfloat16 if like == tl.bfloat16 else tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "size", "step"])
+def vjp_x(
+    x, queue, exclude, scale, lse, base, g_mean,
+    totals, weighted,  # [splits, rows], [splits, rows, DIM]
+    x_stride, queue_stride,
+    rows, size, step,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own_split = tl.program_id(1).to(tl.int64)
+    inside = row < rows
+    d = tl.arange(0, BLOCK_D)
+    rows_x = load_rows(x, x_stride, row, rows, d, DIM)
+    c = load_scale(scale, DEVICE_SCALE)
+    high, low = load_lse(lse, row, rows, c)
+    own_base = tl.load(base + row, mask=inside, other=0.0)
+    excluded = load_excluded(exclude, row, rows, EXCLUDE)
+    if G_MEAN:
+        g = as_weight(load_rows(g_mean, DIM, row, rows, d, DIM), rows_x.dtype)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin = tl.program_id(1) * step
+    for start in range(begin, tl.minimum(begin + step, size), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        tile = load_tile(queue, queue_stride, n, size, d, DIM, EVEN)
+        s = mask(tl.dot(rows_x, tl.trans(tile), input_precision=PRECISION), n, size, excluded, EVEN, EXCLUDE)
+        w = tl.exp2((s - high[:, None]) * c - low[:, None])
+        wide = as_weight(tile, tile.dtype)
+        if G_MEAN:
+            w *= own_base[:, None] + tl.dot(g, tl.trans(wide), input_precision=PRECISION)
+        else:
+            w *= own_base[:, None]
+        total += tl.sum(w, 1)
+        grad = tl.dot(as_weight(w, tile.dtype), wide, grad, input_precision=PRECISION)
+    index = own_split * rows + row
+    tl.store(totals + index, total, mask=inside)
+    tl.store(weighted + index[:, None] * DIM + d[None, :], grad, mask=inside[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "size"])
+def vjp_queue(
+    x, queue, exclude, scale, lse, base, g_mean, g_row,
+    grad_queue,  # [size, DIM]
+    x_stride, queue_stride,
+    rows, size,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EXCLUDE: tl.constexpr, G_MEAN: tl.constexpr, G_ROW: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    tile = load_rows(queue, queue_stride, n, size, d, DIM)
+    wide = as_weight(tile, tile.dtype)
+    c = load_scale(scale, DEVICE_SCALE)
+    grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, rows, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        rows_x = load_rows(x, x_stride, row, rows, d, DIM)
+        high, low = load_lse(lse, row, rows, c)
+        # As the forward pass has them, row by row: lse belongs to these, to the last digit.
+        s = tl.dot(rows_x, tl.trans(tile), input_precision=PRECISION)
+        excluded = load_excluded(exclude, row, rows, EXCLUDE)
+        s = mask(s, n, size, excluded, True, EXCLUDE)
+        # Rows beyond the last have zeros for x, base and g: they add nothing.
+        p = tl.exp2((s - high[:, None]) * c - low[:, None])
+        w = tl.load(base + row, mask=row < rows, other=0.0)[:, None]
+        if G_MEAN:
+            g = as_weight(load_rows(g_mean, DIM, row, rows, d, DIM), tile.dtype)
+            w = w + tl.dot(g, tl.trans(wide), input_precision=PRECISION)
+        w = as_weight(p * w * (c * LN2), tile.dtype)
+        grad = tl.dot(tl.trans(w), as_weight(rows_x, tile.dtype), grad, input_precision=PRECISION)
+        if G_ROW:
+            g = as_weight(load_rows(g_row, DIM, row, rows, d, DIM), tile.dtype)
+            grad = tl.dot(tl.trans(as_weight(p, tile.dtype)), g, grad, input_precision=PRECISION)
+    to = grad_queue + n.to(tl.int64)[:, None] * DIM + d[None, :]
+    tl.store(to, grad, mask=(n < size)[:, None] & (d < DIM)[None, :])

@@ -1,0 +1,240 @@
+"""Triton (kernels/): the whole loss in two launches, on NVIDIA GPUs from Ampere on and on AMD's.
+
+Here tensors become launches: dtypes and shapes have been checked, and what has no contiguous rows is copied
+once. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly, for tests.
+"""
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relssl.backends.common import Scale, dense
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WIDEST = 1024
+_installed = importlib.util.find_spec("triton") is not None
+
+
+def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
+    if device == "cpu" and not INTERPRETED:
+        return "it runs on GPUs, and on the CPU only where TRITON_INTERPRET=1 was set at the start"
+    if device not in ("cpu", "cuda"):
+        return f"it runs on CUDA and ROCm, not on {device}"
+    if not _installed:
+        return "Triton is not installed (pip install 'relssl[triton]')"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if dim > WIDEST:
+        return f"its tiles hold rows of at most {WIDEST}, not {dim}"
+    return _too_old() if device == "cuda" else None
+
+
+@torch.compiler.assume_constant_result
+def _too_old() -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
+        return None
+    return f"it needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    from relssl.kernels import combine, heuristics, lookup, vjp
+
+    return SimpleNamespace(
+        combine_info_nce=combine.combine_info_nce,
+        combine_relation=combine.combine_relation,
+        combine_rows=combine.combine_rows,
+        heuristics=heuristics,
+        lookup=lookup.lookup,
+        vjp_queue=vjp.vjp_queue,
+        vjp_x=vjp.vjp_x,
+    )
+
+
+@cache
+def _chip(index: int | None) -> Any:
+    heuristics = _kernels().heuristics
+    if index is None:
+        return heuristics.Chip(heuristics.INTERPRETER, 4)  # four, so that there are splits
+    of = torch.cuda.get_device_properties(index)
+    capability = heuristics.AMD if torch.version.hip else 10 * of.major + of.minor
+    return heuristics.Chip(capability, of.multi_processor_count)
+
+
+def _on(x: Tensor) -> Any:
+    """The device that launches go to is the current one."""
+    if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products, as torch says: TF32 if allowed, else three TF32 products that keep all digits."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee" if torch.version.hip else "tf32x3"
+    return "tf32"
+
+
+def _scales(scale: Scale) -> tuple[Any, ...]:
+    """The scales as kernels take them: numbers in units of log 2, or addresses on the device."""
+    if isinstance(scale, Tensor):
+        return tuple(scale[i:] for i in range(len(scale)))
+    return tuple(_kernels().heuristics.log2_scale(c) for c in scale)
+
+
+def _lookup(
+    first: Tensor,
+    second: Tensor,
+    queue: Tensor,
+    scales: tuple[Any, ...],
+    exclude: Tensor | None,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0]."""
+    kernels, chip = _kernels(), _chip(queue.device.index)
+    split, (size, dim) = first.shape[0], queue.shape
+    rows = split + second.shape[0]
+    tiles = kernels.heuristics.forward(chip, queue.element_size(), dim, rows)
+    splits, step = kernels.heuristics.splits(rows, size, tiles, chip)
+    stats = queue.new_empty(3, splits, rows, dtype=torch.float32)
+    means = queue.new_empty((splits, rows, dim) if want_mean else 0, dtype=torch.float32)
+    kernels.lookup[(-(-rows // tiles.block_m), splits)](
+        first, second, queue, exclude, *scales, stats, means,
+        first.stride(0), second.stride(0), queue.stride(0), split, rows, size, step,
+        DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=kernels.heuristics.width(dim),
+        MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
+        FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
+        PRECISION=_precision(queue.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return stats, means
+
+
+def rows(
+    x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
+) -> tuple[Tensor, Tensor]:
+    x, queue, exclude = dense(x), dense(queue), exclude if exclude is None else exclude.contiguous()
+    count, dim = x.shape
+    lse = x.new_empty(2, count, dtype=torch.float32)
+    mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
+    with _on(x):
+        kernels, scales = _kernels(), _scales(scale)
+        stats, means = _lookup(x[:split], x[split:], queue, scales, exclude, want_mean)
+        splits = stats.shape[1]
+        kernels.combine_rows[(count,)](
+            stats, means, *scales, lse, mean, split, count, splits,
+            MEAN=want_mean, DEVICE_SCALE=isinstance(scale, Tensor), **kernels.heuristics.combine(dim, splits),
+        )  # fmt: skip
+    return lse, mean
+
+
+def relation(
+    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, dim = k.shape
+    views = q.shape[:-1]
+    q, k, queue = dense(q if q.dim() == 2 else q.reshape(-1, dim)), dense(k), dense(queue)
+    count = q.shape[0]
+    shapes = views, batch, (*views, dim) if want_diff else (count, 0), (2, batch + count), (batch, dim)
+    loss, entropy, diff, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    with _on(q):
+        kernels, (c_s, c_t) = _kernels(), _scales(scale)
+        if want_diff:
+            stats_t, means_t = stats_s, means_s = _lookup(k, q, queue, (c_t, c_s), None, True)
+        else:  # The student's mean is a quarter of the work.
+            stats_t, means_t = _lookup(k, k[:0], queue, (c_t, c_t), None, True)
+            stats_s, means_s = _lookup(q, q[:0], queue, (c_s, c_s), None, False)
+        kernels.combine_relation[(count,)](
+            q, k, c_s, c_t, stats_t, means_t, stats_s, means_s, loss, entropy, diff, lse, mean_t,
+            q.stride(0), k.stride(0), batch, *stats_t.shape[:0:-1], *stats_s.shape[:0:-1],
+            batch if want_diff else 0,
+            KL=form == "kl", DIFF=want_diff, DEVICE_SCALE=isinstance(scale, Tensor),
+            **kernels.heuristics.combine(dim, max(stats_t.shape[1], stats_s.shape[1])),
+        )  # fmt: skip
+    return loss, entropy, diff, lse, mean_t
+
+
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, want_diff: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, dim = k.shape
+    views = q.shape[:-1]
+    q, k, queue = dense(q if q.dim() == 2 else q.reshape(-1, dim)), dense(k), dense(queue)
+    count = q.shape[0]
+    shapes = views, views, (*views, dim) if want_diff else (count, 0), (2, count)
+    loss, sigma, diff, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    with _on(q):
+        kernels, (c,) = _kernels(), _scales(scale)
+        stats, means = _lookup(q, q[:0], queue, (c, c), None, want_diff)
+        _, splits, rows = stats.shape
+        kernels.combine_info_nce[(count,)](
+            q, k, c, stats, means, loss, sigma, diff, lse, q.stride(0), k.stride(0), batch, rows, splits,
+            DIFF=want_diff, DEVICE_SCALE=isinstance(scale, Tensor), **kernels.heuristics.combine(dim, splits),
+        )  # fmt: skip
+    return loss, sigma, diff, lse
+
+
+def vjp(
+    x: Tensor,
+    queue: Tensor,
+    scale: float | Tensor,
+    exclude: Tensor | None,
+    lse: Tensor,
+    mean: Tensor,  # Unread where nothing but the queue's gradient through lse is wanted.
+    g_lse: Tensor | None,
+    g_mean: Tensor | None,
+    g_row: Tensor | None,
+    want_x: bool,
+    want_queue: bool,
+) -> tuple[Tensor, Tensor]:
+    x, queue = dense(x), dense(queue)
+    exclude, lse, g_lse, g_mean, g_row = (
+        t if t is None else t.contiguous() for t in (exclude, lse, g_lse, g_mean, g_row)
+    )
+    (rows, dim), size = x.shape, queue.shape[0]
+    grad_x = grad_queue = lse.new_empty(0, dim)
+    g_lse = lse.new_zeros(rows) if g_lse is None else g_lse
+    base = g_lse
+    if g_mean is not None:
+        base = base - (mean * g_mean).sum(1)
+    with _on(x):
+        kernels, chip = _kernels(), _chip(x.device.index)
+        precision = _precision(x.dtype)
+        common = {
+            "DIM": dim, "BLOCK_D": kernels.heuristics.width(dim), "EXCLUDE": exclude is not None,
+            "G_MEAN": g_mean is not None, "DEVICE_SCALE": isinstance(scale, Tensor), "PRECISION": precision,
+        }  # fmt: skip
+        c = scale if isinstance(scale, Tensor) else kernels.heuristics.log2_scale(scale)
+        if want_x or g_mean is not None:
+            tiles = kernels.heuristics.backward(chip, x.element_size(), dim, rows)
+            splits, step = kernels.heuristics.splits(rows, size, tiles, chip)
+            totals, weighted = lse.new_empty(splits, rows), lse.new_empty(splits, rows, dim)
+            kernels.vjp_x[(-(-rows // tiles.block_m), splits)](
+                x, queue, exclude, c, lse, base, g_mean, totals, weighted,
+                x.stride(0), queue.stride(0), rows, size, step,
+                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, EVEN=size % tiles.block_n == 0,
+                num_warps=tiles.warps, num_stages=tiles.stages, **common,
+            )  # fmt: skip
+            # sum_j w_j must be g_lse. What rounding leaves goes out along the mean: without it a sharp row
+            # loses every digit, since u_j - ubar nearly vanishes where p_j does not.
+            rest = totals.sum(0) - g_lse
+            base = base - rest
+            if want_x:
+                grad_x = (weighted.sum(0) - rest[:, None] * mean) * scale
+        if want_queue:
+            tiles = kernels.heuristics.backward_queue(chip, x.element_size(), dim)
+            grad_queue = lse.new_empty(size, dim)
+            kernels.vjp_queue[(-(-size // tiles.block_n),)](
+                x, queue, exclude, c, lse, base, g_mean, g_row, grad_queue,
+                x.stride(0), queue.stride(0), rows, size,
+                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, G_ROW=g_row is not None,
+                num_warps=tiles.warps, num_stages=tiles.stages, **common,
+            )  # fmt: skip
+    return grad_x, grad_queue
