@@ -18,51 +18,128 @@ class Chip(NamedTuple):
     processors: int  # streaming multiprocessors
 
 
+WHOLE = 1 << 30
+
+
 class Tiles(NamedTuple):
     block_m: int  # rows of x
     block_n: int  # rows of the queue
     warps: int
     stages: int  # queue tiles in flight
+    chunk: int = WHOLE  # columns that similarities are summed over at a time; see pieces.product
 
 
-# By family, bytes of an element and width: tiles of a forward pass. Narrower rows take the first line.
-FORWARD = {
-    ("sm_90", 2): {
+INTERPRETED = Tiles(64, 256, 4, 1)
+
+# For each family of chips: its tiles by width, for up to so many columns.
+Table = dict[str, dict[int, Tiles]]
+
+FORWARD_16: Table = {
+    "sm_90": {
         64: Tiles(128, 128, 8, 3),
         128: Tiles(128, 128, 8, 3),
         256: Tiles(128, 64, 8, 3),
         512: Tiles(64, 32, 8, 3),
         1024: Tiles(32, 16, 8, 2),
     },
-    ("sm_80", 2): {
+    "sm_80": {
         64: Tiles(128, 128, 8, 3),
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 64, 8, 3),
         512: Tiles(64, 32, 8, 2),
         1024: Tiles(32, 16, 8, 2),
     },
-    ("small", 2): {
+    "small": {
         64: Tiles(128, 64, 8, 3),
         128: Tiles(128, 32, 8, 3),
         256: Tiles(64, 32, 8, 3),
         512: Tiles(32, 32, 8, 2),
         1024: Tiles(32, 16, 8, 2),
     },
-    ("sm_80", 4): {
+}
+FORWARD_32 = {
+    64: Tiles(64, 32, 8, 2),
+    128: Tiles(32, 32, 8, 2),
+    256: Tiles(16, 32, 8, 2, 64),
+    512: Tiles(16, 32, 8, 2, 64),
+    1024: Tiles(16, 16, 8, 1, 32),
+}
+
+BACKWARD_16: Table = {
+    "sm_90": {
+        64: Tiles(128, 64, 8, 2),
+        128: Tiles(128, 32, 8, 2),
+        256: Tiles(64, 32, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+        1024: Tiles(16, 16, 8, 2),
+    },
+    "sm_80": {
+        64: Tiles(64, 64, 8, 2),
+        128: Tiles(64, 64, 8, 2),
+        256: Tiles(32, 64, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+        1024: Tiles(16, 16, 8, 2),
+    },
+    "small": {
         64: Tiles(64, 64, 8, 2),
         128: Tiles(64, 32, 8, 2),
         256: Tiles(32, 32, 8, 2),
-        512: Tiles(16, 32, 8, 2),
-        1024: Tiles(16, 16, 8, 2),
+        512: Tiles(16, 16, 8, 2),
+        1024: Tiles(16, 16, 8, 1, 64),
     },
+}
+BACKWARD_32 = {
+    64: Tiles(32, 32, 8, 2),
+    128: Tiles(16, 32, 8, 2, 64),
+    256: Tiles(16, 32, 8, 2, 64),
+    512: Tiles(16, 16, 8, 2, 64),
+    1024: Tiles(16, 16, 8, 1, 32),
+}
+
+QUEUE_16: Table = {
+    "sm_90": {
+        64: Tiles(64, 64, 8, 2),
+        128: Tiles(64, 32, 8, 2),
+        256: Tiles(32, 16, 8, 2),
+        512: Tiles(16, 32, 8, 1),
+        1024: Tiles(16, 16, 8, 1, 64),
+    },
+    "sm_80": {
+        64: Tiles(64, 32, 8, 2),
+        128: Tiles(32, 32, 8, 2),
+        256: Tiles(16, 32, 8, 1),
+        512: Tiles(16, 16, 8, 1),
+        1024: Tiles(16, 16, 8, 1, 64),
+    },
+    "small": {
+        64: Tiles(64, 32, 8, 2),
+        128: Tiles(32, 32, 8, 2),
+        256: Tiles(16, 32, 8, 1),
+        512: Tiles(16, 16, 8, 1),
+        1024: Tiles(16, 16, 8, 1, 64),
+    },
+}
+QUEUE_32 = {
+    64: Tiles(32, 32, 8, 2),
+    128: Tiles(16, 32, 8, 1, 64),
+    256: Tiles(16, 32, 8, 1, 64),
+    512: Tiles(16, 16, 8, 1, 64),
+    1024: Tiles(16, 16, 8, 1, 32),
 }
 
 
 def family(capability: int) -> str:
-    """Chips that share a table. "small" have 100 KiB of shared memory for a program."""
+    """Chips that share a table. "small" have 100 KiB of shared memory for a program, or are not NVIDIA's."""
     if capability in (90, 100, 103):
         return "sm_90"
     return "sm_80" if capability == 80 else "small"
+
+
+def _line(of_16: Table, of_32: dict[int, Tiles], chip: Chip, itemsize: int, dim: int) -> Tiles:
+    if chip.capability == INTERPRETER:
+        return INTERPRETED
+    table = of_32 if itemsize == 4 else of_16[family(chip.capability)]
+    return next(tiles for widest, tiles in table.items() if dim <= widest)
 
 
 def width(dim: int) -> int:
@@ -75,21 +152,19 @@ def log2_scale(scale: float) -> float:
     return max(scale * LOG2E, TINY)
 
 
-def forward(chip: Chip, itemsize: int, dim: int, rows: int) -> Tiles:
+def forward(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of lookup.py."""
-    if chip.capability == INTERPRETER:
-        return Tiles(64, 128, 4, 1)
-    return lines(FORWARD, chip, itemsize, dim)
+    return _line(FORWARD_16, FORWARD_32, chip, itemsize, dim)
 
 
-def backward(chip: Chip, itemsize: int, dim: int, rows: int) -> Tiles:
+def backward(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of vjp_x."""
-    return forward(chip, itemsize, dim, rows)
+    return _line(BACKWARD_16, BACKWARD_32, chip, itemsize, dim)
 
 
 def backward_queue(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of vjp_queue."""
-    return forward(chip, itemsize, dim, 0)
+    return _line(QUEUE_16, QUEUE_32, chip, itemsize, dim)
 
 
 def combine(dim: int, splits: int) -> dict[str, int]:

@@ -18,14 +18,15 @@ Gimelshein 2018). float16 cannot hold 2^(c s), and starts there.
 
 import triton
 import triton.language as tl
-from relssl.kernels.pieces import HUGE, load_excluded, load_scale, load_tile, mask
+from relssl.kernels.pieces import HUGE, addresses, load, load_excluded, load_scale, mask, product
 
 
 @triton.jit
 def sweep(
-    x, c, excluded, queue, queue_stride, begin, end, size, d,
+    x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr,
-    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, ONLINE: tl.constexpr,
+    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    ONLINE: tl.constexpr,
 ):  # fmt: skip
     reference = tl.full([BLOCK_M], -HUGE if ONLINE else 0.0, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -33,8 +34,10 @@ def sweep(
     mean = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        tile = load_tile(queue, queue_stride, n, size, d, DIM, EVEN)
-        s = mask(tl.dot(x, tl.trans(tile), input_precision=PRECISION), n, size, excluded, EVEN, EXCLUDE)
+        tile_at = addresses(queue, queue_stride, n)
+        tile = load(tile_at, n < size, d, DIM, EVEN)
+        s = product(x, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
+        s = mask(s, n, size, excluded, EVEN, EXCLUDE)
         if ONLINE:
             grown = tl.maximum(reference, tl.max(s, 1))
             factor = tl.exp2((reference - grown) * c)
@@ -67,45 +70,44 @@ def lookup(
     step,  # queue rows in a split: whole tiles
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, FIXED: tl.constexpr,
-    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_split, splits = tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK_D)
 
     # A block may hold rows of both stacks.
-    index = row.to(tl.int64)
-    start = tl.where(row < split, first + index * first_stride, second + (index - split) * second_stride)
-    x = tl.load(start[:, None] + d[None, :], mask=(row < rows)[:, None] & (d < DIM)[None, :], other=0.0)
+    inside = row < rows
+    x_at = tl.where(
+        row < split, addresses(first, first_stride, row), addresses(second, second_stride, row - split)
+    )
+    x = load(x_at, inside, d, DIM)
     c = tl.where(row < split, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE))
     excluded = load_excluded(exclude, row, rows, EXCLUDE)
     begin = own_split * step
     end = tl.minimum(begin + step, size)
 
     reference, total, divisor, mean = sweep(
-        x, c, excluded, queue, queue_stride, begin, end, size, d,
-        DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, not FIXED,
+        x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
+        DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, not FIXED,
     )  # fmt: skip
     if FIXED:
         # What sank below 2^-126 is less than an ulp of the sum, and nothing came near infinity. NaN fails.
         seen = total
         if MEAN:
-            seen += tl.sum(
-                mean - mean
-            )  # 0 or NaN. Over both axes: over one of them, sm_100 does not compile.
+            seen += tl.sum(mean - mean)  # 0 or NaN. (Over one axis alone, sm_100 does not compile.)
         exact = (seen >= size * 2.0**-102) & (seen <= 2.0**100)
         if tl.min(exact.to(tl.int32), 0) == 0:
             reference, total, divisor, mean = sweep(
-                x, c, excluded, queue, queue_stride, begin, end, size, d,
-                DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, True,
+                x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
+                DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, True,
             )  # fmt: skip
 
-    inside = row < rows
     at = stats + own_split.to(tl.int64) * rows + row
     plane = splits.to(tl.int64) * rows
     tl.store(at, reference, mask=inside)
     tl.store(at + plane, total, mask=inside)
     if MEAN:
         tl.store(at + 2 * plane, divisor, mask=inside)
-        to = means + (own_split.to(tl.int64) * rows + index)[:, None] * DIM + d[None, :]
+        to = means + (own_split.to(tl.int64) * rows + row)[:, None] * DIM + d[None, :]
         tl.store(to, mean, mask=inside[:, None] & (d < DIM)[None, :])

@@ -27,21 +27,44 @@ def load_scale(scale, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(start, stride, row, rows, d, DIM: tl.constexpr):
-    """Rows [M, D] at start + row * stride; zeros outside."""
-    at = start + row.to(tl.int64)[:, None] * stride + d[None, :]
-    return tl.load(at, mask=(row < rows)[:, None] & (d < DIM)[None, :], other=0.0)
+def addresses(start, stride, row):
+    """Of rows [M]."""
+    return start + row.to(tl.int64) * stride
 
 
 @triton.jit
-def load_tile(queue, stride, n, size, d, DIM: tl.constexpr, EVEN: tl.constexpr):
-    """Queue rows n [N] as a tile [N, D]; zeros outside. EVEN: there are no rows outside."""
-    at = queue + n.to(tl.int64)[:, None] * stride + d[None, :]
-    if EVEN:
-        if d.shape[0] == DIM:
-            return tl.load(at)
-        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
-    return tl.load(at, mask=(n < size)[:, None] & (d < DIM)[None, :], other=0.0)
+def load(at, valid, d, DIM: tl.constexpr, EVEN: tl.constexpr = False):
+    """Rows [M, D] at addresses [M]; zeros beyond DIM and where not `valid`. EVEN: all are."""
+    at = at[:, None] + d[None, :]
+    if EVEN and d.shape[0] == DIM:
+        rows = tl.load(at)
+    elif EVEN:
+        rows = tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+    else:
+        rows = tl.load(at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def product(
+    x, x_at, x_valid, tile, tile_at, tile_valid,
+    DIM: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """x tile^T, [M, N], of x [M, D] and a tile [N, D], which lie where the addresses say.
+
+    Products of float32 take both sides apart in registers. Wide rows would overflow these, and are read
+    again, CHUNK columns at a time.
+    """
+    if CHUNK >= DIM:
+        s = tl.dot(x, tl.trans(tile), input_precision=PRECISION)
+    else:
+        s = tl.zeros([x.shape[0], tile.shape[0]], tl.float32)
+        for start in range(0, DIM, CHUNK):
+            d = start + tl.arange(0, CHUNK)
+            left = load(x_at, x_valid, d, DIM).to(x.dtype)
+            right = load(tile_at, tile_valid, d, DIM).to(tile.dtype)
+            s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION)
+    return s
 
 
 @triton.jit

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from relssl.kernels import combine, heuristics, lookup, vjp
 from relssl.kernels.heuristics import Chip, Tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DIMS = (64, 128, 256, 512, 1024)
@@ -59,11 +58,10 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
         "DEVICE_SCALE": False,
         "PRECISION": "tf32x3" if size == 4 else "tf32",
     }
-    for rows in (64, 4096):
-        tiles = heuristics.forward(chip, size, dim, rows)
-        flags = {"MEAN": True, "FIXED": dtype != "fp16"}
-        yield Case(f"lookup R={rows:,}", lookup.lookup, dtype, dim, tiles, common | flags)
-    tiles = heuristics.backward(chip, size, dim, 4096)
+    tiles = heuristics.forward(chip, size, dim)
+    flags = {"MEAN": True, "FIXED": dtype != "fp16"}
+    yield Case("lookup", lookup.lookup, dtype, dim, tiles, common | flags)
+    tiles = heuristics.backward(chip, size, dim)
     yield Case("vjp_x", vjp.vjp_x, dtype, dim, tiles, common | {"G_MEAN": True})
     tiles = heuristics.backward_queue(chip, size, dim)
     yield Case("vjp_queue", vjp.vjp_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True})
@@ -122,7 +120,7 @@ def compiled(case: Case, capability: int) -> Any:
 
 
 def blocks(case: Case) -> dict[str, int]:
-    return {"BLOCK_M": case.tiles.block_m, "BLOCK_N": case.tiles.block_n}
+    return {"BLOCK_M": case.tiles.block_m, "BLOCK_N": case.tiles.block_n, "CHUNK": case.tiles.chunk}
 
 
 def resources(case: Case, capability: int) -> Resources:
@@ -154,14 +152,16 @@ def main() -> None:
         for dtype in options.dtype:
             for dim in options.dim:
                 for case in cases(capability, dim, dtype):
-                    got = resources(case, capability)
-                    tiles = case.tiles
-                    print(
-                        f"| sm_{capability} | {case.name} | {dtype} | {dim} | {tiles.block_m} x {tiles.block_n}"
-                        f" | {tiles.warps}, {tiles.stages} | {got.registers} | {got.spilled} | {got.shared:,}"
-                        f" | {got.tensor} |",
-                        flush=True,
+                    got, t = resources(case, capability), case.tiles
+                    cells: tuple = f"sm_{capability}", case.name, dtype, dim, f"{t.block_m} x {t.block_n}"
+                    cells += (
+                        f"{t.warps}, {t.stages}",
+                        got.registers,
+                        got.spilled,
+                        f"{got.shared:,}",
+                        got.tensor,
                     )
+                    print("|", *(f"{cell} |" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

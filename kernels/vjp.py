@@ -12,7 +12,7 @@ float32 (TF32 loses no digit of a float16), since p or g may lie below the small
 
 import triton
 import triton.language as tl
-from relssl.kernels.pieces import HUGE, LN2, LOG2E, load_excluded, load_rows, load_scale, load_tile, mask
+from relssl.kernels.pieces import HUGE, LN2, LOG2E, addresses, load, load_excluded, load_scale, mask, product
 
 
 @triton.jit
@@ -45,30 +45,35 @@ def vjp_x(
     rows, size, step,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EXCLUDE: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr, DEVICE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_split = tl.program_id(1).to(tl.int64)
     inside = row < rows
     d = tl.arange(0, BLOCK_D)
-    rows_x = load_rows(x, x_stride, row, rows, d, DIM)
+    x_at = addresses(x, x_stride, row)
+    own = load(x_at, inside, d, DIM)
     c = load_scale(scale, DEVICE_SCALE)
     high, low = load_lse(lse, row, rows, c)
     own_base = tl.load(base + row, mask=inside, other=0.0)
     excluded = load_excluded(exclude, row, rows, EXCLUDE)
     if G_MEAN:
-        g = as_weight(load_rows(g_mean, DIM, row, rows, d, DIM), rows_x.dtype)
+        g_at = addresses(g_mean, DIM, row)
+        g = as_weight(load(g_at, inside, d, DIM), own.dtype)
     total = tl.zeros([BLOCK_M], tl.float32)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = tl.program_id(1) * step
     for start in range(begin, tl.minimum(begin + step, size), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        tile = load_tile(queue, queue_stride, n, size, d, DIM, EVEN)
-        s = mask(tl.dot(rows_x, tl.trans(tile), input_precision=PRECISION), n, size, excluded, EVEN, EXCLUDE)
+        tile_at = addresses(queue, queue_stride, n)
+        tile = load(tile_at, n < size, d, DIM, EVEN)
+        s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
+        s = mask(s, n, size, excluded, EVEN, EXCLUDE)
         w = tl.exp2((s - high[:, None]) * c - low[:, None])
         wide = as_weight(tile, tile.dtype)
         if G_MEAN:
-            w *= own_base[:, None] + tl.dot(g, tl.trans(wide), input_precision=PRECISION)
+            u = product(g, g_at, inside, wide, tile_at, n < size, DIM, PRECISION, CHUNK)
+            w *= own_base[:, None] + u
         else:
             w *= own_base[:, None]
         total += tl.sum(w, 1)
@@ -86,32 +91,36 @@ def vjp_queue(
     rows, size,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EXCLUDE: tl.constexpr, G_MEAN: tl.constexpr, G_ROW: tl.constexpr, DEVICE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    tile = load_rows(queue, queue_stride, n, size, d, DIM)
+    tile_at = addresses(queue, queue_stride, n)
+    tile = load(tile_at, n < size, d, DIM)
     wide = as_weight(tile, tile.dtype)
     c = load_scale(scale, DEVICE_SCALE)
     grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, rows, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        rows_x = load_rows(x, x_stride, row, rows, d, DIM)
+        inside = row < rows
+        x_at = addresses(x, x_stride, row)
+        own = load(x_at, inside, d, DIM)
         high, low = load_lse(lse, row, rows, c)
         # As the forward pass has them, row by row: lse belongs to these, to the last digit.
-        s = tl.dot(rows_x, tl.trans(tile), input_precision=PRECISION)
+        s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
         excluded = load_excluded(exclude, row, rows, EXCLUDE)
         s = mask(s, n, size, excluded, True, EXCLUDE)
         # Rows beyond the last have zeros for x, base and g: they add nothing.
         p = tl.exp2((s - high[:, None]) * c - low[:, None])
-        w = tl.load(base + row, mask=row < rows, other=0.0)[:, None]
+        w = tl.load(base + row, mask=inside, other=0.0)[:, None]
         if G_MEAN:
-            g = as_weight(load_rows(g_mean, DIM, row, rows, d, DIM), tile.dtype)
-            w = w + tl.dot(g, tl.trans(wide), input_precision=PRECISION)
+            g_at = addresses(g_mean, DIM, row)
+            g = as_weight(load(g_at, inside, d, DIM), tile.dtype)
+            w = w + product(g, g_at, inside, wide, tile_at, n < size, DIM, PRECISION, CHUNK)
         w = as_weight(p * w * (c * LN2), tile.dtype)
-        grad = tl.dot(tl.trans(w), as_weight(rows_x, tile.dtype), grad, input_precision=PRECISION)
+        grad = tl.dot(tl.trans(w), as_weight(own, tile.dtype), grad, input_precision=PRECISION)
         if G_ROW:
-            g = as_weight(load_rows(g_row, DIM, row, rows, d, DIM), tile.dtype)
+            g = as_weight(load(addresses(g_row, DIM, row), inside, d, DIM), tile.dtype)
             grad = tl.dot(tl.trans(as_weight(p, tile.dtype)), g, grad, input_precision=PRECISION)
     to = grad_queue + n.to(tl.int64)[:, None] * DIM + d[None, :]
     tl.store(to, grad, mask=(n < size)[:, None] & (d < DIM)[None, :])

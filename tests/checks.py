@@ -1,5 +1,8 @@
 """A loss of the package against the oracle, as every test of numbers asks for it."""
 
+import os
+
+import pytest
 import torch
 from oracle import (
     agree,
@@ -14,16 +17,51 @@ from oracle import (
     unit,
 )
 
+from relssl import backends
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import queue_logsumexp, relation_loss
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
+BACKENDS = ["cpu", "chunked", "reference", "triton"]
+
+
+def device(backend):
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
+def on(backend, *tensors):
+    """Where the backend computes."""
+    moved = [t.to(device(backend)) for t in tensors]
+    return moved if len(moved) > 1 else moved[0]
+
+
+def marked(*values, backend):
+    """A pytest parameter, skipped without a GPU if the backend needs one."""
+    return pytest.param(*values, marks=[pytest.mark.gpu] * (device(backend) == "cuda"))
+
+
+def backends_of(*names):
+    return pytest.mark.parametrize("backend", [marked(name, backend=name) for name in names])
+
+
+def every(*dtypes):
+    """Each of the dtypes with each backend that takes it."""
+
+    def takes(name, dtype):
+        if device(name) == "cuda":
+            return dtype != torch.float64
+        return backends.MODULES[name].supports("cpu", dtype, 8) is None
+
+    pairs = [marked(d, b, backend=b) for b in BACKENDS for d in dtypes if takes(b, d)]
+    return pytest.mark.parametrize(("dtype", "backend"), pairs, ids=str)
 
 
 def reduced(rows, reduction):
     return rows if reduction == "none" else getattr(rows, reduction)()
 
 
-def temperature(value, dtype):
-    return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32))
+def temperature(value, like):
+    return torch.tensor(value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def weigh(shape, reduction):
@@ -37,6 +75,7 @@ def weigh(shape, reduction):
 
 
 def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False):
+    q, k, queue = on(backend, q, k, queue)
     g, weights, ones = weigh(q.shape[:-1], reduction)
     agree(
         lambda q, k, queue, tau_s, tau_t: relation_loss(
@@ -48,7 +87,7 @@ def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", d
         ),
         {
             "q": q, "k": k, "queue": queue,
-            "tau_s": temperature(tau_s, q.dtype), "tau_t": temperature(tau_t, q.dtype),
+            "tau_s": temperature(tau_s, q), "tau_t": temperature(tau_t, q),
         },
         [g], relation_scales(q, k, queue, tau_s, tau_t, weights, ones), q.dtype,
         largest_logit((q, tau_s), (k, tau_t), queue=queue), drawn,
@@ -56,24 +95,27 @@ def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", d
 
 
 def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
+    q, k, queue = on(backend, q, k, queue)
     g, weights, ones = weigh(q.shape[:-1], reduction)
     agree(
         lambda q, k, queue, tau: our_info_nce(
             q, k, queue, temperature=tau, reduction=reduction, backend=backend
         ),
         lambda q, k, queue, tau: reduced(info_nce(q, k, queue, tau), reduction),
-        {"q": q, "k": k, "queue": queue, "tau": temperature(tau, q.dtype)},
+        {"q": q, "k": k, "queue": queue, "tau": temperature(tau, q)},
         [g], info_nce_scales(q, k, queue, tau, weights, ones), q.dtype,
         largest_logit((q, tau), queue=torch.cat((queue, k))), drawn,
     )  # fmt: skip
 
 
 def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
+    x, queue = on(backend, x, queue)
+    exclude = None if exclude is None else on(backend, exclude)
     g = cotangents_like(x.shape[:1], x.shape)
     agree(
         lambda x, queue, tau: queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend),
-        lambda x, queue, tau: logsumexp(x, queue, tau, exclude),
-        {"x": x, "queue": queue, "tau": temperature(tau, x.dtype)},
+        lambda x, queue, tau: logsumexp(x, queue, tau, exclude if exclude is None else exclude.cpu()),
+        {"x": x, "queue": queue, "tau": temperature(tau, x)},
         g, logsumexp_scales(x, queue, tau, *g), x.dtype,
         largest_logit((x, tau), queue=queue), drawn,
     )  # fmt: skip

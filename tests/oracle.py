@@ -72,7 +72,7 @@ def check(name, got, exact, eager, scale, floor):
 
     Where eager code overflows it sets no example: nothing is added to the floor.
     """
-    got, eager = got.detach().double(), eager.detach().double()
+    got, eager = got.detach().double().cpu(), eager.detach().double()
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     assert torch.isfinite(got).all(), f"{name}: {got} is not finite"
     error, allowed = (got - exact).norm(), 2 * (eager - exact).norm().nan_to_num(0, posinf=0)
@@ -85,7 +85,7 @@ def evaluate(run, inputs, cotangents):
     inputs = {name: t.detach().requires_grad_() if is_float(t) else t for name, t in inputs.items()}
     outputs = run(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = [g.to(out.dtype) for g, out in zip(cotangents, outputs, strict=True)]
+    grads = [g.to(out) for g, out in zip(cotangents, outputs, strict=True)]
     torch.autograd.backward(outputs, grads)
     leaves = {n: t for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.requires_grad}
     return outputs, {name: t.grad for name, t in leaves.items()}
@@ -110,7 +110,8 @@ def agree(ours, formula, inputs, cotangents, scales, dtype, logit, drawn=False):
     limited = drawn or dtype == torch.float64
     ulp = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * logit
     floor = max(FLOOR[dtype], ulp) if limited else FLOOR[dtype]
-    values = {n: t.to(dtype) if is_float(t) and t.dim() else t for n, t in inputs.items()}
+    values = {n: t.cpu() if isinstance(t, torch.Tensor) else t for n, t in inputs.items()}
+    values = {n: t.to(dtype) if is_float(t) and t.dim() else t for n, t in values.items()}
     precise = {n: t.double() if is_float(t) else t for n, t in values.items()}
     exact, exact_grads = evaluate(formula, precise, cotangents)
     eager, eager_grads = evaluate(formula, values, cotangents)

@@ -4,26 +4,29 @@ import math
 
 import pytest
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_relation, reduced
+from checks import (
+    BACKENDS,
+    INTERPRETED,
+    backends_of,
+    batch,
+    check_info_nce,
+    check_logsumexp,
+    check_relation,
+    every,
+    on,
+    reduced,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import relation, unit
 
-from relssl import backends
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import queue_logsumexp, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BACKENDS = ["triton"]
 EXACT = ["chunked", "reference"]  # those that take float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def every(*dtypes):
-    """Each of the dtypes with each backend that takes it."""
-    pairs = [(d, b) for b in BACKENDS for d in dtypes if backends.MODULES[b].supports("cpu", d, 8) is None]
-    return pytest.mark.parametrize(("dtype", "backend"), pairs, ids=str)
 
 
 # Views, B, K, D. Every pair of odd values of two sizes meets somewhere: one row, a prime number of
@@ -73,7 +76,7 @@ def test_large_queue(dtype, backend):
     check_info_nce(q, k, queue, 0.2, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("views", [None, 2])
 def test_reductions(views, reduction, backend):
@@ -101,7 +104,7 @@ def test_teacher_entropy(views, reduction, backend):
 
 @every(*DTYPES)
 def test_equal_sides_have_zero_divergence(dtype, backend):
-    q, _, queue = batch(None, 7, 1000, 64, dtype)
+    q, _, queue = on(backend, *batch(None, 7, 1000, 64, dtype))
     leaf = q.clone().requires_grad_()
     loss = relation_loss(
         leaf, q, queue, student_temperature=0.1, teacher_temperature=0.1,
@@ -141,7 +144,7 @@ def test_views_equal_separate_calls(form, backend):
 # ----------------------------------------------------------------------- awkward queues and strides
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 def test_duplicated_queue_rows(backend):
     q, k, queue = batch(None, 5, 40, 96, torch.float32)
     queue = queue[torch.arange(200) % 40]
@@ -179,7 +182,7 @@ def expanded(t):
 
 def far_apart(t):
     """Rows 2**29 elements apart, from the fifth on beyond 32-bit offsets; few pages are touched."""
-    store = torch.empty(2**29 * (len(t) - 1) + t.shape[1], dtype=t.dtype)
+    store = t.new_empty(2**29 * (len(t) - 1) + t.shape[1])
     return store.as_strided(t.shape, (2**29, 1)).copy_(t)
 
 
@@ -187,19 +190,19 @@ def far_apart(t):
 @every(torch.float32, torch.bfloat16)
 def test_strides(dtype, layout, backend):
     for which in range(3):
-        inputs = list(batch(None, 6, 300, 40, dtype))
+        inputs = on(backend, *batch(None, 6, 300, 40, dtype))
         inputs[which] = layout(inputs[which])
         check_relation(*inputs, 0.1, 0.04, "kl", backend)
         check_info_nce(*inputs, 0.2, backend)
         check_logsumexp(inputs[0], inputs[2], 0.1, backend)
-    q, k, queue = batch(2, 6, 300, 40, dtype)
+    q, k, queue = on(backend, *batch(2, 6, 300, 40, dtype))
     check_relation(layout(q), k, queue, 0.1, 0.04, "kl", backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("which", range(3), ids=["q", "k", "queue"])
-def test_row_offsets_beyond_32_bits(which, backend):
-    inputs = list(batch(None, 6, 6, 40, torch.bfloat16))
+def test_row_offsets_beyond_32_bits(which, dtype, backend):
+    inputs = on(backend, *batch(None, 6, 6, 40, dtype))
     inputs[which] = far_apart(inputs[which])
     check_relation(*inputs, 0.1, 0.04, "kl", backend)
     check_info_nce(*inputs, 0.2, backend)
@@ -227,7 +230,7 @@ def test_extreme_temperatures_and_norms(dtype, tau_s, tau_t, norm, backend):
     check_logsumexp(inputs[0], inputs[2], tau_t, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 @pytest.mark.parametrize("size", [1, 33, 9000])  # one row, one tile, two tiles
 def test_all_logits_equal(size, backend):
     q, k, queue = batch(None, 4, 1, 64, torch.float32)
@@ -235,12 +238,13 @@ def test_all_logits_equal(size, backend):
     check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
     check_relation(q, k, queue, 0.1, 0.04, "ce", backend)
     check_logsumexp(q, queue, 0.1, backend)
+    q, queue = on(backend, q, queue)
     lse, mean = queue_logsumexp(q, queue, 0.1, backend=backend)
     torch.testing.assert_close(lse, q @ queue[0] / 0.1 + math.log(size))
     torch.testing.assert_close(mean, queue[:1].expand(4, -1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 @pytest.mark.parametrize("place", [0, 8999])  # seen first, and after a tile of small ones
 def test_one_huge_logit(place, backend):
     q, k, queue = batch(None, 4, 9000, 64, torch.float32)
@@ -251,7 +255,7 @@ def test_one_huge_logit(place, backend):
     check_logsumexp(q, queue, 0.1, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 def test_ties_among_large_logits(backend):
     # Logits of exactly +-512, each several times: eager's softmax takes the maximum out and happens to be
     # exact, while exp(logit - lse) would have the rounding of an lse of 512.
@@ -278,29 +282,29 @@ def test_exclude_all_of_a_tile(size, dtype, backend):
     check_logsumexp(x, queue, 0.1, backend, torch.tensor([size - 1, -1]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 def test_exclude_own_row(backend):
     # The diagonal of NT-Xent: a batch against itself.
     x = unit(257, 64)
     check_logsumexp(x, x.clone(), 0.5, backend, torch.arange(257))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 def test_row_left_with_nothing(backend):
-    x, queue, tau = unit(3, 8).requires_grad_(), unit(1, 8).requires_grad_(), torch.tensor(0.1)
-    exclude = torch.tensor([0, -1, 0])
-    tau.requires_grad_()
+    x, queue, tau, exclude = on(backend, unit(3, 8), unit(1, 8), torch.tensor(0.1), torch.tensor([0, -1, 0]))
+    for t in (x, queue, tau):
+        t.requires_grad_()
     lse, mean = queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend)
     assert lse[0] == lse[2] == -torch.inf
     torch.testing.assert_close(lse[1], x[1] @ queue[0] / tau)
-    assert torch.equal(mean[::2], torch.zeros(2, 8))
+    assert not mean[::2].any()
     torch.testing.assert_close(mean[1], queue[0])
     for output in (lse.exp(), mean, lse[1]):  # exp: what logaddexp sees of an empty row
         grads = torch.autograd.grad(
             (output * torch.rand_like(output)).sum(), (x, queue, tau), retain_graph=True
         )
         assert all(torch.isfinite(g).all() for g in grads)
-        assert torch.equal(grads[0][::2], torch.zeros(2, 8))
+        assert not grads[0][::2].any()
 
 
 # ------------------------------------------------------------------------------------ NaN and Inf
@@ -316,12 +320,12 @@ def losses(q, k, queue, backend):
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", ["q", "k"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_bad_row_spoils_its_own_loss_only(grad, side, bad, backend):
-    q, k, queue = batch(None, 5, 300, 40, torch.float32)
+    q, k, queue = on(backend, *batch(None, 5, 300, 40, torch.float32))
     clean = losses(q, k, queue, backend)
     {"q": q, "k": k}[side][2, 3] = bad
     q.requires_grad_(grad)
@@ -333,11 +337,11 @@ def test_bad_row_spoils_its_own_loss_only(grad, side, bad, backend):
         torch.testing.assert_close(loss[others].detach(), clean[name][others])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_of(*BACKENDS)
 @pytest.mark.parametrize("place", [0, 8999])  # in the first and in the last of several tiles
 @pytest.mark.parametrize("grad", [False, True])
 def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
-    q, k, queue = batch(None, 3, 9000, 40, torch.float32)
+    q, k, queue = on(backend, *batch(None, 3, 9000, 40, torch.float32))
     queue[place, 5] = torch.nan
     q.requires_grad_(grad)
     for name, loss in losses(q, k, queue, backend).items():
@@ -347,7 +351,7 @@ def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
 # ------------------------------------------------------------------------------------- any input
 
 
-@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+@backends_of("cpu", "chunked", *[] if INTERPRETED else ["triton"])
 @settings(max_examples=100, deadline=None, derandomize=True)  # make fuzz draws anew
 @given(
     views=st.sampled_from([None, 1, 2]),

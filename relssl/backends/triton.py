@@ -102,7 +102,7 @@ def _lookup(
     kernels, chip = _kernels(), _chip(queue.device.index)
     split, (size, dim) = first.shape[0], queue.shape
     rows = split + second.shape[0]
-    tiles = kernels.heuristics.forward(chip, queue.element_size(), dim, rows)
+    tiles = kernels.heuristics.forward(chip, queue.element_size(), dim)
     splits, step = kernels.heuristics.splits(rows, size, tiles, chip)
     stats = queue.new_empty(3, splits, rows, dtype=torch.float32)
     means = queue.new_empty((splits, rows, dim) if want_mean else 0, dtype=torch.float32)
@@ -112,7 +112,7 @@ def _lookup(
         DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=kernels.heuristics.width(dim),
         MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
         FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
-        PRECISION=_precision(queue.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+        PRECISION=_precision(queue.dtype), CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return stats, means
 
@@ -213,14 +213,14 @@ def vjp(
         }  # fmt: skip
         c = scale if isinstance(scale, Tensor) else kernels.heuristics.log2_scale(scale)
         if want_x or g_mean is not None:
-            tiles = kernels.heuristics.backward(chip, x.element_size(), dim, rows)
+            tiles = kernels.heuristics.backward(chip, x.element_size(), dim)
             splits, step = kernels.heuristics.splits(rows, size, tiles, chip)
             totals, weighted = lse.new_empty(splits, rows), lse.new_empty(splits, rows, dim)
             kernels.vjp_x[(-(-rows // tiles.block_m), splits)](
                 x, queue, exclude, c, lse, base, g_mean, totals, weighted,
                 x.stride(0), queue.stride(0), rows, size, step,
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, EVEN=size % tiles.block_n == 0,
-                num_warps=tiles.warps, num_stages=tiles.stages, **common,
+                CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
             )  # fmt: skip
             # sum_j w_j must be g_lse. What rounding leaves goes out along the mean: without it a sharp row
             # loses every digit, since u_j - ubar nearly vanishes where p_j does not.
@@ -235,6 +235,6 @@ def vjp(
                 x, queue, exclude, c, lse, base, g_mean, g_row, grad_queue,
                 x.stride(0), queue.stride(0), rows, size,
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, G_ROW=g_row is not None,
-                num_warps=tiles.warps, num_stages=tiles.stages, **common,
+                CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
             )  # fmt: skip
     return grad_x, grad_queue
