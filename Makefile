@@ -21,8 +21,10 @@ demo: .venv/installed
 	$(BIN)/python bench/demo.py --out out/demo
 
 # pytest's own script, not python -m: the package under test is the installed one, never the source folder.
+# Triton is interpreted or compiles, in a process; so there are two.
 test: .venv/installed
 	$(BIN)/pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -k triton tests/test_losses.py tests/test_triton.py $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -52,5 +54,5 @@ clean:
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $$(grep '^torch==' constraints.txt)
-	$(PIP) '.[train,dev,bench]'
+	$(PIP) '.[train,dev,bench,triton]'
 	touch $@

@@ -63,7 +63,7 @@ def combine_rows(
     lse, weight = merge(stats, row, rows, splits, c, S, MEAN)
     store_lse(lse, lse_out, row, rows)
     if MEAN:
-        for start in tl.static_range(0, DIM, BLOCK_D):
+        for start in range(0, DIM, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mean = load_mean(means, row, rows, splits, weight, d, S, DIM)
             tl.store(mean_out + row.to(tl.int64) * DIM + d, mean, mask=d < DIM)
@@ -93,7 +93,7 @@ def combine_relation(
     lse_s, weight_s = merge(stats_s, offset + r, rows_s, splits_s, c_s, S, DIFF)
     along_s = tl.zeros([], tl.float64)
     along_t = tl.zeros([], tl.float64)
-    for start in tl.static_range(0, DIM, BLOCK_D):
+    for start in range(0, DIM, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = d < DIM
         mean_t = load_mean(means_t, b, rows_t, splits_t, weight_t, d, S, DIM)
@@ -134,7 +134,7 @@ def combine_info_nce(
     c = load_scale(scale, DEVICE_SCALE)
     lse, weight = merge(stats, r, rows, splits, c, S, DIFF)
     along = tl.zeros([], tl.float64)
-    for start in tl.static_range(0, DIM, BLOCK_D):
+    for start in range(0, DIM, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         own = tl.load(q + r.to(tl.int64) * q_stride + d, mask=d < DIM, other=0.0)
         positive = tl.load(k + b.to(tl.int64) * k_stride + d, mask=d < DIM, other=0.0)
@@ -147,7 +147,7 @@ def combine_info_nce(
     tl.store(sigma + r, chance.to(tl.float32))
     store_lse(lse, lse_out, r, rows)
     if DIFF:
-        for start in tl.static_range(0, DIM, BLOCK_D):
+        for start in range(0, DIM, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mean = load_mean(means, r, rows, splits, weight, d, S, DIM)
             positive = tl.load(k + b.to(tl.int64) * k_stride + d, mask=d < DIM, other=0.0)

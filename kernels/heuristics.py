@@ -5,6 +5,7 @@ Static, so that every process of a run cuts alike and results repeat; RELSSL_AUT
 that awaits a measurement.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 LOG2E = 1.4426950408889634
@@ -58,7 +59,7 @@ FORWARD_16: Table = {
     },
 }
 FORWARD_32 = {
-    64: Tiles(64, 32, 8, 2),
+    64: Tiles(32, 64, 8, 2),
     128: Tiles(32, 32, 8, 2),
     256: Tiles(16, 32, 8, 2, 64),
     512: Tiles(16, 32, 8, 2, 64),
@@ -143,8 +144,8 @@ def _line(of_16: Table, of_32: dict[int, Tiles], chip: Chip, itemsize: int, dim:
 
 
 def width(dim: int) -> int:
-    """The power of two that a tile is wide: a matrix product takes 16 at least."""
-    return max(16, 1 << (dim - 1).bit_length())
+    """Of a tile: a power of two, and at least 16 for a matrix product."""
+    return max(16, bucket(dim))
 
 
 def log2_scale(scale: float) -> float:
@@ -167,22 +168,41 @@ def backward_queue(chip: Chip, itemsize: int, dim: int) -> Tiles:
     return _line(QUEUE_16, QUEUE_32, chip, itemsize, dim)
 
 
+def candidates(tiles: Tiles) -> list[Tiles]:
+    """What autotuning tries beside the default of a forward pass."""
+    tried = [tiles]
+    for m in {tiles.block_m, max(16, tiles.block_m // 2)}:
+        for n in {max(16, tiles.block_n // 2), tiles.block_n, tiles.block_n * 2}:
+            for warps in (4, 8):
+                tried += [tiles._replace(block_m=m, block_n=n, warps=warps, stages=s) for s in (2, 3, 4)]
+    return list(dict.fromkeys(tried))
+
+
+def bucket(n: int) -> int:
+    """The power of two that n is rounded up to: choices are made for all sizes in between."""
+    return 1 << (n - 1).bit_length()
+
+
 def combine(dim: int, splits: int) -> dict[str, int]:
     """Of combine.py: all splits at once, and as many columns of their means as fit 4 warps' registers."""
-    count = max(2, 1 << (splits - 1).bit_length())
+    count = max(2, bucket(splits))
     return {"DIM": dim, "S": count, "BLOCK_D": min(width(dim), 8192 // count), "num_warps": 4}
 
 
+@cache
 def splits(rows: int, size: int, tiles: Tiles, chip: Chip) -> tuple[int, int]:
     """In how many ranges to cut the queue, and how many of its rows are in each: whole tiles.
 
-    The fewest that keep 95 % as many processors busy as the best number does: one wave where blocks of rows
-    are few, several where they are many and one would leave processors idle.
+    The time is that of waves of programs, one on each processor, which take as long as they have tiles; the
+    fewest splits that come within 3 % of the least are taken, since each leaves its means to be merged.
     """
     blocks = -(-rows // tiles.block_m)
     count = -(-size // tiles.block_n)
-    most = min(count, MOST_SPLITS, max(1, 4 * chip.processors // blocks))
-    busy = [blocks * s / (-(-blocks * s // chip.processors) * chip.processors) for s in range(1, most + 1)]
-    wanted = 1 + next(s for s, part in enumerate(busy) if part >= 0.95 * max(busy))
-    step = -(-count // wanted) * tiles.block_n
-    return -(-size // step), step
+    times = {}
+    for wanted in range(1, min(count, MOST_SPLITS) + 1):
+        step = -(-count // wanted)
+        number = -(-count // step)
+        times[number] = -(-blocks * number // chip.processors) * step, step
+    least = min(times.values())[0]
+    number, step = next((n, step) for n, (time, step) in times.items() if time <= 1.03 * least)
+    return number, step * tiles.block_n

@@ -46,12 +46,16 @@ def _too_old() -> str | None:
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from relssl.kernels import combine, heuristics, lookup, vjp
+    from triton.testing import do_bench
+
+    from relssl.kernels import autotune, combine, heuristics, lookup, vjp
 
     return SimpleNamespace(
+        autotune=autotune,
         combine_info_nce=combine.combine_info_nce,
         combine_relation=combine.combine_relation,
         combine_rows=combine.combine_rows,
+        do_bench=do_bench,
         heuristics=heuristics,
         lookup=lookup.lookup,
         vjp_queue=vjp.vjp_queue,
@@ -100,21 +104,32 @@ def _lookup(
 ) -> tuple[Tensor, Tensor]:
     """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0]."""
     kernels, chip = _kernels(), _chip(queue.device.index)
-    split, (size, dim) = first.shape[0], queue.shape
-    rows = split + second.shape[0]
-    tiles = kernels.heuristics.forward(chip, queue.element_size(), dim)
-    splits, step = kernels.heuristics.splits(rows, size, tiles, chip)
-    stats = queue.new_empty(3, splits, rows, dtype=torch.float32)
-    means = queue.new_empty((splits, rows, dim) if want_mean else 0, dtype=torch.float32)
-    kernels.lookup[(-(-rows // tiles.block_m), splits)](
-        first, second, queue, exclude, *scales, stats, means,
-        first.stride(0), second.stride(0), queue.stride(0), split, rows, size, step,
-        DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=kernels.heuristics.width(dim),
-        MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
-        FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
-        PRECISION=_precision(queue.dtype), CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    return stats, means
+    heuristics, (size, dim) = kernels.heuristics, queue.shape
+    split, rows = first.shape[0], first.shape[0] + second.shape[0]
+
+    def launch(tiles: Any) -> tuple[Tensor, Tensor]:
+        splits, step = heuristics.splits(rows, size, tiles, chip)
+        stats = queue.new_empty(3, splits, rows, dtype=torch.float32)
+        means = queue.new_empty((splits, rows, dim) if want_mean else 0, dtype=torch.float32)
+        kernels.lookup[(-(-rows // tiles.block_m), splits)](
+            first, second, queue, exclude, *scales, stats, means,
+            first.stride(0), second.stride(0), queue.stride(0), split, rows, size, step,
+            DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=heuristics.width(dim),
+            MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
+            FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
+            PRECISION=_precision(queue.dtype), CHUNK=tiles.chunk,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        return stats, means
+
+    tiles = heuristics.forward(chip, queue.element_size(), dim)
+    if kernels.autotune.wanted() and chip.capability != heuristics.INTERPRETER:
+        kind = f"{torch.cuda.get_device_name(queue.device)}, {queue.dtype}, D {dim}, mean {want_mean}"
+        key = f"{kind}, rows {heuristics.bucket(rows)}, queue {heuristics.bucket(size)}"
+        tiles = kernels.autotune.choose(
+            key, heuristics.candidates(tiles), lambda tiles: kernels.do_bench(lambda: launch(tiles))
+        )
+    return launch(tiles)
 
 
 def rows(
@@ -195,10 +210,10 @@ def vjp(
     want_queue: bool,
 ) -> tuple[Tensor, Tensor]:
     x, queue = dense(x), dense(queue)
-    exclude, lse, g_lse, g_mean, g_row = (
-        t if t is None else t.contiguous() for t in (exclude, lse, g_lse, g_mean, g_row)
+    (rows, dim), size, lse = x.shape, queue.shape[0], lse.contiguous()
+    exclude, g_lse, g_mean, g_row = (
+        t if t is None else t.contiguous() for t in (exclude, g_lse, g_mean, g_row)
     )
-    (rows, dim), size = x.shape, queue.shape[0]
     grad_x = grad_queue = lse.new_empty(0, dim)
     g_lse = lse.new_zeros(rows) if g_lse is None else g_lse
     base = g_lse

@@ -1,0 +1,48 @@
+"""Tiles by measurement, where RELSSL_AUTOTUNE=1 asks for it: each choice is printed, and kept on disk.
+
+Off by default: processes that measure for themselves may choose differently, and then sum in another order.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from relssl.kernels.heuristics import Tiles
+from triton.runtime.errors import TritonError
+
+
+def wanted() -> bool:
+    return os.environ.get("RELSSL_AUTOTUNE") == "1"
+
+
+def path() -> Path:
+    """Where choices are kept: in $RELSSL_CACHE, or else in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RELSSL_CACHE") or Path(cache) / "relssl") / "tiles.json"
+
+
+def choose(key: str, candidates: Iterable[Tiles], measure: Callable[[Tiles], float]) -> Tiles:
+    """The fastest of the candidates by measure(tiles), in milliseconds; asked again, what was chosen before.
+
+    A candidate that does not fit the chip is passed over.
+    """
+    file = path()
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if key not in known:
+        times = {}
+        for tiles in candidates:
+            try:
+                times[tiles] = measure(tiles)
+            except TritonError:
+                continue
+        if not times:
+            raise RuntimeError(f"relssl: no tiles that were tried for {key} fit this chip")
+        best = min(times, key=lambda tiles: times[tiles])
+        print(f"relssl: {key}: {best}, {times[best]:.3f} ms, fastest of {len(times)}")
+        known[key] = best
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(known, indent=1))
+        partial.replace(file)  # whole or not at all, whoever else writes
+    return Tiles(*known[key])

@@ -1,0 +1,131 @@
+"""Triton's kernels without running them: what they compile to, who is refused, how tiles are tuned."""
+
+import os
+
+import pytest
+import torch
+from checks import INTERPRETED
+from relssl.kernels import autotune, resources
+from relssl.kernels.heuristics import Tiles
+from triton.runtime.errors import OutOfResources
+
+from relssl import backends
+from relssl.functional import relation_loss
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+# Every kernel of the default tables that a training step in bfloat16 uses, on every chip; the other dtypes on
+# two. docs/kernels.md has all.
+CASES = [
+    pytest.param(capability, case, id=f"sm_{capability}-{case.name}-{case.dtype}-{case.dim}")
+    for capability in resources.CAPABILITIES
+    for dtype, dims in (("bf16", (64, 128, 256)), ("fp16", (128,)), ("fp32", (128,)))
+    if dtype == "bf16" or capability in (80, 90)
+    for dim in dims
+    for case in resources.cases(capability, dim, dtype)
+    if not case.name.startswith("combine") or capability == 90
+]
+
+
+@pytest.mark.parametrize(("capability", "case"), CASES)
+def test_compiled(capability, case):
+    got = resources.resources(case, capability)
+    assert got.spilled == 0
+    assert got.shared <= resources.SHARED[capability]
+    if case.name in ("lookup", "vjp_x") and case.dtype != "fp32":  # whose tiles go straight to registers
+        assert got.copies > 0
+        assert got.narrow == 0
+        assert got.tensor == {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+
+
+@pytest.mark.parametrize(("capability", "dim"), [(86, 512), (90, 512), (90, 1024)])
+def test_wide_rows_fit(capability, dim):
+    for case in resources.cases(capability, dim, "bf16"):
+        got = resources.resources(case, capability)
+        assert got.shared <= resources.SHARED[capability], case.name
+
+
+# ------------------------------------------------------------------------------------ who is refused
+
+
+def test_auto_leaves_cpu_tensors_to_others():
+    assert backends.choose("auto", "cpu", torch.float16, 128) == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "reason"),
+    [
+        ("cpu", torch.float32, 128, "TRITON_INTERPRET=1"),
+        ("mps", torch.float32, 128, "not on mps"),
+        ("cuda", torch.float64, 128, "not float64"),
+        ("cuda", torch.bfloat16, 1025, "at most 1024, not 1025"),
+        ("cuda", torch.bfloat16, 128, "compute capability 8.0, not 7.5"),
+    ],
+)
+def test_reasons(device, dtype, dim, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot run this: .*{reason}"):
+        backends.choose("triton", device, dtype, dim)
+
+
+def test_taken_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert backends.choose("auto", "cuda", dtype, 128) == "triton"
+    assert backends.choose("auto", "cuda", torch.float64, 128) == "chunked"
+
+
+def test_a_named_backend_does_not_fall_through():
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this: it runs on GPUs"):
+        relation_loss(x, x, x, backend="triton")
+
+
+def test_not_installed(monkeypatch):
+    monkeypatch.setattr(backends.MODULES["triton"], "_installed", False)
+    with pytest.raises(ValueError, match=r"pip install 'relssl\[triton\]'"):
+        backends.choose("triton", "cuda", torch.float32, 128)
+    assert backends.choose("auto", "cuda", torch.float32, 128) == "chunked"
+
+
+# ------------------------------------------------------------------------------------------ autotuning
+
+
+def test_autotuning_keeps_the_fastest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RELSSL_CACHE", str(tmp_path))
+    times = {Tiles(64, 64, 4, 2): 2.0, Tiles(128, 64, 8, 3): 1.0, Tiles(128, 128, 8, 3): None}
+    asked = []
+
+    def measure(tiles):
+        asked.append(tiles)
+        if times[tiles] is None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return times[tiles]
+
+    best = Tiles(128, 64, 8, 3)
+    assert autotune.choose("here", times, measure) == best
+    assert asked == list(times)
+    assert str(best) in capsys.readouterr().out
+    assert autotune.choose("here", times, measure) == best  # from the disk, in silence
+    assert asked == list(times)
+    assert not capsys.readouterr().out
+    assert autotune.choose("there", [Tiles(64, 64, 4, 2)], measure) == Tiles(64, 64, 4, 2)
+    assert autotune.choose("here", [], measure) == best
+    assert os.listdir(tmp_path) == ["tiles.json"]
+
+
+def test_autotuning_that_finds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELSSL_CACHE", str(tmp_path))
+
+    def measure(tiles):
+        raise OutOfResources(300_000, 101_376, "shared memory")
+
+    with pytest.raises(RuntimeError, match="no tiles that were tried for here fit"):
+        autotune.choose("here", [Tiles(128, 128, 8, 3)], measure)
+
+
+def test_autotuning_is_asked_for(monkeypatch):
+    monkeypatch.delenv("RELSSL_AUTOTUNE", raising=False)
+    assert not autotune.wanted()
+    monkeypatch.setenv("RELSSL_AUTOTUNE", "1")
+    assert autotune.wanted()

@@ -1,0 +1,260 @@
+"""Triton's kernels: what the grid of test_losses.py does not reach. On a GPU, or in the interpreter."""
+
+import pytest
+import torch
+from checks import INTERPRETED, batch, check_info_nce, check_logsumexp, check_relation, device, on
+from oracle import unit
+
+from relssl import backends
+from relssl.functional import info_nce, queue_logsumexp, relation_loss
+
+if not INTERPRETED:
+    pytestmark = pytest.mark.gpu
+gpu_only = pytest.mark.skipif(INTERPRETED, reason="of a GPU, not of the interpreter")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+
+
+@pytest.fixture
+def triton():
+    return backends.MODULES["triton"]
+
+
+@pytest.fixture
+def heuristics():
+    return pytest.importorskip("relssl.kernels.heuristics")
+
+
+def losses(q, k, queue, tau=0.2, exclude=None):
+    how = {"reduction": "none", "backend": "triton"}
+    return (
+        relation_loss(q, k, queue, student_temperature=tau, **how),
+        relation_loss(q, k, queue, form="ce", teacher_temperature=tau, **how),
+        info_nce(q, k, queue, temperature=tau, **how),
+        *queue_logsumexp(k, queue, tau, exclude=exclude, backend="triton"),
+    )
+
+
+def with_gradients(*inputs, **options):
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    outputs = losses(*leaves, **options)
+    return *outputs, *torch.autograd.grad(sum(t.sum() for t in outputs), leaves)
+
+
+# ------------------------------------------------------------------------------------ the two paths
+
+
+def references(triton, x, queue, scale):
+    """What similarities were measured from: 0 where the first path was exact, else the largest."""
+    stats, means = triton._lookup(x, x[:0], queue, triton._scales([scale] * 2), None, True)
+    return stats[0], means
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_fixed_reference_serves_unit_rows(triton, dtype):
+    x, queue = on("triton", unit(40, 64, dtype=dtype), unit(1000, 64, dtype=dtype))
+    reference, _ = references(triton, x, queue, 25.0)
+    if dtype == torch.float16:  # which cannot hold 2^36
+        assert (reference != 0).all()
+    else:
+        assert (reference == 0).all()
+
+
+@pytest.mark.parametrize(("norm", "scale"), [(1.0, 200.0), (100.0, 25.0)])
+def test_the_running_maximum_serves_the_others(triton, norm, scale):
+    x, queue = unit(3, 64), unit(1000, 64, norm=norm)
+    queue[7] = x[0] * norm  # a logit of 200, or 2,500
+    x, queue = on("triton", x, queue)
+    reference, _ = references(triton, x, queue, scale)
+    assert (reference[:, 0] != 0).any()
+    check_logsumexp(x, queue, 1 / scale, "triton")
+
+
+def test_an_overflowing_mean_is_redone(triton):
+    # 2^(c s) is about 2^90 and the rows are of 2^50: their product is no float32, the mean is.
+    x, queue = torch.zeros(2, 16), unit(50, 16)
+    queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50
+    x, queue = on("triton", x, queue)
+    reference, means = references(triton, x, queue, 62.0)
+    assert (reference != 0).all() and means.isfinite().all()
+    _, mean = queue_logsumexp(x, queue, 1 / 62, backend="triton")
+    torch.testing.assert_close(mean[:, 0], x.new_full((2,), 2.0**50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] + [torch.bfloat16] * (not INTERPRETED), ids=str)
+def test_both_paths_agree(triton, dtype, monkeypatch):
+    inputs = on("triton", *batch(None, 20, 600, 40, dtype))
+    fixed = with_gradients(*inputs)
+    kernels = triton._kernels()
+    launch = kernels.lookup
+
+    class Online:
+        def __getitem__(self, grid):
+            return lambda *args, FIXED, **options: launch[grid](*args, FIXED=False, **options)
+
+    monkeypatch.setattr(kernels, "lookup", Online())
+    loose = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    for one, other in zip(fixed, with_gradients(*inputs), strict=True):
+        torch.testing.assert_close(other, one, rtol=loose, atol=loose)
+
+
+# ------------------------------------------------------------------------------------- how it is cut
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 600, 1024])
+def test_widths(dtype, dim, monkeypatch, heuristics):
+    if INTERPRETED:  # as float32 is read on a GPU
+        monkeypatch.setattr(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1, 64))
+    inputs = batch(None, 3, 70, dim, dtype)
+    check_relation(*inputs, 0.1, 0.04, "kl", "triton")
+    check_info_nce(*inputs, 0.2, "triton")
+    check_logsumexp(inputs[0], inputs[2], 0.1, "triton", torch.tensor([0, -1, 69]))
+
+
+@pytest.mark.parametrize("processors", [1, 3, 64])
+def test_any_number_of_splits(processors, monkeypatch, heuristics, triton):
+    """By their number alone results differ in rounding only."""
+    inputs = on("triton", *batch(2, 5, 300, 24, torch.float32))
+    expected = with_gradients(*inputs)
+    chip = triton._chip(inputs[0].device.index)._replace(processors=processors)
+    monkeypatch.setattr(triton, "_chip", lambda index: chip)
+    if INTERPRETED:
+        monkeypatch.setattr(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1))
+    for got, want in zip(with_gradients(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_splits_cover_the_queue_and_fill_the_chip(heuristics):
+    chip, tiles = heuristics.Chip(90, 132), heuristics.Tiles(128, 128, 8, 3)
+    for rows in (1, 64, 512, 2048, 8192, 12_000, 100_000):
+        for size in (1, 127, 128, 65_536, 65_537, 1_048_576):
+            splits, step = heuristics.splits(rows, size, tiles, chip)
+            assert step % 128 == 0 and (splits - 1) * step < size <= splits * step
+            programs = -(-rows // 128) * splits
+            if size >= 65_536:
+                waves = -(-programs // 132)
+                assert programs / (132 * waves) > 0.9, (rows, size, splits)
+
+
+# -------------------------------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.005, 1e4])
+def test_numbers_and_tensors_are_the_same_temperature(tau):
+    inputs = on("triton", *batch(None, 5, 300, 40, torch.float32))
+    tensor = torch.tensor(tau, device=device("triton"))
+    for one, other in zip(with_gradients(*inputs, tau=tau), with_gradients(*inputs, tau=tensor), strict=True):
+        # One more rounding of 1 / tau, which logits of up to 200 multiply.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_gradients_the_same_values(dtype):
+    q, k, queue = on("triton", *batch(2, 5, 300, 40, dtype))
+    for one, other in zip(losses(q, k, queue), losses(q.clone().requires_grad_(), k, queue), strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- as torch's own ops
+
+
+@pytest.mark.parametrize("scale", [([10.0, 25.0], None), ([], (10.0, 25.0))], ids=["numbers", "device"])
+def test_opcheck(scale):
+    q, k, queue = on("triton", unit(2, 5, 16), unit(5, 16), unit(40, 16).mT.contiguous().mT)
+    by_value, on_device = scale
+    on_device = None if on_device is None else on("triton", torch.tensor(on_device))
+    ops, check = torch.ops.relssl, torch.library.opcheck
+    one = by_value[:1], None if on_device is None else on_device[:1]
+    exclude = on("triton", torch.tensor([0, -1, 3, 39, -1]))
+    for want in (True, False):
+        check(ops.relation.default, (q, k, queue, by_value, on_device, "kl", want, "triton"))
+        check(ops.info_nce.default, (q, k, queue, *one, want, "triton"))
+        check(ops.rows.default, (k, queue, by_value, on_device, 3, exclude, want, "triton"))
+    lse, mean = ops.rows.default(k, queue, by_value, on_device, 5, exclude, True, "triton")
+    g_lse, g_mean = torch.randn_like(lse[0]), torch.randn_like(mean)
+    for g, row, x, bank in ((g_mean, g_mean, True, True), (None, None, False, True)):
+        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, "triton")
+        check(ops.rows_vjp.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
+def test_compiled_equals_eager(backend):
+    inputs = on("triton", *batch(None, 6, 50, 16, torch.float32))
+    results = []
+    for run in (losses, torch.compile(losses, fullgraph=True, backend=backend)):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        outputs = run(*leaves)
+        results.append((*outputs, *torch.autograd.grad(sum(t.sum() for t in outputs), leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_equal_from_run_to_run(dtype):
+    inputs = on("triton", *batch(None, 20, 600, 40, dtype))
+    for one, other in zip(with_gradients(*inputs), with_gradients(*inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bad_values_on_a_device_make_nan(triton):
+    """Nobody looks at them there: a temperature, and one row's exclude."""
+    x, queue = on("triton", unit(5, 16), unit(40, 16))
+    scale = on("triton", torch.tensor([float("nan")] * 2))
+    lse, mean = triton.rows(x, queue, scale, 5, None, True)
+    assert lse.isnan().all() and mean.isnan().all()
+
+
+# ------------------------------------------------------------------------------------- a GPU's own
+
+
+@gpu_only
+def test_cuda_graph_replays():
+    q, k, queue = on("triton", *batch(None, 64, 4096, 128, torch.bfloat16))
+    q.requires_grad_()
+
+    def step():
+        loss = relation_loss(q, k, queue, backend="triton")
+        return loss, *torch.autograd.grad(loss, q)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.copy_(unit(64, 128, dtype=q.dtype))
+    graph.replay()
+    for replayed, eager in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, eager)
+
+
+@gpu_only
+def test_nothing_waits_for_the_device():
+    inputs = on("triton", *batch(None, 64, 4096, 128, torch.bfloat16))
+    with_gradients(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with_gradients(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large(dtype):
+    """The sizes that the library is for, every split and block of them."""
+    check_relation(*batch(None, 256, 65_536, 128, dtype), 0.1, 0.04, "kl", "triton")
+
+
+@gpu_only
+def test_little_memory():
+    q, k, queue = on("triton", *batch(None, 256, 1_048_576, 128, torch.bfloat16))
+    q.requires_grad_()
+    relation_loss(q, k, queue, backend="triton").backward()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    relation_loss(q, k, queue, backend="triton").backward()
+    assert torch.cuda.max_memory_allocated() - before <= 64 << 20
