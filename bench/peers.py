@@ -20,16 +20,27 @@ class _Attention(torch.autograd.Function):
     """torch's own flash attention with keys = values = queue, which also gives the log-sum-exp.
 
     What is left is the epilogue that relssl has, gradient in forward included: the strongest a user could
-    put together from parts, given the idea.
+    put together from parts, given the idea. On a GPU a queue in one piece keeps as many processors busy as
+    there are blocks of rows; in `splits` pieces, as heads whose results are merged, all.
     """
 
     @staticmethod
-    def forward(ctx, q, k, queue):
+    def forward(ctx, q, k, queue, splits):
+        bank = queue.view(1, splits, -1, queue.shape[1])
+
         def attend(x, tau):
-            rows, bank = x[None, None], queue[None, None]
-            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            mean, lse = flash(rows, bank, bank, scale=1 / tau)
-            return mean[0, 0].float(), lse.view(-1).float()
+            rows = x.expand(1, splits, *x.shape)
+            if queue.is_cuda:
+                mean, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                    rows, bank, bank, scale=1 / tau
+                )
+            else:
+                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                mean, lse = flash(rows, bank, bank, scale=1 / tau)
+            if splits == 1:
+                return mean[0, 0].float(), lse.view(-1).float()
+            whole = lse[0].logsumexp(0)
+            return torch.einsum("sb,sbd->bd", (lse[0] - whole).exp(), mean[0].float()), whole
 
         mean_s, lse_s = attend(q, STUDENT)
         mean_t, _ = attend(k, TEACHER)
@@ -39,11 +50,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return (g * ctx.saved_tensors[0]).to(ctx.dtype), None, None
+        return (g * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
 
 
-def attention(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-    return _Attention.apply(q, k, queue)
+def attention(splits: int = 1) -> Loss:
+    return lambda q, k, queue: _Attention.apply(q, k, queue, splits)
 
 
 def published(q: Tensor, k: Tensor, columns: Tensor) -> Tensor:
@@ -54,14 +65,22 @@ def relssl(backend: str) -> Loss:
     return lambda q, k, queue: relation_loss(q, k, queue, form="ce", backend=backend)
 
 
-def peers(queue: Tensor) -> dict[str, Loss]:
+def peers(queue: Tensor, rows: int) -> dict[str, Loss]:
     """Name -> loss(q, k, queue). The published code keeps its queue as columns [D, K]: here they are."""
     columns = queue.T.contiguous()
-    compiled = torch.compile(published, dynamic=False)
-    return {
+    mode = "max-autotune-no-cudagraphs" if queue.is_cuda else None
+    compiled = torch.compile(published, dynamic=False, mode=mode)
+    losses: dict[str, Loss] = {
         "eager": lambda q, k, _: published(q, k, columns),
         "torch.compile": lambda q, k, _: compiled(q, k, columns),
-        "attention": attention,
         "chunked": relssl("chunked"),
-        "cpu": relssl("cpu"),
     }
+    if not queue.is_cuda:
+        return losses | {"attention": attention(), "cpu": relssl("cpu")}
+    if queue.shape[1] <= 256 and queue.dtype != torch.float32:  # what the flash kernel takes
+        processors = torch.cuda.get_device_properties(queue.device).multi_processor_count
+        splits = 1  # of equal size, so that blocks of 128 rows fill the chip
+        while splits * -(-rows // 128) < processors and queue.shape[0] % (2 * splits) == 0:
+            splits *= 2
+        losses |= {"attention": attention(), f"attention in {splits}": attention(splits)}
+    return losses | {"triton": relssl("triton")}

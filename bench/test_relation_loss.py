@@ -58,7 +58,7 @@ CASES = [(*shape, torch.float32) for shape in SHAPES] + [(256, 65_536, 128, 3, t
 @pytest.mark.parametrize(("rows", "size", "dim", "rounds", "dtype"), CASES)
 def test_forward_and_backward(rows, size, dim, rounds, dtype, table):
     q, k, queue = inputs(rows, size, dim, dtype)
-    losses = peers(queue)
+    losses = peers(queue, rows)
     if dtype == torch.bfloat16:
         del losses["torch.compile"]  # which leaves the products, and so the time, as they are
     check(losses, q, k, queue)

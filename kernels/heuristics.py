@@ -28,6 +28,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int  # queue tiles in flight
     chunk: int = WHOLE  # columns that similarities are summed over at a time; see pieces.product
+    tma: bool = False  # whether the copy engine may fetch the queue (Hopper and later; forward passes)
 
 
 INTERPRETED = Tiles(64, 256, 4, 1)
@@ -37,11 +38,11 @@ Table = dict[str, dict[int, Tiles]]
 
 FORWARD_16: Table = {
     "sm_90": {
-        64: Tiles(128, 128, 8, 3),
-        128: Tiles(128, 128, 8, 3),
-        256: Tiles(128, 64, 8, 3),
-        512: Tiles(64, 32, 8, 3),
-        1024: Tiles(32, 16, 8, 2),
+        64: Tiles(128, 128, 8, 3, tma=True),
+        128: Tiles(128, 128, 8, 3, tma=True),
+        256: Tiles(128, 64, 8, 3, tma=True),
+        512: Tiles(64, 32, 8, 3, tma=True),
+        1024: Tiles(32, 16, 8, 2, tma=True),
     },
     "sm_80": {
         64: Tiles(128, 128, 8, 3),

@@ -14,6 +14,8 @@ The reference r is a similarity, subtracted before scaling: the difference of tw
 tries r = 0 first, which needs no maximum and no rescaling of O, and looks afterwards whether any row left the
 range in which that is exact; only then does the program start again with a running maximum (Milakov &
 Gimelshein 2018). float16 cannot hold 2^(c s), and starts there.
+
+TMA has the copy engine of Hopper and later fetch whole tiles, which frees the registers that addresses take.
 """
 
 import triton
@@ -26,16 +28,20 @@ def sweep(
     x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr,
     EXCLUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
-    ONLINE: tl.constexpr,
+    TMA: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
     reference = tl.full([BLOCK_M], -HUGE if ONLINE else 0.0, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     divisor = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
+    if TMA:
+        tiles = tl.make_tensor_descriptor(
+            queue, [size, DIM], [queue_stride.to(tl.int64), 1], [BLOCK_N, d.shape[0]]
+        )
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         tile_at = addresses(queue, queue_stride, n)
-        tile = load(tile_at, n < size, d, DIM, EVEN)
+        tile = tiles.load([start, 0]) if TMA else load(tile_at, n < size, d, DIM, EVEN)
         s = product(x, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
         s = mask(s, n, size, excluded, EVEN, EXCLUDE)
         if ONLINE:
@@ -70,7 +76,7 @@ def lookup(
     step,  # queue rows in a split: whole tiles
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, FIXED: tl.constexpr,
-    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_split, splits = tl.program_id(1), tl.num_programs(1)
@@ -89,7 +95,7 @@ def lookup(
 
     reference, total, divisor, mean = sweep(
         x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
-        DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, not FIXED,
+        DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, TMA, not FIXED,
     )  # fmt: skip
     if FIXED:
         # What sank below 2^-126 is less than an ulp of the sum, and nothing came near infinity. NaN fails.
@@ -100,7 +106,7 @@ def lookup(
         if tl.min(exact.to(tl.int32), 0) == 0:
             reference, total, divisor, mean = sweep(
                 x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
-                DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, True,
+                DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, TMA, True,
             )  # fmt: skip
 
     at = stats + own_split.to(tl.int64) * rows + row

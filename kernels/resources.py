@@ -33,6 +33,7 @@ class Resources(NamedTuple):
     tensor: str  # the instruction of the matrix products
     copies: int  # asynchronous ones of 16 bytes
     narrow: int  # asynchronous ones of fewer
+    tma: bool  # whether the copy engine fetches tiles
 
 
 class Case(NamedTuple):
@@ -120,7 +121,8 @@ def compiled(case: Case, capability: int) -> Any:
 
 
 def blocks(case: Case) -> dict[str, int]:
-    return {"BLOCK_M": case.tiles.block_m, "BLOCK_N": case.tiles.block_n, "CHUNK": case.tiles.chunk}
+    tiles = case.tiles
+    return {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CHUNK": tiles.chunk, "TMA": tiles.tma}
 
 
 def resources(case: Case, capability: int) -> Resources:
@@ -137,7 +139,8 @@ def resources(case: Case, capability: int) -> Resources:
     tensor = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none")
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^]]+\], \[[^]]+\], (\w+)", ptx)
     wide = sum(int(n, 0) == 16 for n in copies)
-    return Resources(registers, stack, result.metadata.shared, tensor, wide, len(copies) - wide)
+    tma = "cp.async.bulk.tensor" in ptx
+    return Resources(registers, stack, result.metadata.shared, tensor, wide, len(copies) - wide, tma)
 
 
 def main() -> None:
@@ -153,14 +156,9 @@ def main() -> None:
             for dim in options.dim:
                 for case in cases(capability, dim, dtype):
                     got, t = resources(case, capability), case.tiles
-                    cells: tuple = f"sm_{capability}", case.name, dtype, dim, f"{t.block_m} x {t.block_n}"
-                    cells += (
-                        f"{t.warps}, {t.stages}",
-                        got.registers,
-                        got.spilled,
-                        f"{got.shared:,}",
-                        got.tensor,
-                    )
+                    tiles = f"{t.block_m} x {t.block_n}", f"{t.warps}, {t.stages}"
+                    used = got.registers, got.spilled, f"{got.shared:,}", got.tensor + ", TMA" * got.tma
+                    cells = f"sm_{capability}", case.name, dtype, dim, *tiles, *used
                     print("|", *(f"{cell} |" for cell in cells), flush=True)
 
 

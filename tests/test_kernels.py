@@ -33,7 +33,7 @@ def test_compiled(capability, case):
     assert got.spilled == 0
     assert got.shared <= resources.SHARED[capability]
     if case.name in ("lookup", "vjp_x") and case.dtype != "fp32":  # whose tiles go straight to registers
-        assert got.copies > 0
+        assert got.tma if case.tiles.tma else got.copies > 0
         assert got.narrow == 0
         assert got.tensor == {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
 

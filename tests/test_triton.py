@@ -101,10 +101,11 @@ def test_both_paths_agree(triton, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [16, 600, 1024])
-def test_widths(dtype, dim, monkeypatch, heuristics):
-    if INTERPRETED:  # as float32 is read on a GPU
-        monkeypatch.setattr(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1, 64))
+@pytest.mark.parametrize(("dim", "tma"), [(16, True), (600, False), (600, True), (1024, False)])
+def test_widths(dtype, dim, tma, monkeypatch, heuristics):
+    if INTERPRETED:  # as Hopper reads 16-bit rows, or any GPU wide ones of float32
+        tiles = heuristics.Tiles(16, 32, 4, 1, tma=True) if tma else heuristics.Tiles(16, 32, 4, 1, chunk=64)
+        monkeypatch.setattr(heuristics, "INTERPRETED", tiles)
     inputs = batch(None, 3, 70, dim, dtype)
     check_relation(*inputs, 0.1, 0.04, "kl", "triton")
     check_info_nce(*inputs, 0.2, "triton")

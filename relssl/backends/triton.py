@@ -46,6 +46,7 @@ def _too_old() -> str | None:
 
 @cache
 def _kernels() -> SimpleNamespace:
+    from triton import set_allocator
     from triton.testing import do_bench
 
     from relssl.kernels import autotune, combine, heuristics, lookup, vjp
@@ -58,6 +59,7 @@ def _kernels() -> SimpleNamespace:
         do_bench=do_bench,
         heuristics=heuristics,
         lookup=lookup.lookup,
+        set_allocator=set_allocator,
         vjp_queue=vjp.vjp_queue,
         vjp_x=vjp.vjp_x,
     )
@@ -107,29 +109,40 @@ def _lookup(
     heuristics, (size, dim) = kernels.heuristics, queue.shape
     split, rows = first.shape[0], first.shape[0] + second.shape[0]
 
+    # What the copy engine can address.
+    stride, itemsize = queue.stride(0), queue.element_size()
+    describable = stride >= dim and stride * itemsize % 16 == 0 and queue.data_ptr() % 16 == 0
+
     def launch(tiles: Any) -> tuple[Tensor, Tensor]:
         splits, step = heuristics.splits(rows, size, tiles, chip)
         stats = queue.new_empty(3, splits, rows, dtype=torch.float32)
         means = queue.new_empty((splits, rows, dim) if want_mean else 0, dtype=torch.float32)
         kernels.lookup[(-(-rows // tiles.block_m), splits)](
             first, second, queue, exclude, *scales, stats, means,
-            first.stride(0), second.stride(0), queue.stride(0), split, rows, size, step,
+            first.stride(0), second.stride(0), stride, split, rows, size, step,
             DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=heuristics.width(dim),
             MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
             FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
-            PRECISION=_precision(queue.dtype), CHUNK=tiles.chunk,
+            PRECISION=_precision(queue.dtype), CHUNK=tiles.chunk, TMA=tiles.tma and describable,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return stats, means
 
-    tiles = heuristics.forward(chip, queue.element_size(), dim)
+    tiles = heuristics.forward(chip, itemsize, dim)
     if kernels.autotune.wanted() and chip.capability != heuristics.INTERPRETER:
         kind = f"{torch.cuda.get_device_name(queue.device)}, {queue.dtype}, D {dim}, mean {want_mean}"
         key = f"{kind}, rows {heuristics.bucket(rows)}, queue {heuristics.bucket(size)}"
         tiles = kernels.autotune.choose(
             key, heuristics.candidates(tiles), lambda tiles: kernels.do_bench(lambda: launch(tiles))
         )
+    if tiles.tma and describable:
+        kernels.set_allocator(_scratch)
     return launch(tiles)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory on the current device for the descriptors that a launch makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def rows(

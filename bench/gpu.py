@@ -1,0 +1,219 @@
+"""Everything that is to be done with a GPU, in one go and under ten minutes: tests, then timings.
+
+    python bench/gpu.py OUT [--quick]
+
+OUT gets the tests' report, relation_loss.json (device, driver, versions, commit; milliseconds of every peer,
+peak memory, the matrix rate of the same run) and table.txt, which is printed last. Each part is guarded: a
+failure leaves the rest.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+from peers import Loss, peers
+from torch import Tensor
+from torch.nn import functional as F
+
+import relssl
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, SIZES, DIMS = (32, 256, 1024, 4096), (65_536, 262_144, 1_048_576), (128, 256, 512)
+WARM_UP, ROUNDS, LONGEST = 3, 15, 2.0  # rounds, and the seconds after which one side stops
+
+
+def inputs(rows: int, size: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, queue = (F.normalize(torch.randn(n, dim, device="cuda"), dim=1) for n in (rows, rows, size))
+    return q.to(dtype).requires_grad_(), k.to(dtype), queue.to(dtype)
+
+
+def step(loss: Loss, q: Tensor, k: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+    value = loss(q, k, queue)
+    return value, torch.autograd.grad(value, q)[0]
+
+
+def flush(cache: Tensor) -> None:
+    """A step of training leaves nothing of the queue in the L2 cache; nor do we."""
+    cache.zero_()
+
+
+def milliseconds(runs: dict, cache: Tensor) -> dict[str, float]:
+    """Median time on the device of each run, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
+    for i, (name, run) in itertools.product(range(WARM_UP + ROUNDS), runs.items()):
+        if spent[name] > LONGEST:
+            continue
+        flush(cache)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        if i >= WARM_UP or spent[name] > LONGEST / 2:
+            times[name].append(start.elapsed_time(stop))
+        if i > 0:  # the first compiles
+            spent[name] += time.perf_counter() - began
+    return {name: median(t) for name, t in times.items() if t}
+
+
+def replayed(loss: Loss, q: Tensor, k: Tensor, queue: Tensor):
+    """The step as a CUDA graph, which has no launches to wait for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(loss, q, k, queue)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(loss, q, k, queue)
+    return graph.replay
+
+
+def peak_memory(run) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def host_microseconds(run) -> float:
+    """Of one call's Python, launches and all, while the device is busy elsewhere."""
+    for _ in range(10):
+        run()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(50):
+        run()
+    taken = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return taken / 50 * 1e6
+
+
+def errors(losses: dict[str, Loss], q: Tensor, k: Tensor, queue: Tensor) -> dict[str, float]:
+    """Of each peer's gradient against float64, relative, on 8 rows: nobody wins by being wrong."""
+    few, own = q[:8].detach().requires_grad_(), k[:8]
+    exact = few.detach().double().requires_grad_()
+    bank = queue.double().T
+    target = (own.double() @ bank / 0.04).softmax(1)
+    value = -(target * (exact @ bank / 0.1).log_softmax(1)).sum(1).mean()
+    (expected,) = torch.autograd.grad(value, exact)
+    found = {name: step(loss, few, own, queue)[1].double() for name, loss in losses.items()}
+    return {name: float((g - expected).norm() / expected.norm()) for name, g in found.items()}
+
+
+def case(rows: int, size: int, dim: int, dtype: torch.dtype, cache: Tensor) -> dict:
+    q, k, queue = inputs(rows, size, dim, dtype)
+    losses = peers(queue, rows)
+    for name in ("eager", "torch.compile"):  # 20 bytes for each similarity, and as many again in passing
+        if rows * size * 48 > torch.cuda.mem_get_info()[0]:
+            del losses[name]
+    runs = {name: (lambda loss=loss: step(loss, q, k, queue)) for name, loss in losses.items()}
+    a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+    result = {"rows": rows, "size": size, "dim": dim, "dtype": str(dtype).removeprefix("torch.")}
+    result["error"] = errors(losses, q, k, queue) if size <= 262_144 else {}
+    result["bytes"] = {name: peak_memory(run) for name, run in runs.items()}
+    own = {"triton, graph": replayed(losses["triton"], q, k, queue), "matrix product": lambda: a @ a}
+    result["ms"] = milliseconds(runs | own, cache)
+    result["host_us"] = host_microseconds(runs["triton"])
+    result["flop_rate"] = 8 * rows * size * dim / result["ms"]["triton, graph"] / 1e9
+    result["matrix_rate"] = 2 * 8192**3 / result["ms"]["matrix product"] / 1e9
+    return result
+
+
+def line(r: dict) -> str:
+    ms, own = r["ms"], r["ms"]["triton"]
+    cells = [f"{r['rows']:>5} {r['size']:>9,} {r['dim']:>4} {own:8.3f} {ms['triton, graph']:8.3f}"]
+    split = next((n for n in ms if n.startswith("attention in")), "")
+    for peer in ("eager", "torch.compile", "attention", split, "chunked"):
+        cells.append(f"{ms[peer] / own:7.2f}" if peer in ms else "      -")
+    cells.append(f"{r['flop_rate'] / r['matrix_rate']:6.2f} {r['bytes']['triton'] / 2**20:6.1f}")
+    cells.append(
+        f"{r['error'].get('triton', float('nan')):8.1e} {r['error'].get('eager', float('nan')):8.1e}"
+    )
+    return " ".join(cells)
+
+
+NAMES = "B K D ms graph eager compile attn split chunked of-mm MiB error eager's".split()
+HEAD = " ".join(f"{name:>{w}}" for name, w in zip(NAMES, (5, 9, 4, 8, 8, *5 * [7], 6, 6, 8, 8), strict=True))
+    "    B         K    D       ms    graph  eager compil   attn  split chunk  of mm    MiB   error   eager"
+)
+
+
+def machine() -> dict:
+    def told(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return done.stdout.strip()
+
+    import triton
+
+    driver = told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "relssl": relssl.__version__,
+        "commit": told("git", "rev-parse", "--short", "HEAD"),
+        "date": str(date.today()),
+    }
+
+
+def tests(out: Path) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", "--maxfail=40", str(ROOT / "tests")]
+    environment = os.environ | {"RELSSL_REQUIRE_GPU": "1"}
+    with open(out / "tests.txt", "w") as report:
+        subprocess.run(command, env=environment, stdout=report, stderr=subprocess.STDOUT, timeout=240)
+    return (out / "tests.txt").read_text().strip().splitlines()[-1]
+
+
+def sweep(out: Path, quick: bool) -> list[str]:
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    results, lines = [], [HEAD]
+    shapes = [(256, 65_536, 128)] if quick else itertools.product(ROWS, SIZES, DIMS)
+    for rows, size, dim in shapes:
+        try:
+            results.append(case(rows, size, dim, torch.bfloat16, cache))
+            lines.append(line(results[-1]))
+        except Exception:
+            lines.append(f"{rows} {size} {dim} failed: {traceback.format_exc(limit=1).splitlines()[-1]}")
+            traceback.print_exc()
+        print(lines[-1], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        (out / "relation_loss.json").write_text(json.dumps({**machine(), "results": results}, indent=1))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one shape")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = [str(machine())]
+    for part in (lambda: [tests(options.out)], lambda: sweep(options.out, options.quick)):
+        try:
+            report += part()
+        except Exception:
+            report.append(traceback.format_exc(limit=2))
+        (options.out / "table.txt").write_text("\n".join(report) + "\n")
+    print("\n".join(report))
+
+
+if __name__ == "__main__":
+    main()
