@@ -150,8 +150,6 @@ def line(r: dict) -> str:
 
 NAMES = "B K D ms graph eager compile attn split chunked of-mm MiB error eager's".split()
 HEAD = " ".join(f"{name:>{w}}" for name, w in zip(NAMES, (5, 9, 4, 8, 8, *5 * [7], 6, 6, 8, 8), strict=True))
-    "    B         K    D       ms    graph  eager compil   attn  split chunk  of mm    MiB   error   eager"
-)
 
 
 def machine() -> dict:
