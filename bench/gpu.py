@@ -148,7 +148,8 @@ def line(r: dict) -> str:
     return " ".join(cells)
 
 
-NAMES = "B K D ms graph eager compile attn split chunked of-mm MiB error eager's".split()
+NAMES = ("B", "K", "D", "ms", "graph", "eager", "compile", "attn", "split", "chunked")
+NAMES += ("of mm", "MiB", "error", "eager's")
 HEAD = " ".join(f"{name:>{w}}" for name, w in zip(NAMES, (5, 9, 4, 8, 8, *5 * [7], 6, 6, 8, 8), strict=True))
 
 

@@ -58,6 +58,13 @@ FORWARD_16: Table = {
         512: Tiles(32, 32, 8, 2),
         1024: Tiles(32, 16, 8, 2),
     },
+    "amd": {
+        64: Tiles(128, 64, 8, 2),
+        128: Tiles(128, 32, 8, 2),
+        256: Tiles(64, 32, 8, 2),
+        512: Tiles(32, 16, 8, 2),
+        1024: Tiles(16, 16, 8, 1),
+    },
 }
 FORWARD_32 = {
     64: Tiles(32, 64, 8, 2),
@@ -89,6 +96,13 @@ BACKWARD_16: Table = {
         512: Tiles(16, 16, 8, 2),
         1024: Tiles(16, 16, 8, 1, 64),
     },
+    "amd": {
+        64: Tiles(64, 64, 8, 2),
+        128: Tiles(64, 32, 8, 2),
+        256: Tiles(32, 32, 8, 1),
+        512: Tiles(16, 16, 8, 1),
+        1024: Tiles(16, 16, 8, 1, 64),
+    },
 }
 BACKWARD_32 = {
     64: Tiles(32, 32, 8, 2),
@@ -101,7 +115,7 @@ BACKWARD_32 = {
 QUEUE_16: Table = {
     "sm_90": {
         64: Tiles(64, 64, 8, 2),
-        128: Tiles(64, 32, 8, 2),
+        128: Tiles(64, 16, 8, 2),
         256: Tiles(32, 16, 8, 2),
         512: Tiles(16, 32, 8, 1),
         1024: Tiles(16, 16, 8, 1, 64),
@@ -120,6 +134,13 @@ QUEUE_16: Table = {
         512: Tiles(16, 16, 8, 1),
         1024: Tiles(16, 16, 8, 1, 64),
     },
+    "amd": {
+        64: Tiles(32, 32, 8, 1),
+        128: Tiles(32, 32, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+        512: Tiles(16, 16, 8, 1),
+        1024: Tiles(16, 16, 8, 1, 64),
+    },
 }
 QUEUE_32 = {
     64: Tiles(32, 32, 8, 2),
@@ -131,7 +152,9 @@ QUEUE_32 = {
 
 
 def family(capability: int) -> str:
-    """Chips that share a table. "small" have 100 KiB of shared memory for a program, or are not NVIDIA's."""
+    """Chips that share a table. "small" have 100 KiB of shared memory for a program; AMD's have 64."""
+    if capability == AMD:
+        return "amd"
     if capability in (90, 100, 103):
         return "sm_90"
     return "sm_80" if capability == 80 else "small"
@@ -152,6 +175,13 @@ def width(dim: int) -> int:
 def log2_scale(scale: float) -> float:
     """1 / temperature in units of log 2, and never 0: a left-out entry has the similarity -inf."""
     return max(scale * LOG2E, TINY)
+
+
+def precision(capability: int, *, exact: bool) -> str:
+    """Of float32 products. Exact are three TF32 products that keep all digits, or AMD's plain ones."""
+    if capability == AMD:
+        return "ieee"
+    return "tf32x3" if exact else "tf32"
 
 
 def forward(chip: Chip, itemsize: int, dim: int) -> Tiles:
@@ -185,9 +215,9 @@ def bucket(n: int) -> int:
 
 
 def combine(dim: int, splits: int) -> dict[str, int]:
-    """Of combine.py: all splits at once, and as many columns of their means as fit 4 warps' registers."""
+    """Of combine.py: all splits at once, and as many columns of their means as fit the registers."""
     count = max(2, bucket(splits))
-    return {"DIM": dim, "S": count, "BLOCK_D": min(width(dim), 8192 // count), "num_warps": 4}
+    return {"DIM": dim, "S": count, "BLOCK_D": min(width(dim), 8192 // count), "num_warps": 8}
 
 
 @cache

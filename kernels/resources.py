@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import triton
 from relssl.kernels import combine, heuristics, lookup, vjp
-from relssl.kernels.heuristics import Chip, Tiles
+from relssl.kernels.heuristics import AMD, Chip, Tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+CAPABILITIES = (80, 86, 89, 90, 100, 120, AMD)
 DIMS = (64, 128, 256, 512, 1024)
-# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications).
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# Bytes of shared memory that a program may have (CUDA C++ Programming Guide; CDNA 3 ISA).
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, AMD: 65_536}
 PROCESSORS = 132
 
 
@@ -57,7 +57,7 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
         "EXCLUDE": False,
         "EVEN": True,
         "DEVICE_SCALE": False,
-        "PRECISION": "tf32x3" if size == 4 else "tf32",
+        "PRECISION": heuristics.precision(capability, exact=size == 4),
     }
     tiles = heuristics.forward(chip, size, dim)
     flags = {"MEAN": True, "FIXED": dtype != "fp16"}
@@ -117,7 +117,12 @@ def compiled(case: Case, capability: int) -> Any:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": case.tiles.warps, "num_stages": case.tiles.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("hip", "gfx942", 64) if capability == AMD else GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def chip_name(capability: int) -> str:
+    return "gfx942" if capability == AMD else f"sm_{capability}"
 
 
 def blocks(case: Case) -> dict[str, int]:
@@ -127,6 +132,20 @@ def blocks(case: Case) -> dict[str, int]:
 
 def resources(case: Case, capability: int) -> Resources:
     result = compiled(case, capability)
+    if capability == AMD:
+        told = result.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.vgpr_{word}:\s+(\d+)", told)[1]) for word in ("count", "spill_count")
+        )  # type: ignore[index]
+        return Resources(
+            registers,
+            4 * spilled,
+            result.metadata.shared,
+            "mfma" if "v_mfma" in told else "none",
+            0,
+            0,
+            False,
+        )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
@@ -158,7 +177,7 @@ def main() -> None:
                     got, t = resources(case, capability), case.tiles
                     tiles = f"{t.block_m} x {t.block_n}", f"{t.warps}, {t.stages}"
                     used = got.registers, got.spilled, f"{got.shared:,}", got.tensor + ", TMA" * got.tma
-                    cells = f"sm_{capability}", case.name, dtype, dim, *tiles, *used
+                    cells = chip_name(capability), case.name, dtype, dim, *tiles, *used
                     print("|", *(f"{cell} |" for cell in cells), flush=True)
 
 

@@ -82,11 +82,10 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device(x.device)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products, as torch says: TF32 if allowed, else three TF32 products that keep all digits."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return "ieee" if torch.version.hip else "tf32x3"
-    return "tf32"
+def _precision(chip: Any, dtype: torch.dtype) -> str:
+    """Of float32 products, as torch says; the gradient's beside float16 lose nothing in TF32."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return _kernels().heuristics.precision(chip.capability, exact=exact)
 
 
 def _scales(scale: Scale) -> tuple[Any, ...]:
@@ -123,7 +122,7 @@ def _lookup(
             DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=heuristics.width(dim),
             MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
             FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
-            PRECISION=_precision(queue.dtype), CHUNK=tiles.chunk, TMA=tiles.tma and describable,
+            PRECISION=_precision(chip, queue.dtype), CHUNK=tiles.chunk, TMA=tiles.tma and describable,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return stats, means
@@ -234,7 +233,7 @@ def vjp(
         base = base - (mean * g_mean).sum(1)
     with _on(x):
         kernels, chip = _kernels(), _chip(x.device.index)
-        precision = _precision(x.dtype)
+        precision = _precision(chip, x.dtype)
         common = {
             "DIM": dim, "BLOCK_D": kernels.heuristics.width(dim), "EXCLUDE": exclude is not None,
             "G_MEAN": g_mean is not None, "DEVICE_SCALE": isinstance(scale, Tensor), "PRECISION": precision,
