@@ -130,22 +130,19 @@ def blocks(case: Case) -> dict[str, int]:
     return {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CHUNK": tiles.chunk, "TMA": tiles.tma}
 
 
+def read(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"the compiler's report has no {pattern}"
+    return int(found[1])
+
+
 def resources(case: Case, capability: int) -> Resources:
     result = compiled(case, capability)
     if capability == AMD:
         told = result.asm["amdgcn"]
-        registers, spilled = (
-            int(re.search(rf"\.vgpr_{word}:\s+(\d+)", told)[1]) for word in ("count", "spill_count")
-        )  # type: ignore[index]
-        return Resources(
-            registers,
-            4 * spilled,
-            result.metadata.shared,
-            "mfma" if "v_mfma" in told else "none",
-            0,
-            0,
-            False,
-        )
+        registers, spilled = (read(rf"\.vgpr_{word}:\s+(\d+)", told) for word in ("count", "spill_count"))
+        tensor = "mfma" if "v_mfma" in told else "none"
+        return Resources(registers, 4 * spilled, result.metadata.shared, tensor, 0, 0, False)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
@@ -153,7 +150,7 @@ def resources(case: Case, capability: int) -> Resources:
         told = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = (int(re.search(rf"{word}:(\d+)", told)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
+    registers, stack = (read(rf"{word}:(\d+)", told) for word in ("REG", "STACK"))
     ptx = result.asm["ptx"]
     tensor = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none")
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^]]+\], \[[^]]+\], (\w+)", ptx)

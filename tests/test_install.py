@@ -24,6 +24,7 @@ import relssl
         "relssl.backends.cpu",
         "relssl.backends.reference",
         "relssl.kernels",
+        "relssl.backends.triton",
         "relssl._cpu",
     ],
 )

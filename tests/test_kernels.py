@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import INTERPRETED
 from relssl.kernels import autotune, resources
-from relssl.kernels.heuristics import Tiles
+from relssl.kernels.heuristics import AMD, Tiles
 from triton.runtime.errors import OutOfResources
 
 from relssl import backends
@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not co
 # Every kernel of the default tables that a training step in bfloat16 uses, on every chip; the other dtypes on
 # two. docs/kernels.md has all.
 CASES = [
-    pytest.param(capability, case, id=f"sm_{capability}-{case.name}-{case.dtype}-{case.dim}")
+    pytest.param(
+        capability, case, id=f"{resources.chip_name(capability)}-{case.name}-{case.dtype}-{case.dim}"
+    )
     for capability in resources.CAPABILITIES
     for dtype, dims in (("bf16", (64, 128, 256)), ("fp16", (128,)), ("fp32", (128,)))
     if dtype == "bf16" or capability in (80, 90)
@@ -33,9 +35,10 @@ def test_compiled(capability, case):
     assert got.spilled == 0
     assert got.shared <= resources.SHARED[capability]
     if case.name in ("lookup", "vjp_x") and case.dtype != "fp32":  # whose tiles go straight to registers
-        assert got.tma if case.tiles.tma else got.copies > 0
+        products = {90: "wgmma", 100: "tcgen05.mma", AMD: "mfma"}
+        assert got.tensor == products.get(capability, "mma.sync")
+        assert got.tma if case.tiles.tma else got.copies > 0 or capability == AMD
         assert got.narrow == 0
-        assert got.tensor == {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
 
 
 @pytest.mark.parametrize(("capability", "dim"), [(86, 512), (90, 512), (90, 1024)])
