@@ -27,6 +27,9 @@ def test_opcheck(layout, scale, dtype, backend):
     for views, form, want in ((q, "kl", True), (q[0], "ce", True), (q, "ce", False)):
         arguments = (views, k, queue, by_value, on_device, form, want, backend)
         torch.library.opcheck(ops.relation.default, arguments)
+    for views, want in ((q, True), (q[0], False)):
+        one = (by_value[:1], None if on_device is None else on_device[:1])
+        torch.library.opcheck(ops.info_nce.default, (views, k, queue, *one, want, backend))
     exclude = torch.tensor([0, -1, 3, 39, -1])
     for out, want in ((None, True), (exclude, True), (exclude, False)):
         arguments = (k, queue, by_value, on_device, 3, out, want, backend)
