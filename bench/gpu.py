@@ -9,6 +9,7 @@ failure leaves the rest.
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -28,8 +30,12 @@ from torch.nn import functional as F
 import relssl
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS, SIZES, DIMS = (32, 256, 1024, 4096), (65_536, 262_144, 1_048_576), (128, 256, 512)
-WARM_UP, ROUNDS, LONGEST = 3, 15, 2.0  # rounds, and the seconds after which one side stops
+# The headline, then the rest; a tuned torch.compile takes too long for more than these.
+TUNED = [(256, 65_536, 128), (1024, 262_144, 128)]
+GRID = itertools.product((256, 1024, 4096, 32), (65_536, 262_144, 1_048_576), (128, 256, 512))
+SHAPES = TUNED + [shape for shape in GRID if shape not in TUNED]
+WARM_UP, ROUNDS, LONGEST = 3, 15, 1.0  # rounds, and the seconds after which one side stops
+BUDGET = 240  # seconds for all shapes
 
 
 def inputs(rows: int, size: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,25 +54,40 @@ def flush(cache: Tensor) -> None:
     cache.zero_()
 
 
-def milliseconds(runs: dict, cache: Tensor) -> dict[str, float]:
-    """Median time on the device of each run, taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    spent = dict.fromkeys(runs, 0.0)
-    for i, (name, run) in itertools.product(range(WARM_UP + ROUNDS), runs.items()):
-        if spent[name] > LONGEST:
-            continue
-        flush(cache)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began = time.perf_counter()
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        if i >= WARM_UP or spent[name] > LONGEST / 2:
-            times[name].append(start.elapsed_time(stop))
-        if i > 0:  # the first compiles
+def milliseconds(runs: dict, cache: Tensor) -> dict[str, list[float]]:
+    """Times on the device of each run, taken in turn, each round with another side first."""
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    spent = dict.fromkeys(names, 0.0)
+    for i in range(WARM_UP + ROUNDS):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            if spent[name] > LONGEST and times[name]:
+                continue
+            flush(cache)
+            torch.cuda._sleep(1_000_000)  # Half a millisecond, in which the host gets ahead of the device.
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began = time.perf_counter()
+            start.record()
+            runs[name]()
+            stop.record()
+            torch.cuda.synchronize()
             spent[name] += time.perf_counter() - began
-    return {name: median(t) for name, t in times.items() if t}
+            if i >= WARM_UP or spent[name] > LONGEST:
+                times[name].append(start.elapsed_time(stop))
+    return times
+
+
+def usable(runs: dict) -> dict:
+    """Those that run, after a first call that compiles."""
+    good = {}
+    for name, run in runs.items():
+        try:
+            run()
+            torch.cuda.synchronize()
+            good[name] = run
+        except Exception as error:
+            print(f"  {name} left out: {str(error).splitlines()[0]}", flush=True)
+    return good
 
 
 def replayed(loss: Loss, q: Tensor, k: Tensor, queue: Tensor):
@@ -117,21 +138,25 @@ def errors(losses: dict[str, Loss], q: Tensor, k: Tensor, queue: Tensor) -> dict
 
 
 def case(rows: int, size: int, dim: int, dtype: torch.dtype, cache: Tensor) -> dict:
+    torch._dynamo.reset()  # which would stop compiling after some shapes
     q, k, queue = inputs(rows, size, dim, dtype)
-    losses = peers(queue, rows)
-    for name in ("eager", "torch.compile"):  # 20 bytes for each similarity, and as many again in passing
-        if rows * size * 48 > torch.cuda.mem_get_info()[0]:
-            del losses[name]
-    runs = {name: (lambda loss=loss: step(loss, q, k, queue)) for name, loss in losses.items()}
+    losses = peers(queue, rows, tuned=(rows, size, dim) in TUNED)
+    if (
+        rows * size * 48 > torch.cuda.mem_get_info()[0]
+    ):  # 20 bytes a similarity kept, as many again in passing
+        del losses["eager"], losses["torch.compile"]
+    runs = usable({name: (lambda loss=loss: step(loss, q, k, queue)) for name, loss in losses.items()})
     a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-    result = {"rows": rows, "size": size, "dim": dim, "dtype": str(dtype).removeprefix("torch.")}
-    result["error"] = errors(losses, q, k, queue) if size <= 262_144 else {}
+    result: dict = {"rows": rows, "size": size, "dim": dim, "dtype": str(dtype).removeprefix("torch.")}
+    checked = {n: loss for n, loss in losses.items() if n in runs and n != "torch.compile"}
+    result["error"] = errors(checked, q, k, queue) if size <= 262_144 else {}
     result["bytes"] = {name: peak_memory(run) for name, run in runs.items()}
     own = {"triton, graph": replayed(losses["triton"], q, k, queue), "matrix product": lambda: a @ a}
-    result["ms"] = milliseconds(runs | own, cache)
+    result["times"] = milliseconds(runs | own, cache)
+    ms = result["ms"] = {name: median(t) for name, t in result["times"].items()}
     result["host_us"] = host_microseconds(runs["triton"])
-    result["flop_rate"] = 8 * rows * size * dim / result["ms"]["triton, graph"] / 1e9
-    result["matrix_rate"] = 2 * 8192**3 / result["ms"]["matrix product"] / 1e9
+    result["flop_rate"] = 8 * rows * size * dim / ms["triton, graph"] / 1e9
+    result["matrix_rate"] = 2 * 8192**3 / ms["matrix product"] / 1e9
     return result
 
 
@@ -155,47 +180,52 @@ HEAD = " ".join(f"{name:>{w}}" for name, w in zip(NAMES, (5, 9, 4, 8, 8, *5 * [7
 
 def machine() -> dict:
     def told(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        return done.stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        except OSError:
+            return ""
 
     import triton
 
-    driver = told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name(),
-        "driver": driver,
+        "driver": told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "relssl": relssl.__version__,
-        "commit": told("git", "rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("RELSSL_COMMIT") or told("git", "rev-parse", "--short", "HEAD"),
         "date": str(date.today()),
     }
 
 
 def tests(out: Path) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", "--maxfail=40", str(ROOT / "tests")]
+    """Of the installed package (-P: never of the source folder); what is new first."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "--maxfail=40"]
+    command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    command += [str(ROOT / "tests" / name) for name in ("test_triton.py", "test_losses.py")]
     environment = os.environ | {"RELSSL_REQUIRE_GPU": "1"}
     with open(out / "tests.txt", "w") as report:
-        subprocess.run(command, env=environment, stdout=report, stderr=subprocess.STDOUT, timeout=240)
+        subprocess.run(command, env=environment, stdout=report, stderr=subprocess.STDOUT, timeout=300)
     return (out / "tests.txt").read_text().strip().splitlines()[-1]
 
 
-def sweep(out: Path, quick: bool) -> list[str]:
+def sweep(out: Path, about: dict, quick: bool) -> Iterator[str]:
     cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    results, lines = [], [HEAD]
-    shapes = [(256, 65_536, 128)] if quick else itertools.product(ROWS, SIZES, DIMS)
-    for rows, size, dim in shapes:
+    results: list[dict] = []
+    yield HEAD
+    began = time.perf_counter()
+    for rows, size, dim in TUNED if quick else SHAPES:
+        if time.perf_counter() - began > BUDGET:
+            yield "the rest was left out for want of time"
+            return
         try:
             results.append(case(rows, size, dim, torch.bfloat16, cache))
-            lines.append(line(results[-1]))
+            yield line(results[-1])
+            gc.collect()
+            torch.cuda.empty_cache()
         except Exception:
-            lines.append(f"{rows} {size} {dim} failed: {traceback.format_exc(limit=1).splitlines()[-1]}")
-            traceback.print_exc()
-        print(lines[-1], flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-        (out / "relation_loss.json").write_text(json.dumps({**machine(), "results": results}, indent=1))
-    return lines
+            yield f"{rows} {size} {dim} failed: {traceback.format_exc(limit=-2)}"
+        (out / "relation_loss.json").write_text(json.dumps({**about, "results": results}, indent=1))
 
 
 def main() -> None:
@@ -204,14 +234,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    report = [str(machine())]
-    for part in (lambda: [tests(options.out)], lambda: sweep(options.out, options.quick)):
-        try:
-            report += part()
-        except Exception:
-            report.append(traceback.format_exc(limit=2))
+    report = []
+
+    def told(text: str) -> None:
+        report.append(text)
+        print(text, flush=True)
         (options.out / "table.txt").write_text("\n".join(report) + "\n")
-    print("\n".join(report))
+
+    about = machine()
+    told(str(about))
+    try:
+        told(tests(options.out))
+    except Exception:
+        told(traceback.format_exc(limit=-2))
+    for text in sweep(options.out, about, options.quick):
+        told(text)
 
 
 if __name__ == "__main__":

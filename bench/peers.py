@@ -65,10 +65,10 @@ def relssl(backend: str) -> Loss:
     return lambda q, k, queue: relation_loss(q, k, queue, form="ce", backend=backend)
 
 
-def peers(queue: Tensor, rows: int) -> dict[str, Loss]:
+def peers(queue: Tensor, rows: int, tuned: bool = False) -> dict[str, Loss]:
     """Name -> loss(q, k, queue). The published code keeps its queue as columns [D, K]: here they are."""
     columns = queue.T.contiguous()
-    mode = "max-autotune-no-cudagraphs" if queue.is_cuda else None
+    mode = "max-autotune-no-cudagraphs" if tuned else None
     compiled = torch.compile(published, dynamic=False, mode=mode)
     losses: dict[str, Loss] = {
         "eager": lambda q, k, _: published(q, k, columns),

@@ -22,13 +22,25 @@ def path() -> Path:
     return Path(os.environ.get("RELSSL_CACHE") or Path(cache) / "relssl") / "tiles.json"
 
 
+_known: dict[Path, dict[str, list[int]]] = {}  # what the disk holds, read once
+
+
+def _read(file: Path) -> dict[str, list[int]]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: to be measured again
+        return {}
+
+
 def choose(key: str, candidates: Iterable[Tiles], measure: Callable[[Tiles], float]) -> Tiles:
     """The fastest of the candidates by measure(tiles), in milliseconds; asked again, what was chosen before.
 
     A candidate that does not fit the chip is passed over.
     """
     file = path()
-    known = json.loads(file.read_text()) if file.exists() else {}
+    if file not in _known:
+        _known[file] = _read(file)
+    known = _known[file]
     if key not in known:
         times = {}
         for tiles in candidates:
@@ -40,9 +52,9 @@ def choose(key: str, candidates: Iterable[Tiles], measure: Callable[[Tiles], flo
             raise RuntimeError(f"relssl: no tiles that were tried for {key} fit this chip")
         best = min(times, key=lambda tiles: times[tiles])
         print(f"relssl: {key}: {best}, {times[best]:.3f} ms, fastest of {len(times)}")
-        known[key] = best
+        known[key] = list(best)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known, indent=1))
+        partial.write_text(json.dumps(_read(file) | known, indent=1))
         partial.replace(file)  # whole or not at all, whoever else writes
     return Tiles(*known[key])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 LOG2E = 1.4426950408889634
 TINY = 1.1754943508222875e-38  # the smallest normal float32
+WORKSPACE = 32 << 20  # bytes that the means of all splits may take, unless one split takes more
 MOST_SPLITS = 256  # combine.py holds a row's splits in registers
 INTERPRETER, AMD = 0, 1  # where a capability stands
 
@@ -27,7 +28,9 @@ class Tiles(NamedTuple):
     block_n: int  # rows of the queue
     warps: int
     stages: int  # queue tiles in flight
-    chunk: int = WHOLE  # columns that similarities are summed over at a time; see pieces.product
+    # Columns that similarities are summed over at a time; see pieces.product. The same forward and backward,
+    # where p = exp(logit - lse) must be of the logits that lse was of.
+    chunk: int = WHOLE
     tma: bool = False  # whether the copy engine may fetch the queue (Hopper and later; forward passes)
 
 
@@ -56,19 +59,19 @@ FORWARD_16: Table = {
         128: Tiles(128, 32, 8, 3),
         256: Tiles(64, 32, 8, 3),
         512: Tiles(32, 32, 8, 2),
-        1024: Tiles(32, 16, 8, 2),
+        1024: Tiles(32, 16, 8, 2, 64),
     },
     "amd": {
         64: Tiles(128, 64, 8, 2),
         128: Tiles(128, 32, 8, 2),
         256: Tiles(64, 32, 8, 2),
         512: Tiles(32, 16, 8, 2),
-        1024: Tiles(16, 16, 8, 1),
+        1024: Tiles(16, 16, 8, 1, 64),
     },
 }
 FORWARD_32 = {
     64: Tiles(32, 64, 8, 2),
-    128: Tiles(32, 32, 8, 2),
+    128: Tiles(32, 32, 8, 2, 64),
     256: Tiles(16, 32, 8, 2, 64),
     512: Tiles(16, 32, 8, 2, 64),
     1024: Tiles(16, 16, 8, 1, 32),
@@ -118,14 +121,14 @@ QUEUE_16: Table = {
         128: Tiles(64, 16, 8, 2),
         256: Tiles(32, 16, 8, 2),
         512: Tiles(16, 32, 8, 1),
-        1024: Tiles(16, 16, 8, 1, 64),
+        1024: Tiles(16, 16, 8, 1),
     },
     "sm_80": {
         64: Tiles(64, 32, 8, 2),
         128: Tiles(32, 32, 8, 2),
         256: Tiles(16, 32, 8, 1),
         512: Tiles(16, 16, 8, 1),
-        1024: Tiles(16, 16, 8, 1, 64),
+        1024: Tiles(16, 16, 8, 1),
     },
     "small": {
         64: Tiles(64, 32, 8, 2),
@@ -221,19 +224,20 @@ def combine(dim: int, splits: int) -> dict[str, int]:
 
 
 @cache
-def splits(rows: int, size: int, tiles: Tiles, chip: Chip) -> tuple[int, int]:
+def splits(rows: int, size: int, dim: int, tiles: Tiles, chip: Chip) -> tuple[int, int]:
     """In how many ranges to cut the queue, and how many of its rows are in each: whole tiles.
 
     The time is that of waves of programs, one on each processor, which take as long as they have tiles; the
-    fewest splits that come within 3 % of the least are taken, since each leaves its means to be merged.
+    fewest splits that come within 5 % of the least are taken, since each leaves its means to be merged.
     """
     blocks = -(-rows // tiles.block_m)
     count = -(-size // tiles.block_n)
+    most = max(1, min(count, MOST_SPLITS, WORKSPACE // (4 * rows * dim)))
     times = {}
-    for wanted in range(1, min(count, MOST_SPLITS) + 1):
+    for wanted in range(1, most + 1):
         step = -(-count // wanted)
         number = -(-count // step)
         times[number] = -(-blocks * number // chip.processors) * step, step
     least = min(times.values())[0]
-    number, step = next((n, step) for n, (time, step) in times.items() if time <= 1.03 * least)
+    number, step = next((n, step) for n, (time, step) in times.items() if time <= 1.05 * least)
     return number, step * tiles.block_n

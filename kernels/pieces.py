@@ -8,11 +8,12 @@ PRECISION is that of float32 products, "ieee", "tf32x3" or "tf32"; those of 16-b
 
 import triton
 import triton.language as tl
+from relssl.kernels import heuristics
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(heuristics.LOG2E)
 LN2 = tl.constexpr(0.6931471805599453)
 HUGE = tl.constexpr(3.4028234663852886e38)  # the largest float32
-TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal one
+TINY = tl.constexpr(heuristics.TINY)
 
 
 @triton.jit

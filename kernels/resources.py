@@ -63,7 +63,7 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     flags = {"MEAN": True, "FIXED": dtype != "fp16"}
     yield Case("lookup", lookup.lookup, dtype, dim, tiles, common | flags)
     tiles = heuristics.backward(chip, size, dim)
-    yield Case("vjp_x", vjp.vjp_x, dtype, dim, tiles, common | {"G_MEAN": True})
+    yield Case("vjp_x", vjp.vjp_x, dtype, dim, tiles, common | {"G_MEAN": True, "WEIGHTED": True})
     tiles = heuristics.backward_queue(chip, size, dim)
     yield Case("vjp_queue", vjp.vjp_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True})
     fitting = heuristics.combine(dim, PROCESSORS)

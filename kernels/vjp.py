@@ -2,6 +2,7 @@
 
     u_rj = <m_j, g_mean_r>    p_rj = 2^(c <x_r, m_j> - lse_r)    w_rj = p_rj (base_r + u_rj)
 
+    reference   lse as the other two take it
     vjp_x       total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j: a block of rows, a split of the queue
     vjp_queue   grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the queue and
                 passes over all rows, so nothing is added atomically
@@ -15,20 +16,25 @@ import triton.language as tl
 from relssl.kernels.pieces import HUGE, LN2, LOG2E, addresses, load, load_excluded, load_scale, mask, product
 
 
-@triton.jit
-def load_lse(lse, row, rows, c):
-    """lse, in units of log 2, as high * c + low: (s - high) c - low is exact where lse is large."""
+@triton.jit(do_not_specialize=["rows"])
+def reference(lse, scale, out, rows, BLOCK: tl.constexpr, DEVICE_SCALE: tl.constexpr):
+    """lse [2, rows], in units of log 2, as high * c + low: (s - high) c - low is exact where lse is large.
+
+    In float64, which the kernels below should not meet in their loops.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
+    c = load_scale(scale, DEVICE_SCALE).to(tl.float64)
     exact = tl.load(lse + row, mask=inside, other=0.0).to(tl.float64)
     exact = (exact + tl.load(lse + rows + row, mask=inside, other=0.0).to(tl.float64)) * LOG2E
-    wide = c.to(tl.float64)
     # Within float32, however small c is. A row left with nothing has no weights: its lse would make them NaN.
     empty = exact == float("-inf")
     most = HUGE / 2
-    high = tl.minimum(tl.maximum(exact / wide, -most), most).to(tl.float32)
+    high = tl.minimum(tl.maximum(exact / c, -most), most).to(tl.float32)
     high = tl.where(exact == exact, high, float("nan"))
-    low = (exact - high.to(tl.float64) * wide).to(tl.float32)
-    return tl.where(empty, HUGE, high), tl.where(empty, 0.0, low)
+    low = (exact - high.to(tl.float64) * c).to(tl.float32)
+    tl.store(out + row, tl.where(empty, HUGE, high), mask=inside)
+    tl.store(out + rows + row, tl.where(empty, 0.0, low), mask=inside)
 
 
 @triton.jit
@@ -44,8 +50,8 @@ def vjp_x(
     x_stride, queue_stride,
     rows, size, step,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr, DEVICE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_split = tl.program_id(1).to(tl.int64)
@@ -54,7 +60,8 @@ def vjp_x(
     x_at = addresses(x, x_stride, row)
     own = load(x_at, inside, d, DIM)
     c = load_scale(scale, DEVICE_SCALE)
-    high, low = load_lse(lse, row, rows, c)
+    high = tl.load(lse + row, mask=inside, other=0.0)
+    low = tl.load(lse + rows + row, mask=inside, other=0.0)
     own_base = tl.load(base + row, mask=inside, other=0.0)
     excluded = load_excluded(exclude, row, rows, EXCLUDE)
     if G_MEAN:
@@ -77,10 +84,14 @@ def vjp_x(
         else:
             w *= own_base[:, None]
         total += tl.sum(w, 1)
-        grad = tl.dot(as_weight(w, tile.dtype), wide, grad, input_precision=PRECISION)
+        if WEIGHTED:
+            grad = tl.dot(as_weight(w, tile.dtype), wide, grad, input_precision=PRECISION)
     index = own_split * rows + row
     tl.store(totals + index, total, mask=inside)
-    tl.store(weighted + index[:, None] * DIM + d[None, :], grad, mask=inside[:, None] & (d < DIM)[None, :])
+    if WEIGHTED:
+        tl.store(
+            weighted + index[:, None] * DIM + d[None, :], grad, mask=inside[:, None] & (d < DIM)[None, :]
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "size"])
@@ -105,7 +116,8 @@ def vjp_queue(
         inside = row < rows
         x_at = addresses(x, x_stride, row)
         own = load(x_at, inside, d, DIM)
-        high, low = load_lse(lse, row, rows, c)
+        high = tl.load(lse + row, mask=inside, other=0.0)
+        low = tl.load(lse + rows + row, mask=inside, other=0.0)
         # As the forward pass has them, row by row: lse belongs to these, to the last digit.
         s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
         excluded = load_excluded(exclude, row, rows, EXCLUDE)

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 def products_rounded_once():
     """Triton's interpreter multiplies with a BLAS whose last digits depend on where in a matrix a row stands.
 
-    No GPU's do, and backward relies on it: there, p = exp(logit - lse) must be of the logits that lse was of.
+    Those of a matrix instruction do not, and backward relies on it: p = exp(logit - lse) must be of the
+    logits that lse was of.
     """
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -14,7 +14,7 @@ from oracle import unit
 from torch.utils.data import DataLoader, Dataset
 
 from relssl import _cpu, backends
-from relssl.backends import cpu
+from relssl.backends import common
 from relssl.functional import queue_logsumexp, relation_loss
 
 SETS = _cpu.instruction_sets()
@@ -299,5 +299,5 @@ def test_rows_are_read_in_place():
     """Contiguous rows at any distance need no copy; anything else is copied once."""
     base = torch.randn(6, 40)
     for view in (base[::2], base[:, 3:20], base[:1].expand(6, 40)):
-        assert cpu._dense(view).data_ptr() == view.data_ptr()
-    assert cpu._dense(base.T).data_ptr() != base.data_ptr()
+        assert common.dense(view).data_ptr() == view.data_ptr()
+    assert common.dense(base.T).data_ptr() != base.data_ptr()

@@ -1,11 +1,13 @@
 """Triton's kernels without running them: what they compile to, who is refused, how tiles are tuned."""
 
+import itertools
+import json
 import os
 
 import pytest
 import torch
 from checks import INTERPRETED
-from relssl.kernels import autotune, resources
+from relssl.kernels import autotune, heuristics, resources
 from relssl.kernels.heuristics import AMD, Tiles
 from triton.runtime.errors import OutOfResources
 
@@ -46,6 +48,25 @@ def test_wide_rows_fit(capability, dim):
     for case in resources.cases(capability, dim, "bf16"):
         got = resources.resources(case, capability)
         assert got.shared <= resources.SHARED[capability], case.name
+
+
+def test_logits_are_summed_alike_forward_and_backward():
+    """Else p = exp(logit - lse) would be of other logits than lse, by digits that large ones cannot spare."""
+    for capability in resources.CAPABILITIES:
+        for itemsize, dim in itertools.product((2, 4), resources.DIMS):
+            chip = heuristics.Chip(capability, 100)
+            tables = heuristics.forward, heuristics.backward, heuristics.backward_queue
+            chunks = {min(table(chip, itemsize, dim).chunk, dim) for table in tables}
+            assert len(chunks) == 1, (capability, itemsize, dim)
+
+
+@pytest.mark.parametrize("rows", [64, 512, 2048, 8192])
+@pytest.mark.parametrize("dim", [128, 512, 1024])
+def test_means_of_splits_take_little_memory(rows, dim):
+    for capability in resources.CAPABILITIES:
+        chip = heuristics.Chip(capability, 132)
+        splits, _ = heuristics.splits(rows, 1_048_576, dim, heuristics.forward(chip, 2, dim), chip)
+        assert splits == 1 or splits * rows * dim * 4 <= 32 << 20
 
 
 # ------------------------------------------------------------------------------------ who is refused
@@ -112,9 +133,19 @@ def test_autotuning_keeps_the_fastest(tmp_path, monkeypatch, capsys):
     assert autotune.choose("here", times, measure) == best  # from the disk, in silence
     assert asked == list(times)
     assert not capsys.readouterr().out
+    autotune._known.clear()  # as in another process
+    assert autotune.choose("here", times, measure) == best
     assert autotune.choose("there", [Tiles(64, 64, 4, 2)], measure) == Tiles(64, 64, 4, 2)
     assert autotune.choose("here", [], measure) == best
     assert os.listdir(tmp_path) == ["tiles.json"]
+
+
+def test_autotuning_survives_a_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELSSL_CACHE", str(tmp_path))
+    (tmp_path / "tiles.json").write_text('{"here": [64, 6')
+    tiles = Tiles(64, 64, 4, 2)
+    assert autotune.choose("here", [tiles], lambda tiles: 1.0) == tiles
+    assert json.loads((tmp_path / "tiles.json").read_text()) == {"here": list(tiles)}
 
 
 def test_autotuning_that_finds_nothing(tmp_path, monkeypatch):

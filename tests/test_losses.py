@@ -355,7 +355,7 @@ def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
 # ------------------------------------------------------------------------------------- any input
 
 
-@backends_of("cpu", "chunked", *[] if INTERPRETED else ["triton"])
+@backends_of("cpu", "chunked")
 @settings(max_examples=100, deadline=None, derandomize=True)  # make fuzz draws anew
 @given(
     views=st.sampled_from([None, 1, 2]),

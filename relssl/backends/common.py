@@ -53,7 +53,8 @@ def info_nce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the contract calls info_nce, for a backend that has `rows` only."""
     x = q.flatten(0, -2)
-    lse, mean = rows(x, queue, [scale[0]] * 2, x.shape[0], None, want_diff)
+    both = scale.expand(2) if isinstance(scale, Tensor) else [*scale, *scale]
+    lse, mean = rows(x, queue, both, x.shape[0], None, want_diff)
     kind = lse.dtype
     positive = (cast(q, kind) * cast(k, kind)).sum(-1) * scale[0]
     positive = positive + 0 * positive  # An infinite one becomes NaN, as in a softmax with it.

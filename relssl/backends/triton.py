@@ -37,16 +37,19 @@ def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
     return _too_old() if device == "cuda" else None
 
 
-@torch.compiler.assume_constant_result
 def _too_old() -> str | None:
     if torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
         return None
     return f"it needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability()))}"
 
 
+# torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @cache
 def _kernels() -> SimpleNamespace:
-    from triton import set_allocator
+    from triton import __version__, set_allocator
     from triton.testing import do_bench
 
     from relssl.kernels import autotune, combine, heuristics, lookup, vjp
@@ -60,6 +63,8 @@ def _kernels() -> SimpleNamespace:
         heuristics=heuristics,
         lookup=lookup.lookup,
         set_allocator=set_allocator,
+        reference=vjp.reference,
+        version=__version__,
         vjp_queue=vjp.vjp_queue,
         vjp_x=vjp.vjp_x,
     )
@@ -91,6 +96,7 @@ def _precision(chip: Any, dtype: torch.dtype) -> str:
 def _scales(scale: Scale) -> tuple[Any, ...]:
     """The scales as kernels take them: numbers in units of log 2, or addresses on the device."""
     if isinstance(scale, Tensor):
+        scale = scale.float()  # float64 where q is, though the queue be narrower
         return tuple(scale[i:] for i in range(len(scale)))
     return tuple(_kernels().heuristics.log2_scale(c) for c in scale)
 
@@ -113,7 +119,10 @@ def _lookup(
     describable = stride >= dim and stride * itemsize % 16 == 0 and queue.data_ptr() % 16 == 0
 
     def launch(tiles: Any) -> tuple[Tensor, Tensor]:
-        splits, step = heuristics.splits(rows, size, tiles, chip)
+        tma = tiles.tma and describable
+        if tma:
+            kernels.set_allocator(_scratch)
+        splits, step = heuristics.splits(rows, size, dim, tiles, chip)
         stats = queue.new_empty(3, splits, rows, dtype=torch.float32)
         means = queue.new_empty((splits, rows, dim) if want_mean else 0, dtype=torch.float32)
         kernels.lookup[(-(-rows // tiles.block_m), splits)](
@@ -122,20 +131,19 @@ def _lookup(
             DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=heuristics.width(dim),
             MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
             FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
-            PRECISION=_precision(chip, queue.dtype), CHUNK=tiles.chunk, TMA=tiles.tma and describable,
+            PRECISION=_precision(chip, queue.dtype), CHUNK=tiles.chunk, TMA=tma,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return stats, means
 
     tiles = heuristics.forward(chip, itemsize, dim)
-    if kernels.autotune.wanted() and chip.capability != heuristics.INTERPRETER:
-        kind = f"{torch.cuda.get_device_name(queue.device)}, {queue.dtype}, D {dim}, mean {want_mean}"
+    if kernels.autotune.wanted() and queue.is_cuda and not torch.cuda.is_current_stream_capturing():
+        kind = f"{torch.cuda.get_device_name(queue.device)}, Triton {kernels.version}, {queue.dtype}"
+        kind += f", {_precision(chip, queue.dtype)}, D {dim}, mean {want_mean}, descriptors {describable}"
         key = f"{kind}, rows {heuristics.bucket(rows)}, queue {heuristics.bucket(size)}"
         tiles = kernels.autotune.choose(
             key, heuristics.candidates(tiles), lambda tiles: kernels.do_bench(lambda: launch(tiles))
         )
-    if tiles.tma and describable:
-        kernels.set_allocator(_scratch)
     return launch(tiles)
 
 
@@ -238,16 +246,21 @@ def vjp(
             "DIM": dim, "BLOCK_D": kernels.heuristics.width(dim), "EXCLUDE": exclude is not None,
             "G_MEAN": g_mean is not None, "DEVICE_SCALE": isinstance(scale, Tensor), "PRECISION": precision,
         }  # fmt: skip
-        c = scale if isinstance(scale, Tensor) else kernels.heuristics.log2_scale(scale)
+        c = scale.float() if isinstance(scale, Tensor) else kernels.heuristics.log2_scale(scale)
+        of_lse = torch.empty_like(lse)
+        kernels.reference[(-(-rows // 256),)](
+            lse, c, of_lse, rows, BLOCK=256, DEVICE_SCALE=isinstance(scale, Tensor)
+        )
         if want_x or g_mean is not None:
             tiles = kernels.heuristics.backward(chip, x.element_size(), dim)
-            splits, step = kernels.heuristics.splits(rows, size, tiles, chip)
-            totals, weighted = lse.new_empty(splits, rows), lse.new_empty(splits, rows, dim)
+            splits, step = kernels.heuristics.splits(rows, size, dim, tiles, chip)
+            totals = lse.new_empty(splits, rows)
+            weighted = lse.new_empty((splits, rows, dim) if want_x else 0)
             kernels.vjp_x[(-(-rows // tiles.block_m), splits)](
-                x, queue, exclude, c, lse, base, g_mean, totals, weighted,
+                x, queue, exclude, c, of_lse, base, g_mean, totals, weighted,
                 x.stride(0), queue.stride(0), rows, size, step,
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, EVEN=size % tiles.block_n == 0,
-                CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
+                WEIGHTED=want_x, CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
             )  # fmt: skip
             # sum_j w_j must be g_lse. What rounding leaves goes out along the mean: without it a sharp row
             # loses every digit, since u_j - ubar nearly vanishes where p_j does not.
@@ -259,7 +272,7 @@ def vjp(
             tiles = kernels.heuristics.backward_queue(chip, x.element_size(), dim)
             grad_queue = lse.new_empty(size, dim)
             kernels.vjp_queue[(-(-size // tiles.block_n),)](
-                x, queue, exclude, c, lse, base, g_mean, g_row, grad_queue,
+                x, queue, exclude, c, of_lse, base, g_mean, g_row, grad_queue,
                 x.stride(0), queue.stride(0), rows, size,
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, G_ROW=g_row is not None,
                 CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
