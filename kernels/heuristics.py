@@ -6,7 +6,7 @@ that awaits a measurement.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LOG2E = 1.4426950408889634
 TINY = 1.1754943508222875e-38  # the smallest normal float32
@@ -217,10 +217,10 @@ def bucket(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def combine(dim: int, splits: int) -> dict[str, int]:
-    """Of combine.py: all splits at once, and as many columns of their means as fit the registers."""
+def combine(dim: int, splits: int) -> tuple[dict[str, Any], int]:
+    """Of combine.py: all splits at once, as many columns of their means as fit the registers; and warps."""
     count = max(2, bucket(splits))
-    return {"DIM": dim, "S": count, "BLOCK_D": min(width(dim), 8192 // count), "num_warps": 8}
+    return {"DIM": dim, "S": count, "BLOCK_D": min(width(dim), 8192 // count)}, 8
 
 
 @cache

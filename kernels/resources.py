@@ -66,8 +66,8 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     yield Case("vjp_x", vjp.vjp_x, dtype, dim, tiles, common | {"G_MEAN": True, "WEIGHTED": True})
     tiles = heuristics.backward_queue(chip, size, dim)
     yield Case("vjp_queue", vjp.vjp_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True})
-    fitting = heuristics.combine(dim, PROCESSORS)
-    tiles = Tiles(0, 0, fitting.pop("num_warps"), 1)
+    fitting, warps = heuristics.combine(dim, PROCESSORS)
+    tiles = Tiles(0, 0, warps, 1)
     for name in ("rows", "relation", "info_nce"):
         flags = {"MEAN": True, "KL": True, "DIFF": True, "DEVICE_SCALE": False}
         kernel = getattr(combine, f"combine_{name}")

@@ -3,6 +3,9 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +113,50 @@ def test_not_installed(monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'relssl\[triton\]'"):
         backends.choose("triton", "cuda", torch.float32, 128)
     assert backends.choose("auto", "cuda", torch.float32, 128) == "chunked"
+
+
+# ---------------------------------------------------------------------------------------------- launches
+
+# With a driver that does nothing (bench/launch.py): the first launch is Triton's own, the second ours.
+LAUNCH_TWICE = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, triton
+from launch import Chip, Idle, kernels, launches
+
+triton.runtime.driver.set_active(Idle())
+kernels._chip = lambda index: Chip(90, 132)
+q, k, queue = (torch.randn(n, 128).bfloat16() for n in (64, 64, 4096))
+shifted = torch.randn(4096 * 128 + 1).bfloat16()[1:].view(4096, 128)  # no address for the copy engine
+scale = torch.tensor([10.0, 25.0])
+for arguments in (q, k, queue), (q, k, shifted), (q.view(2, 32, 128), k[:32], queue):
+    for c in ([10.0, 25.0], scale):
+        for want in (True, False):
+            for run in (
+                lambda: kernels.relation(*arguments, c, "kl", want),
+                lambda: kernels.info_nce(*arguments, c[:1], want),
+                lambda: kernels.rows(arguments[1], arguments[2], c, 20, None, want),
+            ):
+                launches.clear()
+                run()
+                half = len(launches)
+                run()
+                assert len(launches) == 2 * half and half in (2, 3), (half, len(launches))
+                for own, ours in zip(launches[:half], launches[half:]):
+                    assert len(own) == len(ours)
+                    for a, b in zip(own, ours):
+                        if isinstance(a, torch.Tensor):
+                            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+                        elif type(a).__name__ != "LazyDict":  # for profilers, made anew
+                            assert a == b, (a, b)
+print("alike")
+"""
+
+
+def test_remembered_launches_are_those_of_triton():
+    bench = Path(__file__).parent.parent / "bench"
+    command = [sys.executable, "-W", "ignore", "-c", LAUNCH_TWICE, bench]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout == "alike\n", run.stderr
 
 
 # ------------------------------------------------------------------------------------------ autotuning

@@ -101,6 +101,46 @@ def _scales(scale: Scale) -> tuple[Any, ...]:
     return tuple(_kernels().heuristics.log2_scale(c) for c in scale)
 
 
+class _Launch:
+    """A kernel's launches with arguments that are alike in all but values, worked out once.
+
+    Triton looks at every argument of every launch to find what it has compiled, which takes longer than all
+    that is left here; with small batches that is as long as the GPU's work (bench/launch.py).
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], **options: int) -> None:
+        self.kernel, self.grid, self.options = kernel, (*grid, 1, 1)[:3], options
+        self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self.run: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.run is not None:
+            self.run(*arguments, *self.constants.values())
+            return
+        compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
+        if compiled is not None:  # It is, when interpreted.
+            self.run = compiled[self.grid]
+
+
+_plans: dict[tuple, Any] = {}  # launches and what goes with them, by what they were worked out from
+
+
+def _planned(work_out: Any, *arguments: Any) -> Any:
+    """work_out(*arguments), remembered for arguments that are alike: tensors in layout, all else in value."""
+    key = (work_out, *(_look(a) if isinstance(a, Tensor) else a for a in arguments))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = work_out(*arguments)
+        if not INTERPRETED:
+            _plans[key] = plan
+    return plan
+
+
+def _look(t: Tensor) -> tuple:
+    """All of a tensor that Triton compiles apart, and that tiles are chosen by."""
+    return t.dtype, t.shape, t.stride(), t.data_ptr() % 16, t.device.index
+
+
 def _lookup(
     first: Tensor,
     second: Tensor,
@@ -110,41 +150,76 @@ def _lookup(
     want_mean: bool,
 ) -> tuple[Tensor, Tensor]:
     """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0]."""
+    kinds = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    launch = _planned(_lookup_launch, first, second, queue, exclude, *kinds, want_mean, allowed)
+    return launch(first, second, queue, exclude, *scales)
+
+
+def _lookup_launch(
+    first: Tensor,
+    second: Tensor,
+    queue: Tensor,
+    exclude: Tensor | None,
+    *rest: Any,
+) -> Any:
+    *kinds, want_mean, _ = rest
     kernels, chip = _kernels(), _chip(queue.device.index)
     heuristics, (size, dim) = kernels.heuristics, queue.shape
     split, rows = first.shape[0], first.shape[0] + second.shape[0]
-
     # What the copy engine can address.
     stride, itemsize = queue.stride(0), queue.element_size()
     describable = stride >= dim and stride * itemsize % 16 == 0 and queue.data_ptr() % 16 == 0
 
-    def launch(tiles: Any) -> tuple[Tensor, Tensor]:
+    def launch_with(tiles: Any) -> Any:
         tma = tiles.tma and describable
-        if tma:
-            kernels.set_allocator(_scratch)
         splits, step = heuristics.splits(rows, size, dim, tiles, chip)
-        stats = queue.new_empty(3, splits, rows, dtype=torch.float32)
-        means = queue.new_empty((splits, rows, dim) if want_mean else 0, dtype=torch.float32)
-        kernels.lookup[(-(-rows // tiles.block_m), splits)](
-            first, second, queue, exclude, *scales, stats, means,
-            first.stride(0), second.stride(0), stride, split, rows, size, step,
-            DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=heuristics.width(dim),
-            MEAN=want_mean, EXCLUDE=exclude is not None, EVEN=size % tiles.block_n == 0,
-            FIXED=queue.dtype != torch.float16, DEVICE_SCALE=isinstance(scales[0], Tensor),
-            PRECISION=_precision(chip, queue.dtype), CHUNK=tiles.chunk, TMA=tma,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-        return stats, means
+        constants = {
+            "DIM": dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_D": heuristics.width(dim),
+            "MEAN": want_mean, "EXCLUDE": exclude is not None, "EVEN": size % tiles.block_n == 0,
+            "FIXED": queue.dtype != torch.float16, "DEVICE_SCALE": kinds[0] is not None,
+            "PRECISION": _precision(chip, queue.dtype), "CHUNK": tiles.chunk, "TMA": tma,
+        }  # fmt: skip
+        grid = -(-rows // tiles.block_m), splits
+        run = _Launch(kernels.lookup, grid, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+        sizes = first.stride(0), second.stride(0), stride, split, rows, size, step
+        shape = (splits, rows, dim) if want_mean else (0,)
+
+        def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+            bank = arguments[2]
+            stats = bank.new_empty((3, splits, rows), dtype=torch.float32)
+            means = bank.new_empty(shape, dtype=torch.float32)
+            if tma:
+                kernels.set_allocator(_scratch)
+            run(*arguments, stats, means, *sizes)
+            return stats, means
+
+        return launch
 
     tiles = heuristics.forward(chip, itemsize, dim)
     if kernels.autotune.wanted() and queue.is_cuda and not torch.cuda.is_current_stream_capturing():
         kind = f"{torch.cuda.get_device_name(queue.device)}, Triton {kernels.version}, {queue.dtype}"
         kind += f", {_precision(chip, queue.dtype)}, D {dim}, mean {want_mean}, descriptors {describable}"
         key = f"{kind}, rows {heuristics.bucket(rows)}, queue {heuristics.bucket(size)}"
-        tiles = kernels.autotune.choose(
-            key, heuristics.candidates(tiles), lambda tiles: kernels.do_bench(lambda: launch(tiles))
-        )
-    return launch(tiles)
+        scales = [1.0 if c is None else c for c in kinds]
+
+        def measure(tiles: Any) -> float:
+            launch = launch_with(tiles)
+            return kernels.do_bench(lambda: launch(first, second, queue, exclude, *scales))
+
+        tiles = kernels.autotune.choose(key, heuristics.candidates(tiles), measure)
+    return launch_with(tiles)
+
+
+def _combine_launch(name: str, dim: int, splits: int, rows: int, flags: tuple, *tensors: Tensor) -> _Launch:
+    kernels = _kernels()
+    constants, warps = kernels.heuristics.combine(dim, splits)
+    return _Launch(getattr(kernels, name), (rows,), constants | dict(flags), num_warps=warps)
+
+
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    """Those whose look decides what is compiled."""
+    return [v for v in values if isinstance(v, Tensor)]
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -160,13 +235,12 @@ def rows(
     lse = x.new_empty(2, count, dtype=torch.float32)
     mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
     with _on(x):
-        kernels, scales = _kernels(), _scales(scale)
+        scales = _scales(scale)
         stats, means = _lookup(x[:split], x[split:], queue, scales, exclude, want_mean)
         splits = stats.shape[1]
-        kernels.combine_rows[(count,)](
-            stats, means, *scales, lse, mean, split, count, splits,
-            MEAN=want_mean, DEVICE_SCALE=isinstance(scale, Tensor), **kernels.heuristics.combine(dim, splits),
-        )  # fmt: skip
+        flags = ("MEAN", want_mean), ("DEVICE_SCALE", isinstance(scale, Tensor))
+        combine = _planned(_combine_launch, "combine_rows", dim, splits, count, flags, *_tensors(scales))
+        combine(stats, means, *scales, lse, mean, split, count, splits)
     return lse, mean
 
 
@@ -180,18 +254,19 @@ def relation(
     shapes = views, batch, (*views, dim) if want_diff else (count, 0), (2, batch + count), (batch, dim)
     loss, entropy, diff, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     with _on(q):
-        kernels, (c_s, c_t) = _kernels(), _scales(scale)
+        c_s, c_t = _scales(scale)
         if want_diff:
             stats_t, means_t = stats_s, means_s = _lookup(k, q, queue, (c_t, c_s), None, True)
         else:  # The student's mean is a quarter of the work.
             stats_t, means_t = _lookup(k, k[:0], queue, (c_t, c_t), None, True)
             stats_s, means_s = _lookup(q, q[:0], queue, (c_s, c_s), None, False)
-        kernels.combine_relation[(count,)](
+        (_, splits_t, rows_t), (_, splits_s, rows_s) = stats_t.shape, stats_s.shape
+        flags = ("KL", form == "kl"), ("DIFF", want_diff), ("DEVICE_SCALE", isinstance(scale, Tensor))
+        most, apart = max(splits_t, splits_s), _tensors((q, k, c_s, c_t))
+        combine = _planned(_combine_launch, "combine_relation", dim, most, count, flags, *apart)
+        combine(
             q, k, c_s, c_t, stats_t, means_t, stats_s, means_s, loss, entropy, diff, lse, mean_t,
-            q.stride(0), k.stride(0), batch, *stats_t.shape[:0:-1], *stats_s.shape[:0:-1],
-            batch if want_diff else 0,
-            KL=form == "kl", DIFF=want_diff, DEVICE_SCALE=isinstance(scale, Tensor),
-            **kernels.heuristics.combine(dim, max(stats_t.shape[1], stats_s.shape[1])),
+            q.stride(0), k.stride(0), batch, rows_t, splits_t, rows_s, splits_s, batch if want_diff else 0,
         )  # fmt: skip
     return loss, entropy, diff, lse, mean_t
 
@@ -206,13 +281,14 @@ def info_nce(
     shapes = views, views, (*views, dim) if want_diff else (count, 0), (2, count)
     loss, sigma, diff, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     with _on(q):
-        kernels, (c,) = _kernels(), _scales(scale)
+        (c,) = _scales(scale)
         stats, means = _lookup(q, q[:0], queue, (c, c), None, want_diff)
-        _, splits, rows = stats.shape
-        kernels.combine_info_nce[(count,)](
-            q, k, c, stats, means, loss, sigma, diff, lse, q.stride(0), k.stride(0), batch, rows, splits,
-            DIFF=want_diff, DEVICE_SCALE=isinstance(scale, Tensor), **kernels.heuristics.combine(dim, splits),
-        )  # fmt: skip
+        splits = stats.shape[1]
+        flags = ("DIFF", want_diff), ("DEVICE_SCALE", isinstance(scale, Tensor))
+        apart = _tensors((q, k, c))
+        combine = _planned(_combine_launch, "combine_info_nce", dim, splits, count, flags, *apart)
+        strides = q.stride(0), k.stride(0)
+        combine(q, k, c, stats, means, loss, sigma, diff, lse, *strides, batch, count, splits)
     return loss, sigma, diff, lse
 
 
