@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from relssl.kernels.heuristics import Tiles
 from triton.runtime.errors import TritonError
@@ -22,10 +23,10 @@ def path() -> Path:
     return Path(os.environ.get("RELSSL_CACHE") or Path(cache) / "relssl") / "tiles.json"
 
 
-_known: dict[Path, dict[str, list[int]]] = {}  # what the disk holds, read once
+_known: dict[Path, dict[str, list[Any]]] = {}  # what the disk holds, read once
 
 
-def _read(file: Path) -> dict[str, list[int]]:
+def _read(file: Path) -> dict[str, list[Any]]:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):  # none yet, or damaged: to be measured again
