@@ -152,10 +152,11 @@ print("alike")
 """
 
 
-def test_remembered_launches_are_those_of_triton():
+def test_remembered_launches_are_those_of_triton(tmp_path):
     bench = Path(__file__).parent.parent / "bench"
     command = [sys.executable, "-W", "ignore", "-c", LAUNCH_TWICE, bench]
-    run = subprocess.run(command, capture_output=True, text=True)
+    # From an empty folder, so that the source tree cannot stand in for the package.
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "alike\n", run.stderr
 
 
