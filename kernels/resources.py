@@ -74,41 +74,29 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
         yield Case(f"combine_{name}", kernel, dtype, dim, tiles, fitting | flags)
 
 
-FLOATS = ("stats", "means", "lse", "base", "g_mean", "g_row", "totals", "weighted", "grad_queue")
-OUTPUTS = (
-    "loss",
-    "entropy",
-    "diff",
-    "sigma",
-    "lse_out",
-    "mean_out",
-    "stats_t",
-    "means_t",
-    "stats_s",
-    "means_s",
-)
+def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    """What is neither constant, scale, embedding nor index is an address of float32."""
 
-
-def signature(names: list[str], dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    def kind(name: str) -> str:
+    def kind(parameter: Any) -> str:
+        name = parameter.name
         if name in constants:
             return "constexpr"
         if name.startswith("scale"):
             return "fp32"
         if name in ("first", "second", "queue", "x", "q", "k"):
             return f"*{dtype}"
-        if name in FLOATS + OUTPUTS:
-            return "*fp32"
-        return "*i64" if name == "exclude" else "i32"
+        if name.endswith("_stride") or parameter.do_not_specialize:
+            return "i32"
+        return "*i64" if name == "exclude" else "*fp32"
 
-    return {name: kind(name) for name in names}
+    return {parameter.name: kind(parameter) for parameter in kernel.params}
 
 
 def compiled(case: Case, capability: int) -> Any:
     """For pointers and strides that are multiples of 16, as Triton finds them at most calls."""
     names = case.kernel.arg_names
     constants = {n: v for n, v in (case.constants | blocks(case)).items() if n in names}
-    types = signature(names, case.dtype, constants)
+    types = signature(case.kernel, case.dtype, constants)
     aligned = [n for n, t in types.items() if t.startswith("*") or n.endswith("_stride")]
     source = ASTSource(
         case.kernel,

@@ -35,6 +35,11 @@ def dense(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
+def flat(q: Tensor) -> Tensor:
+    """q [B, D] or [V, B, D] as contiguous rows [V*B, D]."""
+    return dense(q if q.dim() == 2 else q.reshape(-1, q.shape[-1]))
+
+
 def without_autocast(run: Callable) -> Callable:
     """Run a function of tensors with autocast off: their dtypes have been chosen."""
 

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale, dense
+from relssl.backends.common import Scale, dense, flat
 
 try:
     from relssl import _cpu  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def relation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
     shape, kind = q.shape, torch.float32
-    q, k, queue = dense(q if q.dim() == 2 else q.reshape(-1, dim)), dense(k), dense(queue)
+    q, k, queue = flat(q), dense(k), dense(queue)
     count = q.shape[0]
     loss, entropy = q.new_empty(shape[:-1], dtype=kind), q.new_empty(batch, dtype=kind)
     diff = q.new_empty(shape if want_diff else (count, 0), dtype=kind)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale, dense
+from relssl.backends.common import Scale, dense, flat
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEST = 1024
@@ -249,7 +249,7 @@ def relation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
     views = q.shape[:-1]
-    q, k, queue = dense(q if q.dim() == 2 else q.reshape(-1, dim)), dense(k), dense(queue)
+    q, k, queue = flat(q), dense(k), dense(queue)
     count = q.shape[0]
     shapes = views, batch, (*views, dim) if want_diff else (count, 0), (2, batch + count), (batch, dim)
     loss, entropy, diff, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -276,7 +276,7 @@ def info_nce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
     views = q.shape[:-1]
-    q, k, queue = dense(q if q.dim() == 2 else q.reshape(-1, dim)), dense(k), dense(queue)
+    q, k, queue = flat(q), dense(k), dense(queue)
     count = q.shape[0]
     shapes = views, views, (*views, dim) if want_diff else (count, 0), (2, count)
     loss, sigma, diff, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
