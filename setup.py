@@ -1,9 +1,12 @@
 """Build relssl: the packages, and the native kernels of csrc/. Everything else is in pyproject.toml.
 
-    RELSSL_CPU=0     leave out the C++ kernels; the backend "chunked" serves instead
-    RELSSL_EMULATE=1 also build the code of AVX-512 BF16 for processors without it, for tests
-    CXX, CXXFLAGS    the C++17 compiler (default c++, g++ or clang++) and more flags for it
-    MAX_JOBS         how many files to compile at a time
+    RELSSL_CPU=0       leave out the C++ kernels; the backend "chunked" serves instead
+    RELSSL_CUDA        auto (default): build the CUDA kernels where nvcc is found and works; 1: fail where not;
+                       0: leave them out
+    RELSSL_CUDA_ARCHS  what to compile them for, default "80;90a;90+PTX"; CUDA_HOME says where nvcc is
+    RELSSL_EMULATE=1   also build the code of AVX-512 BF16 for processors without it, for tests
+    CXX, CXXFLAGS      the C++17 compiler (default c++, g++ or clang++) and more flags for it
+    MAX_JOBS           how many files to compile at a time
 
 torch is not needed to build: the extensions take raw addresses. kernels/ stands at the top level for readers
 and is installed as relssl.kernels ("kernels" alone is another project's name).
@@ -11,17 +14,24 @@ and is installed as relssl.kernels ("kernels" alone is another project's name).
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
+MODE = {"0": "0", "1": "1"}.get(os.environ.get("RELSSL_CUDA", "auto"), "auto")
+ARCHS = os.environ.get("RELSSL_CUDA_ARCHS", "80;90a;90+PTX").replace(",", ";").split(";")
+WIDTHS = (64, 128, 256, 512)
 
 # For each instruction set the flags to compile csrc/cpu/kernels.cpp with, best first; chosen at run time.
 AVX2 = ["-mavx2", "-mfma"]
@@ -51,12 +61,15 @@ def accepts(cxx: list[str], flags: list[str]) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def cpu_extension() -> Extension:
-    return Extension("relssl._cpu", [], language="c++", extra_link_args=["-pthread"])
+class Object(NamedTuple):
+    """What to compile to an object file."""
+
+    rule: str
+    source: Path
+    flags: list[str]
 
 
-def cpu_objects(cxx: list[str]) -> dict[str, tuple[Path, list[str]]]:
-    """Object file -> source and its own flags."""
+def cpu_objects(cxx: list[str]) -> dict[str, Object]:
     sets = dict(BASELINE)
     if platform.machine().lower() in ("x86_64", "amd64"):
         sets = {**X86, **BASELINE, **(EMULATED if os.environ.get("RELSSL_EMULATE") == "1" else {})}
@@ -64,15 +77,107 @@ def cpu_objects(cxx: list[str]) -> dict[str, tuple[Path, list[str]]]:
     listed = ["-DRELSSL_INSTRUCTION_SETS(X)=" + " ".join(f"X({name})" for name in sets)]
     listed += ["-DRELSSL_AVX512_BF16"] if "avx512_bf16" in sets else []
     objects = {
-        f"kernels_{name}.o": (CPU / "kernels.cpp", [*flags, f"-DRELSSL_ISA={name}"])
+        f"kernels_{name}.o": Object("cxx", CPU / "kernels.cpp", [*flags, f"-DRELSSL_ISA={name}"])
         for name, flags in sets.items()
     }
-    objects |= {f"{name}.o": (CPU / f"{name}.cpp", []) for name in ("losses", "threads")}
-    return objects | {"binding.o": (CPU / "binding.cpp", listed)}
+    objects |= {f"{name}.o": Object("cxx", CPU / f"{name}.cpp", []) for name in ("losses", "threads")}
+    return objects | {"binding.o": Object("cxx", CPU / "binding.cpp", [*python_headers(), *listed])}
+
+
+class Toolkit(NamedTuple):
+    nvcc: str
+    include: Path
+    library: Path  # the folder of libcudart_static.a: linked with it, the extension needs no CUDA library
+
+
+def toolkit() -> Toolkit | None:
+    """nvcc with what belongs to it. It is asked where that is: the one on PATH may be a script of a few lines."""
+    if MODE == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = [f"{home}/bin/nvcc" for home in homes] or [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    for nvcc in found:
+        if not nvcc or not Path(nvcc).exists():
+            continue
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True).stderr
+        named = re.search(r"^#\$ TOP=(.+?)\s*$", told, re.M)
+        top = Path(named[1]).resolve() if named else Path()
+        for library in (top / "lib64", *top.glob("targets/*/lib"), top / "lib"):
+            if (library / "libcudart_static.a").exists() and (top / "include/cuda_runtime_api.h").exists():
+                return Toolkit(nvcc, top / "include", library)
+    if MODE == "1":
+        raise SystemExit(
+            f"relssl: RELSSL_CUDA=1, but no working nvcc with libcudart_static.a was found"
+            f" (looked for {', '.join(str(f or 'nvcc on PATH') for f in found)}). Install the CUDA toolkit,"
+            " name its folder in CUDA_HOME, or leave RELSSL_CUDA=auto to install without the CUDA kernels."
+        )
+    return None
+
+
+def architectures() -> list[str]:
+    """As compilers name them: sm_80 is machine code, compute_90 is PTX, for later GPUs."""
+    names = []
+    for arch in ARCHS:
+        if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
+            raise SystemExit(f'relssl: RELSSL_CUDA_ARCHS must look like "80;90a;90+PTX"; got {arch!r} in it')
+        number = arch.removesuffix("+PTX")
+        names.append(f"compute_{number}" if arch != number else f"sm_{number}")
+    return names
+
+
+def cuda_objects(cuda: Toolkit) -> dict[str, Object]:
+    names = architectures()
+
+    def code(*names: str) -> list[str]:
+        return [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in names]
+
+    hopper = "sm_90a" in names
+    defined = [f'-DRELSSL_ARCHITECTURES="{", ".join(names)}"', *(["-DRELSSL_SM90A"] if hopper else [])]
+    kernels = {"lookup_sm80": code(*names)} | ({"lookup_sm90": code("sm_90a")} if hopper else {})
+    objects = {
+        f"{name}_{width}.o": Object("nvcc", CUDA / f"{name}.cu", [*flags, f"-DRELSSL_DIM={width}"])
+        for width in reversed(WIDTHS)  # what takes longest first
+        for name, flags in kernels.items()
+    }
+    objects["combine.o"] = Object("nvcc", CUDA / "combine.cu", code(*names))
+    binding = [*python_headers(), f"-I{cuda.include}", *defined]
+    return objects | {"binding.o": Object("cxx", CUDA / "binding.cpp", binding)}
+
+
+def python_headers() -> list[str]:
+    import pybind11
+
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+def compiled(objects: dict[str, Object], rules: dict[str, list[str]], folder: Path) -> bool:
+    """Compile with ninja, in parallel and only what changed. rules: the command of each."""
+    import ninja
+
+    def escaped(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = ["ninja_required_version = 1.5"]
+    for name, command in rules.items():
+        lines += [
+            f"rule {name}",
+            f"  command = {shlex.join(command)} -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+    for name, (rule, source, flags) in objects.items():
+        lines += [f"build {escaped(folder / name)}: {rule} {escaped(source)}"]
+        lines += ["  flags = " + shlex.join(flags).replace("$", "$$")]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    command = shutil.which("ninja") or str(Path(ninja.BIN_DIR) / "ninja")
+    return subprocess.run([command, "-C", str(folder), *jobs]).returncode == 0
 
 
 class NinjaBuildExt(build_ext):
-    """Compile with ninja, in parallel and only what changed; link as setuptools does."""
+    """Compile with ninja; link as setuptools does. CUDA kernels that fail do not take the others with them."""
 
     def run(self) -> None:
         if self.extensions:  # setuptools links with what CXX says, or else with what built Python.
@@ -81,48 +186,56 @@ class NinjaBuildExt(build_ext):
 
     def build_extensions(self) -> None:
         cxx = compiler()
-        objects = cpu_objects(cxx)
-        folder = Path(self.build_temp).resolve() / "cpu"
-        self.compile(cxx, objects, folder)
-        for extension in self.extensions:
-            extension.extra_objects = [str(folder / name) for name in objects]
-            extension.depends = extension.extra_objects  # or what is linked already would stay
-        super().build_extensions()
-
-    def compile(self, cxx: list[str], objects: dict[str, tuple[Path, list[str]]], folder: Path) -> None:
-        import ninja
-        import pybind11
-
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]
         common += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        rules = {"cxx": [*cxx, *common, *shlex.split(os.environ.get("CXXFLAGS", ""))]}
+        kept, note = [], "RELSSL_CUDA=0" if MODE == "0" else "no nvcc was found"
+        for extension in self.extensions:
+            folder = Path(self.build_temp).resolve() / extension.name.removeprefix("relssl._")
+            if extension.name == "relssl._cpu":
+                objects = cpu_objects(cxx)
+                if not compiled(objects, rules, folder):
+                    raise SystemExit("relssl: compiling the CPU kernels failed. RELSSL_CPU=0 leaves them out.")
+            else:
+                assert TOOLKIT
+                objects = cuda_objects(TOOLKIT)
+                host = "-Xcompiler=-fPIC,-fvisibility=hidden"
+                nvcc = {"nvcc": [TOOLKIT.nvcc, "-std=c++17", "-O3", host]}
+                if compiled(objects, rules | nvcc, folder):
+                    note = "for " + ", ".join(architectures())
+                elif MODE == "1":
+                    raise SystemExit("relssl: compiling the CUDA kernels failed. RELSSL_CUDA=0 leaves them out.")
+                else:
+                    note = "nvcc failed; installing with RELSSL_CUDA=1 shows how"
+                    print(f"relssl: left out the CUDA kernels: {note}", file=sys.stderr)
+                    continue
+            extension.extra_objects = [str(folder / name) for name in objects]
+            extension.depends = extension.extra_objects  # or what is linked already would stay
+            kept.append(extension)
+        self.extensions = kept
+        super().build_extensions()
+        root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        record = root / "relssl" / "_build_info.py"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f'"""What the build says of itself."""\n\nCUDA = {note!r}\n')
 
-        def escaped(path: Path) -> str:
-            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-        lines = [
-            "ninja_required_version = 1.5",
-            "rule cxx",
-            f"  command = {shlex.join(cxx)} -MMD -MF $out.d $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-        for name, (source, flags) in objects.items():
-            every = shlex.join([*common, *includes, *flags, *extra]).replace("$", "$$")
-            lines += [f"build {escaped(folder / name)}: cxx {escaped(source)}", f"  flags = {every}"]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = shutil.which("ninja") or str(Path(ninja.BIN_DIR) / "ninja")
-        if subprocess.run([command, "-C", str(folder), *jobs]).returncode:
-            raise SystemExit("relssl: compiling the CPU kernels failed. RELSSL_CPU=0 installs without them.")
+def extensions() -> list[Extension]:
+    found = []
+    if os.environ.get("RELSSL_CPU") != "0":
+        found.append(Extension("relssl._cpu", [], language="c++", extra_link_args=["-pthread"]))
+    if TOOLKIT:
+        libraries = [f"-L{TOOLKIT.library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        link = [*libraries, "-Wl,--exclude-libs,ALL"]
+        found.append(Extension("relssl._cuda", [], language="c++", extra_link_args=link))
+    return found
 
 
+TOOLKIT = toolkit()
 setup(
     packages=[*find_packages(include=["relssl", "relssl.*"]), "relssl.kernels"],
     package_dir={"relssl": "relssl", "relssl.kernels": "kernels"},
     package_data={"relssl": ["py.typed"]},
-    ext_modules=[] if os.environ.get("RELSSL_CPU") == "0" else [cpu_extension()],
+    ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuildExt},
 )

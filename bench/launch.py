@@ -56,10 +56,10 @@ def main() -> None:
     triton.runtime.driver.set_active(Idle())
     kernels._chip = lambda index: Chip(90, 132)
     q, k, queue = (F.normalize(torch.randn(n, 128), dim=1).bfloat16() for n in (256, 256, 65_536))
-    scale = kernels._scales([25.0, 10.0])
+    scale = kernels.scales([25.0, 10.0])
     parts = {
         "relation": lambda: kernels.relation(q, k, queue, [10.0, 25.0], "ce", True),
-        "of that, lookup": lambda: kernels._lookup(k, q, queue, scale, None, True),
+        "of that, lookup": lambda: kernels.lookup(k, q, queue, scale, None, True),
         "info_nce": lambda: kernels.info_nce(q, k, queue, [5.0], True),
     }
     for name, run in parts.items():

@@ -62,7 +62,7 @@ def with_gradients(*inputs, **options):
 
 def references(triton, x, queue, scale):
     """What similarities were measured from: 0 where the first path was exact, else the largest."""
-    stats, means = triton._lookup(x, x[:0], queue, triton._scales([scale] * 2), None, True)
+    stats, means = triton.lookup(x, x[:0], queue, triton.scales([scale] * 2), None, True)
     return stats[0], means
 
 

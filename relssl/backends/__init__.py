@@ -46,14 +46,17 @@ from types import ModuleType
 
 import torch
 
-from relssl.backends import chunked, cpu, reference, triton
+from relssl.backends import chunked, cpu, cuda, reference, triton
 
 MODULES: dict[str, ModuleType] = {  # as "auto" tries them
     "cpu": cpu,
+    "cuda": cuda,
     "triton": triton,
     "chunked": chunked,
     "reference": reference,
 }
+# "auto" passes these by: no measurement favours them. They must be asked for by name.
+ON_REQUEST = {"cuda"}
 
 
 def choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
@@ -62,7 +65,8 @@ def choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
     Raises ValueError for an unknown name, or with the reason why the named backend cannot.
     """
     if name == "auto":
-        return next(n for n, module in MODULES.items() if module.supports(device, dtype, dim) is None)
+        able = (n for n, module in MODULES.items() if module.supports(device, dtype, dim) is None)
+        return next(n for n in able if n not in ON_REQUEST)
     if name not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(('auto', *MODULES))}; got {name!r}")
     reason = MODULES[name].supports(device, dtype, dim)

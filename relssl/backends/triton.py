@@ -6,15 +6,18 @@ once. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slo
 
 import importlib.util
 import os
+import sys
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale, dense, flat
+from relssl.backends import two_steps
+from relssl.backends.common import Scale, dense
+from relssl.backends.common import dense as readable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEST = 1024
@@ -80,7 +83,7 @@ def _chip(index: int | None) -> Any:
     return heuristics.Chip(capability, of.multi_processor_count)
 
 
-def _on(x: Tensor) -> Any:
+def on(x: Tensor) -> Any:
     """The device that launches go to is the current one."""
     if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
         return nullcontext()
@@ -93,7 +96,7 @@ def _precision(chip: Any, dtype: torch.dtype) -> str:
     return _kernels().heuristics.precision(chip.capability, exact=exact)
 
 
-def _scales(scale: Scale) -> tuple[Any, ...]:
+def scales(scale: Scale) -> tuple[Any, ...]:
     """The scales as kernels take them: numbers in units of log 2, or addresses on the device."""
     if isinstance(scale, Tensor):
         scale = scale.float()  # float64 where q is, though the queue be narrower
@@ -141,7 +144,7 @@ def _look(t: Tensor) -> tuple:
     return t.dtype, t.shape, t.stride(), t.data_ptr() % 16, t.device.index
 
 
-def _lookup(
+def lookup(
     first: Tensor,
     second: Tensor,
     queue: Tensor,
@@ -227,69 +230,47 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def rows(
-    x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
-) -> tuple[Tensor, Tensor]:
-    x, queue, exclude = dense(x), dense(queue), exclude if exclude is None else exclude.contiguous()
-    count, dim = x.shape
-    lse = x.new_empty(2, count, dtype=torch.float32)
-    mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
-    with _on(x):
-        scales = _scales(scale)
-        stats, means = _lookup(x[:split], x[split:], queue, scales, exclude, want_mean)
-        splits = stats.shape[1]
-        flags = ("MEAN", want_mean), ("DEVICE_SCALE", isinstance(scale, Tensor))
-        combine = _planned(_combine_launch, "combine_rows", dim, splits, count, flags, *_tensors(scales))
-        combine(stats, means, *scales, lse, mean, split, count, splits)
-    return lse, mean
+Found = tuple[Tensor, Tensor]  # stats, means
 
 
-def relation(
-    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, dim = k.shape
-    views = q.shape[:-1]
-    q, k, queue = flat(q), dense(k), dense(queue)
-    count = q.shape[0]
-    shapes = views, batch, (*views, dim) if want_diff else (count, 0), (2, batch + count), (batch, dim)
-    loss, entropy, diff, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    with _on(q):
-        c_s, c_t = _scales(scale)
-        if want_diff:
-            stats_t, means_t = stats_s, means_s = _lookup(k, q, queue, (c_t, c_s), None, True)
-        else:  # The student's mean is a quarter of the work.
-            stats_t, means_t = _lookup(k, k[:0], queue, (c_t, c_t), None, True)
-            stats_s, means_s = _lookup(q, q[:0], queue, (c_s, c_s), None, False)
-        (_, splits_t, rows_t), (_, splits_s, rows_s) = stats_t.shape, stats_s.shape
-        flags = ("KL", form == "kl"), ("DIFF", want_diff), ("DEVICE_SCALE", isinstance(scale, Tensor))
-        most, apart = max(splits_t, splits_s), _tensors((q, k, c_s, c_t))
-        combine = _planned(_combine_launch, "combine_relation", dim, most, count, flags, *apart)
-        combine(
-            q, k, c_s, c_t, stats_t, means_t, stats_s, means_s, loss, entropy, diff, lse, mean_t,
-            q.stride(0), k.stride(0), batch, rows_t, splits_t, rows_s, splits_s, batch if want_diff else 0,
-        )  # fmt: skip
-    return loss, entropy, diff, lse, mean_t
+def combine_rows(found: Found, scales: tuple, split: int, lse: Tensor, mean: Tensor) -> None:
+    stats, means = found
+    _, splits, count = stats.shape
+    dim = mean.shape[1]
+    flags = ("MEAN", dim > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    combine = _planned(_combine_launch, "combine_rows", dim, splits, count, flags, *_tensors(scales))
+    combine(stats, means, *scales, lse, mean, split, count, splits)
 
 
-def info_nce(
-    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, want_diff: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, dim = k.shape
-    views = q.shape[:-1]
-    q, k, queue = flat(q), dense(k), dense(queue)
-    count = q.shape[0]
-    shapes = views, views, (*views, dim) if want_diff else (count, 0), (2, count)
-    loss, sigma, diff, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    with _on(q):
-        (c,) = _scales(scale)
-        stats, means = _lookup(q, q[:0], queue, (c, c), None, want_diff)
-        splits = stats.shape[1]
-        flags = ("DIFF", want_diff), ("DEVICE_SCALE", isinstance(scale, Tensor))
-        apart = _tensors((q, k, c))
-        combine = _planned(_combine_launch, "combine_info_nce", dim, splits, count, flags, *apart)
-        strides = q.stride(0), k.stride(0)
-        combine(q, k, c, stats, means, loss, sigma, diff, lse, *strides, batch, count, splits)
-    return loss, sigma, diff, lse
+def combine_relation(
+    q: Tensor, k: Tensor, scales: tuple, teacher: Found, student: Found, offset: int, form: str,
+    loss: Tensor, entropy: Tensor, diff: Tensor, lse: Tensor, mean_t: Tensor,
+) -> None:  # fmt: skip
+    (count, dim), batch = q.shape, k.shape[0]
+    (_, splits_t, rows_t), (_, splits_s, rows_s) = teacher[0].shape, student[0].shape
+    flags = ("KL", form == "kl"), ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    most, apart = max(splits_t, splits_s), _tensors((q, k, *scales))
+    combine = _planned(_combine_launch, "combine_relation", dim, most, count, flags, *apart)
+    combine(
+        q, k, *scales, *teacher, *student, loss, entropy, diff, lse, mean_t,
+        q.stride(0), k.stride(0), batch, rows_t, splits_t, rows_s, splits_s, offset,
+    )  # fmt: skip
+
+
+def combine_info_nce(
+    q: Tensor, k: Tensor, scales: tuple, found: Found, loss: Tensor, sigma: Tensor, diff: Tensor, lse: Tensor
+) -> None:
+    (count, dim), splits = q.shape, found[0].shape[1]
+    flags = ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    apart = _tensors((q, k, *scales))
+    combine = _planned(_combine_launch, "combine_info_nce", dim, splits, count, flags, *apart)
+    strides = q.stride(0), k.stride(0)
+    combine(q, k, *scales, *found, loss, sigma, diff, lse, *strides, k.shape[0], count, splits)
+
+
+rows = partial(two_steps.rows, sys.modules[__name__])
+relation = partial(two_steps.relation, sys.modules[__name__])
+info_nce = partial(two_steps.info_nce, sys.modules[__name__])
 
 
 def vjp(
@@ -315,7 +296,7 @@ def vjp(
     base = g_lse
     if g_mean is not None:
         base = base - (mean * g_mean).sum(1)
-    with _on(x):
+    with on(x):
         kernels, chip = _kernels(), _chip(x.device.index)
         precision = _precision(chip, x.dtype)
         common = {

@@ -1,0 +1,185 @@
+// relssl._cuda: the kernels for Python, over raw addresses. relssl/backends/cuda.py has checked what stands behind
+// them; here only what would be fatal is refused: null or crooked addresses, and sizes that overflow.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "combine.h"
+#include "lookup.h"
+
+#ifndef RELSSL_MODULE
+#define RELSSL_MODULE _cuda
+#endif
+#define RELSSL_DEFINE(name) PYBIND11_MODULE(name, m)
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace relssl;
+
+// Addresses come as integers; 0 is null.
+using Address = uintptr_t;
+using Place = std::tuple<int, Address>;                                  // device, stream
+using Number = std::tuple<float, Address>;                               // a scale: see Scale
+using Rows = std::tuple<Address, int64_t, int64_t>;                      // data, stride, count
+using Parts = std::tuple<Address, Address, int64_t, int64_t, int64_t>;   // see Partials
+
+template <class T>
+T* pointer(Address address, const char* name) {
+  if (!address) throw py::value_error(std::string(name) + " is null");
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* optional(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int count(int64_t n, const char* name, int64_t least = 1) {
+  if (n < least || n >= int64_t{1} << 31)
+    throw py::value_error(std::string(name) + " has a size out of range: " + std::to_string(n));
+  return static_cast<int>(n);
+}
+
+// Copies are of 16 bytes: rows must begin where those do.
+const uint16_t* rows(const Rows& given, const char* name, int64_t least = 1) {
+  const auto [address, stride, n] = given;
+  if (!count(n, name, least)) return nullptr;
+  if (address % 16 || stride % 8)
+    throw py::value_error(std::string(name) + " has rows that do not begin at multiples of 16 bytes");
+  return pointer<const uint16_t>(address, name);
+}
+
+Scale scale(const Number& given) { return {std::get<0>(given), optional<const float>(std::get<1>(given))}; }
+
+Where where(const Place& place) {
+  return {std::get<0>(place), reinterpret_cast<cudaStream_t>(std::get<1>(place))};
+}
+
+Partials partials(const Parts& parts, bool mean) {
+  const auto [stats, means, n, offset, splits] = parts;
+  if (splits > MOST_SPLITS) throw py::value_error("there are more than " + std::to_string(MOST_SPLITS) + " splits");
+  return {pointer<const float>(stats, "stats"), mean ? pointer<const float>(means, "means") : nullptr,
+          count(n, "rows"), count(offset, "offset", 0), count(splits, "splits")};
+}
+
+int width(int64_t dim) {
+  if (!tiles_sm80(dim).m) throw py::value_error("there is no kernel for rows of " + std::to_string(dim));
+  return dim;
+}
+
+// An error says for what the launch was: the device, and the sizes.
+template <class Run>
+void launched(const Place& place, const std::string& what, Run run) {
+  try {
+    run(where(place));
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(what + " on device " + std::to_string(std::get<0>(place)) + ": " + error.what());
+  }
+}
+
+std::string of(int rows, int64_t dim) { return std::to_string(rows) + " rows of width " + std::to_string(dim); }
+
+void run_lookup(const Lookup& in, int path, int dim, bool bf16, bool mean, int splits, const Where& where) {
+#ifdef RELSSL_SM90A
+  if (path == 90) switch (dim) {
+      case 64: return lookup_sm90<64>(in, bf16, mean, splits, where);
+      case 128: return lookup_sm90<128>(in, bf16, mean, splits, where);
+      case 256: return lookup_sm90<256>(in, bf16, mean, splits, where);
+      case 512: return lookup_sm90<512>(in, bf16, mean, splits, where);
+    }
+#endif
+  if (path != 80) throw py::value_error("there is no kernel for sm_" + std::to_string(path));
+  switch (dim) {
+    case 64: return lookup_sm80<64>(in, bf16, mean, splits, where);
+    case 128: return lookup_sm80<128>(in, bf16, mean, splits, where);
+    case 256: return lookup_sm80<256>(in, bf16, mean, splits, where);
+    case 512: return lookup_sm80<512>(in, bf16, mean, splits, where);
+  }
+}
+
+}  // namespace
+
+RELSSL_DEFINE(RELSSL_MODULE) {
+  m.doc() = "CUDA kernels; addresses of memory as integers, 0 for none. See relssl/backends/cuda.py.";
+
+  m.attr("architectures") = std::string(RELSSL_ARCHITECTURES);
+
+  // Of the table: rows of x and of the queue, warps, stages, blocks to a multiprocessor; and bytes of shared memory.
+  m.def("tiles", [](int64_t dim, int path) {
+    width(dim);
+    const Tiles t = path == 90 ? tiles_sm90(dim) : tiles_sm80(dim);
+    return std::make_tuple(t.m, t.n, t.warps, t.stages, t.blocks, path == 90 ? shared_sm90(dim) : shared_sm80(dim));
+  });
+
+  // What keeps the kernels from running on a device, or nothing.
+  m.def("missing", [](int device) -> std::string {
+    try {
+      probe(device);
+      return "";
+    } catch (const std::runtime_error& error) {
+      return error.what();
+    }
+  });
+
+  m.def("lookup", [](const Place& place, int path, const Rows& first, const Number& scale_first, const Rows& second,
+                     const Number& scale_second, const Rows& queue, int64_t dim, bool bf16, Address exclude,
+                     int64_t splits, int64_t step, Address stats, Address means) {
+    Lookup in{};
+    in.first = rows(first, "x", 0);
+    in.second = rows(second, "x", 0);
+    in.queue = rows(queue, "queue");
+    in.first_stride = std::get<1>(first);
+    in.second_stride = std::get<1>(second);
+    in.queue_stride = std::get<1>(queue);
+    in.scale_first = scale(scale_first);
+    in.scale_second = scale(scale_second);
+    in.exclude = optional<const int64_t>(exclude);
+    in.split = count(std::get<2>(first), "x", 0);
+    in.rows = count(std::get<2>(first) + std::get<2>(second), "x");
+    in.size = count(std::get<2>(queue), "queue");
+    in.step = count(step, "step");
+    const Tiles t = path == 90 ? tiles_sm90(width(dim)) : tiles_sm80(width(dim));
+    if (splits < 1 || splits > MOST_SPLITS || step % t.n || splits * step < in.size || (splits - 1) * step >= in.size)
+      throw py::value_error(std::to_string(splits) + " splits of " + std::to_string(step) + " rows do not cut a queue of " +
+                            std::to_string(in.size) + " into whole tiles");
+    in.stats = pointer<float>(stats, "stats");
+    in.means = optional<float>(means);
+    launched(place, "looking up " + of(in.rows, dim) + " in a queue of " + std::to_string(in.size),
+             [&](const Where& where) { run_lookup(in, path, dim, bf16, means, splits, where); });
+  });
+
+  m.def("combine_rows", [](const Place& place, const Parts& parts, const Number& scale_first,
+                           const Number& scale_second, int64_t split, int64_t dim, Address lse, Address mean) {
+    const CombineRows in{partials(parts, mean), scale(scale_first), scale(scale_second), count(split, "split", 0),
+                         width(dim), pointer<float>(lse, "lse"), optional<float>(mean)};
+    launched(place, "combining " + of(in.partials.rows, dim), [&](const Where& where) { combine(in, where); });
+  });
+
+  m.def("combine_relation", [](const Place& place, const Parts& teacher, const Parts& student, const Rows& q,
+                               const Rows& k, const Number& scale_s, const Number& scale_t, int64_t dim, bool bf16,
+                               bool kl, Address loss, Address entropy, Address diff, Address lse, Address mean_t) {
+    const CombineRelation in{partials(teacher, true), partials(student, diff), rows(q, "q"), rows(k, "k"),
+                             std::get<1>(q), std::get<1>(k), scale(scale_s), scale(scale_t),
+                             count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16, kl,
+                             pointer<float>(loss, "loss"), pointer<float>(entropy, "entropy"), optional<float>(diff),
+                             pointer<float>(lse, "lse"), pointer<float>(mean_t, "mean_t")};
+    launched(place, "combining " + of(in.rows, dim), [&](const Where& where) { combine(in, where); });
+  });
+
+  m.def("combine_info_nce", [](const Place& place, const Parts& parts, const Rows& q, const Rows& k,
+                               const Number& scale_q, int64_t dim, bool bf16, Address loss, Address sigma, Address diff,
+                               Address lse) {
+    const CombineInfoNCE in{partials(parts, diff), rows(q, "q"), rows(k, "k"), std::get<1>(q), std::get<1>(k),
+                            scale(scale_q), count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16,
+                            pointer<float>(loss, "loss"), pointer<float>(sigma, "sigma"), optional<float>(diff),
+                            pointer<float>(lse, "lse")};
+    launched(place, "combining " + of(in.rows, dim), [&](const Where& where) { combine(in, where); });
+  });
+}

@@ -1,0 +1,190 @@
+"""CUDA C++ (csrc/cuda): the whole loss in two launches, on NVIDIA GPUs from Ampere on, for 16-bit rows.
+
+Here tensors become addresses: dtypes and shapes have been checked, and what has no contiguous, 16-byte aligned
+rows is copied once. RELSSL_CUDA_KERNEL=sm_90a has Hopper GPUs run the kernel made for them, which no GPU has
+verified yet; else all run that of sm_80. Gradients that read the queue again are Triton's, or chunked.
+"""
+
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from relssl.backends import chunked, triton, two_steps
+from relssl.backends.common import Scale
+from relssl.kernels.heuristics import Chip, Tiles, log2_scale, splits
+
+try:
+    from relssl import _cuda  # type: ignore[attr-defined]
+except ImportError as error:
+    _cuda = None
+    try:
+        from relssl import _build_info
+
+        missing = f"relssl._cuda is not built ({_build_info.CUDA})"
+    except ImportError:
+        missing = f"relssl._cuda is not built ({error})"
+
+WIDTHS = (64, 128, 256, 512)
+Number = tuple[float, int]  # a scale: its value, or its address
+Found = tuple[Tensor, Tensor]  # stats, means
+
+
+class Kernel(NamedTuple):
+    tiles: Tiles
+    blocks: int  # to a multiprocessor
+    shared: int  # bytes
+
+
+def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
+    if device != "cuda" or torch.version.hip:
+        return f"it runs on NVIDIA GPUs, not on {'ROCm' if device == 'cuda' else device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if dim not in WIDTHS:
+        return f"it takes rows of {', '.join(map(str, WIDTHS))}, not of {dim}"
+    return _unfit(dim) if _cuda else missing
+
+
+def _unfit(dim: int) -> str | None:
+    index = torch.cuda.current_device()
+    chip = _chip(index)
+    if chip.capability < 80:
+        return f"it needs compute capability 8.0, not {chip.capability / 10}"
+    needed, there = _kernel(dim, _path(chip)).shared, _shared(index)
+    if needed > there:
+        return f"rows of {dim} need {needed} bytes of shared memory, this GPU has {there}"
+    return _cuda.missing(index) or None
+
+
+# As torch.compiler.assume_constant_result does, after importing all of Dynamo.
+_unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _chip(index: int) -> Chip:
+    of = torch.cuda.get_device_properties(index)
+    return Chip(10 * of.major + of.minor, of.multi_processor_count)
+
+
+@cache
+def _shared(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
+def _path(chip: Chip) -> int:
+    """The kernel to run, by the capability it is for."""
+    wanted = os.environ.get("RELSSL_CUDA_KERNEL", "")
+    return 90 if wanted == "sm_90a" and chip.capability == 90 and "sm_90a" in _cuda.architectures else 80
+
+
+@cache
+def _kernel(dim: int, path: int) -> Kernel:
+    m, n, warps, stages, blocks, shared = _cuda.tiles(dim, path)
+    return Kernel(Tiles(m, n, warps, stages), blocks, shared)
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Device and stream, which every launch is told."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def readable(t: Tensor) -> Tensor:
+    if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def on(x: Tensor) -> AbstractContextManager:
+    return nullcontext()
+
+
+def scales(scale: Scale) -> tuple[Number, ...]:
+    """In units of log 2 by value, or as they are on the device, by address."""
+    if isinstance(scale, Tensor):
+        scale = scale.float()
+        return tuple((0.0, scale.data_ptr() + 4 * i) for i in range(len(scale)))
+    return tuple((log2_scale(c), 0) for c in scale)
+
+
+def lookup(
+    first: Tensor,
+    second: Tensor,
+    queue: Tensor,
+    scales: tuple[Number, Number],
+    exclude: Tensor | None,
+    want_mean: bool,
+) -> Found:
+    (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
+    place = _place(queue)
+    chip = _chip(place[0])
+    path = _path(chip)
+    kernel = _kernel(dim, path)
+    slots = chip._replace(processors=chip.processors * kernel.blocks)
+    number, step = splits(rows, size, dim, kernel.tiles, slots)
+    stats = queue.new_empty((3, number, rows), dtype=torch.float32)
+    means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)
+    _cuda.lookup(
+        place, path, _rows(first), scales[0], _rows(second), scales[1], _rows(queue), dim, _is_bf16(queue),
+        0 if exclude is None else exclude.data_ptr(), number, step, stats.data_ptr(), _wanted(means),
+    )  # fmt: skip
+    return stats, means
+
+
+def combine_rows(found: Found, scales: tuple[Number, Number], split: int, lse: Tensor, mean: Tensor) -> None:
+    dim = mean.shape[1] or WIDTHS[0]  # of nothing
+    _cuda.combine_rows(_place(lse), _partials(found), *scales, split, dim, lse.data_ptr(), _wanted(mean))
+
+
+def combine_relation(
+    q: Tensor, k: Tensor, scales: tuple[Number, Number], teacher: Found, student: Found, offset: int,
+    form: str, loss: Tensor, entropy: Tensor, diff: Tensor, lse: Tensor, mean_t: Tensor,
+) -> None:  # fmt: skip
+    _cuda.combine_relation(
+        _place(q), _partials(teacher), _partials(student, offset), _rows(q), _rows(k), *scales,
+        q.shape[1], _is_bf16(q), form == "kl",
+        loss.data_ptr(), entropy.data_ptr(), _wanted(diff), lse.data_ptr(), mean_t.data_ptr(),
+    )  # fmt: skip
+
+
+def combine_info_nce(
+    q: Tensor, k: Tensor, scales: tuple[Number], found: Found,
+    loss: Tensor, sigma: Tensor, diff: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    _cuda.combine_info_nce(
+        _place(q), _partials(found), _rows(q), _rows(k), *scales, q.shape[1], _is_bf16(q),
+        loss.data_ptr(), sigma.data_ptr(), _wanted(diff), lse.data_ptr(),
+    )  # fmt: skip
+
+
+rows = partial(two_steps.rows, sys.modules[__name__])
+relation = partial(two_steps.relation, sys.modules[__name__])
+info_nce = partial(two_steps.info_nce, sys.modules[__name__])
+
+
+def vjp(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    borrowed = chunked if triton.supports(x.device.type, x.dtype, x.shape[1]) else triton
+    return borrowed.vjp(x, *arguments)
+
+
+def _rows(t: Tensor) -> tuple[int, int, int]:
+    return t.data_ptr(), t.stride(0), t.shape[0]
+
+
+def _partials(found: Found, offset: int = 0) -> tuple[int, int, int, int, int]:
+    stats, means = found
+    _, splits, rows = stats.shape
+    return stats.data_ptr(), _wanted(means), rows, offset, splits
+
+
+def _is_bf16(t: Tensor) -> bool:
+    return t.dtype == torch.bfloat16
+
+
+def _wanted(t: Tensor) -> int:
+    """Its address, or 0 where nothing is wanted."""
+    return t.data_ptr() if t.numel() else 0

@@ -1,0 +1,79 @@
+"""Forward on GPUs: blocks of rows look splits of the queue up, and a second, small step combines what they found.
+
+What a backend of this kind, `steps`, has for it:
+
+    readable(t)      t [R, D] as its kernels read rows: itself, or a copy
+    on(x)            a context in which launches go to the device of x
+    scales(scale)    each scale as its kernels take it
+    lookup(first, second, queue, scales, exclude, want_mean) -> stats [3, S, R], means [S, R, D]
+                     for S splits of the queue and R rows, those of `first` [., D] and then of `second`, which
+                     have a scale each: reference, sum, divisor and mean as kernels/lookup.py defines them.
+                     Without want_mean, means is [0].
+    combine_rows(found, scales, split, lse, mean)
+    combine_relation(q, k, scales, teacher, student, offset, form, loss, entropy, diff, lse, mean_t)
+    combine_info_nce(q, k, scales, found, loss, sigma, diff, lse)
+                     what the contract of relssl/backends calls rows, relation and info_nce, written to the
+                     last arguments; found, teacher and student are lookups, in which the students' rows
+                     begin at `offset`. Means and differences of width 0 are not wanted.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relssl.backends.common import Scale, flat
+
+
+def rows(
+    steps: Any, x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
+) -> tuple[Tensor, Tensor]:
+    x, queue = steps.readable(x), steps.readable(queue)
+    exclude = exclude if exclude is None else exclude.contiguous()
+    count, dim = x.shape
+    lse = x.new_empty(2, count, dtype=torch.float32)
+    mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
+    with steps.on(x):
+        scales = steps.scales(scale)
+        found = steps.lookup(x[:split], x[split:], queue, scales, exclude, want_mean)
+        steps.combine_rows(found, scales, split, lse, mean)
+    return lse, mean
+
+
+def relation(
+    steps: Any, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, dim = k.shape
+    views = q.shape[:-1]
+    q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
+    count = q.shape[0]
+    shapes = views, batch, (*views, dim) if want_diff else (count, 0), (2, batch + count), (batch, dim)
+    loss, entropy, diff, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    with steps.on(q):
+        c_s, c_t = scales = steps.scales(scale)
+        if want_diff:
+            teacher = student = steps.lookup(k, q, queue, (c_t, c_s), None, True)
+        else:  # The student's mean is a quarter of the work.
+            teacher = steps.lookup(k, k[:0], queue, (c_t, c_t), None, True)
+            student = steps.lookup(q, q[:0], queue, (c_s, c_s), None, False)
+        offset = batch if want_diff else 0
+        steps.combine_relation(
+            q, k, scales, teacher, student, offset, form, loss, entropy, diff, lse, mean_t
+        )
+    return loss, entropy, diff, lse, mean_t
+
+
+def info_nce(
+    steps: Any, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, want_diff: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    views = q.shape[:-1]
+    q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
+    count, dim = q.shape
+    shapes = views, views, (*views, dim) if want_diff else (count, 0), (2, count)
+    loss, sigma, diff, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    with steps.on(q):
+        (c,) = scales = steps.scales(scale)
+        found = steps.lookup(q, q[:0], queue, (c, c), None, want_diff)
+        steps.combine_info_nce(q, k, scales, found, loss, sigma, diff, lse)
+    return loss, sigma, diff, lse
+
