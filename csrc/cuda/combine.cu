@@ -10,8 +10,8 @@
 #include <cfloat>
 #include <cmath>
 
-#include "pieces.h"
 #include "ptx.h"
+#include "scale.h"
 
 namespace relssl {
 namespace {

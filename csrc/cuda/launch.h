@@ -3,8 +3,11 @@
 #ifndef RELSSL_LAUNCH_H
 #define RELSSL_LAUNCH_H
 
+#include <cuda.h>
+#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -59,6 +62,27 @@ void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, cons
   if (shared > 48 << 10) allow_shared(address, shared, where.device);
   void* arguments[] = {const_cast<Parameters*>(&parameters)};
   check(cudaLaunchKernel(address, grid, dim3(threads), arguments, shared, where.stream));
+}
+
+// Rows [size, dim] of 16 bits, `stride` elements apart, for the copy engine: boxes of `box` rows by 64 columns, swizzled
+// by 128 bytes, zeros beyond the last row. The function is the driver's, asked for by name: nothing is linked to it.
+inline CUtensorMap tensor_map(const void* rows, int64_t stride, int size, int dim, int box) {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(size)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * (size > 1 ? stride : dim))};
+  const cuuint32_t boxes[] = {64, static_cast<cuuint32_t>(box)}, steps[] = {1, 1};
+  const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(rows), sizes, strides, boxes,
+                                steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error) throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(error));
+  return map;
 }
 
 // Throws the reason where a device, its driver or what was compiled keeps a kernel from running.

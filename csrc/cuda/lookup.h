@@ -25,6 +25,12 @@ struct Lookup {
   // For each split and row: reference, sum and divisor [3, splits, rows]; and sum_j p_j m_j [splits, rows, D].
   // divisor and means are written only by kernels with MEAN.
   float *stats, *means;
+
+  // Where row r of x lies, or null beyond the last.
+  __device__ const uint16_t* row_of_x(int r) const {
+    if (r >= rows) return nullptr;
+    return r < split ? first + r * first_stride : second + (r - split) * second_stride;
+  }
 };
 
 // The one table of tiles: rows of x and of the queue in a block's tile, warps that compute, queue tiles in flight,
@@ -60,7 +66,11 @@ constexpr Tiles tiles_sm90(int dim) {
   }
 }
 
-constexpr int shared_sm90(int dim) { return 0 * dim; }
+// x, the queue's tiles, two buffers of p and a number for each row between warps that share rows, and mbarriers.
+constexpr int shared_sm90(int dim) {
+  const Tiles t = tiles_sm90(dim);
+  return 2 * dim * (t.m + t.stages * t.n) + (t.sharing > 1 ? 2 * 2 * t.m * t.n + 4 * t.sharing * t.m : 0) + 16 * t.stages;
+}
 
 // Defined for each width in an object file of its own.
 template <int D>

@@ -4,6 +4,7 @@
 #ifndef RELSSL_PTX_H
 #define RELSSL_PTX_H
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -76,11 +77,11 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&to)[4], uint32_t 
 
 // c [16 x 8] += a [16 x 16] b [16 x 8]: mma.m16n8k16, whose fragments the PTX ISA draws.
 template <class T>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 #define RELSSL_MMA(T, type)                                                                                      \
   template <>                                                                                                    \
-  __device__ __forceinline__ void mma<T>(float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {        \
+  __device__ __forceinline__ void mma<T>(float* c, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {        \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                          \
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                \
@@ -89,6 +90,154 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 RELSSL_MMA(BF16, "bf16")
 RELSSL_MMA(FP16, "f16")
 #undef RELSSL_MMA
+
+// ---------------------------------------------------------------------------------------------- Hopper
+
+using TensorMap = CUtensorMap;  // what the copy engine knows of a tensor
+
+// Registers of this warpgroup's threads, given back or taken: a multiple of 8.
+template <int COUNT>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// What ordinary stores wrote to shared memory becomes visible to tensor cores and copy engine.
+__device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// This thread's warp has come to barrier `id`, where `threads` meet in all, and does not wait.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// An mbarrier, 8 bytes of shared memory: a phase ends when `count` threads have arrived and all expected bytes have.
+__device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+
+// Before others use them, the copy engine among them.
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expecting(uint32_t at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+// Until the phase of this parity has ended; the one before the first counts as ended, and has parity 1.
+__device__ __forceinline__ void mbarrier_wait(uint32_t at, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(at), "r"(parity)
+      : "memory");
+}
+
+// The copy engine brings a box of the tensor, whose bytes arrive at the mbarrier.
+__device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* tensor, int column, int row, uint32_t mbarrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          to),
+      "l"(tensor), "r"(column), "r"(row), "r"(mbarrier)
+      : "memory");
+}
+
+// A matrix in shared memory, in rows of 128 bytes swizzled by 128 bytes: eight of them, 1,024 bytes, are an atom.
+// `apart` is what lies between atoms along the 64 columns of a row, where the matrix is wider and read by columns.
+__device__ __forceinline__ uint64_t matrix(uint32_t at, uint32_t apart = 16) {
+  return (at & 0x3ffff) >> 4 | uint64_t{apart >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// The matrix that lies `bytes` after.
+__device__ __forceinline__ uint64_t further(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+
+// To the compiler a new one, of which it has computed nothing ahead: registers are dear beside a mean of 256 columns.
+__device__ __forceinline__ uint64_t anew(uint64_t matrix) {
+  asm volatile("" : "+l"(matrix));
+  return matrix;
+}
+
+// Products are issued and awaited like copies. A fence goes before the first one, and after registers that a product
+// reads or adds to were written.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// What a product in flight has in these registers is not to be moved away.
+template <int COUNT>
+__device__ __forceinline__ void keep(float (&registers)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// d [64 x N] = a b, or += where `add`: a [64 x 16] and b [N x 16] by rows, both in shared memory.
+template <class T, int N>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add);
+
+// d [64 x N] += a b: a [64 x 16] in registers, four warps' fragments, and b [16 x N] read by columns.
+template <class T, int N>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
+
+#define RELSSL_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define RELSSL_16(d, i) RELSSL_4(d, i), RELSSL_4(d, i + 4), RELSSL_4(d, i + 8), RELSSL_4(d, i + 12)
+#define RELSSL_32(d, i) RELSSL_16(d, i), RELSSL_16(d, i + 16)
+#define RELSSL_64(d, i) RELSSL_32(d, i), RELSSL_32(d, i + 32)
+#define RELSSL_128(d, i) RELSSL_64(d, i), RELSSL_64(d, i + 64)
+#define RELSSL_NAMES_16 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define RELSSL_NAMES_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define RELSSL_NAMES_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define RELSSL_NAMES_128 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+#define RELSSL_WGMMA(T, type, N, SUMS, A, B, ADD, A2, A3, A4, B2)                                                       \
+  template <>                                                                                                           \
+  __device__ __forceinline__ void wgmma<T, N>(float(&d)[SUMS], uint64_t a, uint64_t b, bool add) {                      \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type \
+                 "." type " {" RELSSL_NAMES_##SUMS "}, %" A ", %" B ", add, 1, 1, 0, 0;\n}"                              \
+                 : RELSSL_##SUMS(d, 0)                                                                                  \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
+  }                                                                                                                     \
+  template <>                                                                                                           \
+  __device__ __forceinline__ void wgmma<T, N>(float(&d)[SUMS], const uint32_t(&a)[4], uint64_t b) {                     \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type    \
+                 "." type " {" RELSSL_NAMES_##SUMS "}, {%" A ", %" A2 ", %" A3 ", %" A4 "}, %" B2 ", add, 1, 1, 1;\n}"   \
+                 : RELSSL_##SUMS(d, 0)                                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                 \
+  }
+#define RELSSL_WGMMAS(T, type)                                            \
+  RELSSL_WGMMA(T, type, 32, 16, "16", "17", "18", "17", "18", "19", "20") \
+  RELSSL_WGMMA(T, type, 64, 32, "32", "33", "34", "33", "34", "35", "36") \
+  RELSSL_WGMMA(T, type, 128, 64, "64", "65", "66", "65", "66", "67", "68") \
+  RELSSL_WGMMA(T, type, 256, 128, "128", "129", "130", "129", "130", "131", "132")
+RELSSL_WGMMAS(BF16, "bf16")
+RELSSL_WGMMAS(FP16, "f16")
 
 // ------------------------------------------------------------------------------------------- arithmetic
 

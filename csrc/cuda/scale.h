@@ -1,4 +1,4 @@
-// What the kernels share.
+// A scale as kernels multiply with it.
 
 #pragma once
 
