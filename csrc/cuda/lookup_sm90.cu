@@ -31,6 +31,16 @@ constexpr int LINE = 128;                           // bytes of a row in a panel
 constexpr int CONSUMERS = 2 * GROUP;
 enum Barrier { EVERYONE, CONSUMERS_MEET, TURN };    // and TURN + 1, of the other consumer
 
+// A matrix's descriptor: where it begins, in rows of 128 bytes that are swizzled by 128 bytes. Eight of them, 1,024
+// bytes, are an atom, and the next eight follow. `apart` lies between atoms along a row, where the matrix is wider than
+// 64 columns and read by columns.
+__device__ inline uint64_t matrix(uint32_t at, uint32_t apart = 16) {
+  return (at & 0x3ffff) >> 4 | uint64_t{apart >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// The matrix that begins `bytes` after.
+__device__ inline uint64_t further(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+
 template <class T, int D, bool MEAN>
 struct Block {
   static constexpr Tiles TILES = tiles_sm90(D);

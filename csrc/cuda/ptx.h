@@ -151,15 +151,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* tensor, i
       : "memory");
 }
 
-// A matrix in shared memory, in rows of 128 bytes swizzled by 128 bytes: eight of them, 1,024 bytes, are an atom.
-// `apart` is what lies between atoms along the 64 columns of a row, where the matrix is wider and read by columns.
-__device__ __forceinline__ uint64_t matrix(uint32_t at, uint32_t apart = 16) {
-  return (at & 0x3ffff) >> 4 | uint64_t{apart >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
-// The matrix that lies `bytes` after.
-__device__ __forceinline__ uint64_t further(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
-
 // To the compiler a new one, of which it has computed nothing ahead: registers are dear beside a mean of 256 columns.
 __device__ __forceinline__ uint64_t anew(uint64_t matrix) {
   asm volatile("" : "+l"(matrix));
@@ -183,6 +174,8 @@ __device__ __forceinline__ void keep(float (&registers)[COUNT]) {
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// Matrices in shared memory are given by descriptors, as the PTX ISA lays them out.
+//
 // d [64 x N] = a b, or += where `add`: a [64 x 16] and b [N x 16] by rows, both in shared memory.
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add);
