@@ -76,10 +76,13 @@ def _shared(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
-def _path(chip: Chip) -> int:
+def _path(chip: Chip, queue: Tensor | None = None) -> int:
     """The kernel to run, by the capability it is for."""
     wanted = os.environ.get("RELSSL_CUDA_KERNEL", "")
-    return 90 if wanted == "sm_90a" and chip.capability == 90 and "sm_90a" in _cuda.architectures else 80
+    hopper = wanted == "sm_90a" and chip.capability == 90 and "sm_90a" in _cuda.architectures
+    # The copy engine knows no rows that overlap.
+    apart = queue is None or queue.stride(0) >= queue.shape[1] or queue.shape[0] == 1
+    return 90 if hopper and apart else 80
 
 
 @cache
@@ -122,7 +125,7 @@ def lookup(
     (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
     place = _place(queue)
     chip = _chip(place[0])
-    path = _path(chip)
+    path = _path(chip, queue)
     kernel = _kernel(dim, path)
     slots = chip._replace(processors=chip.processors * kernel.blocks)
     number, step = splits(rows, size, dim, kernel.tiles, slots)

@@ -1,9 +1,10 @@
 // A block's threads as fibers, and what they wait for.
 //
 // One runs until it reaches a collective (a barrier, or what a warp does together); then any other that can goes on,
-// drawn at random from a seed. So warps drift apart as far as barriers let them, and what only works in one order fails
-// for some seed. Shared memory starts as NaN. Whatever is asynchronous happens at once, or later, or no sooner than it
-// is waited for: a block's draw says which.
+// drawn at random from a seed. In most blocks some warps or threads go before others whenever they can, until ranks are
+// drawn anew: so they drift apart as far as barriers let them, and what only works in one order fails for some seed.
+// Shared memory starts as NaN. Whatever is asynchronous happens at once, or later, or no sooner than it is waited for:
+// a block's draw says which.
 
 #pragma once
 
@@ -15,7 +16,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,6 +26,21 @@ struct dim3 {
 };
 
 namespace emulation {
+
+// Fast, and as random as drawing fibers needs (xorshift64*).
+class Random {
+ public:
+  void seed(uint64_t seed) { state_ = (seed + 1) * 0x9e3779b97f4a7c15; }
+  uint32_t operator()() {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return state_ * 0x2545f4914f6cdd1d >> 32;
+  }
+
+ private:
+  uint64_t state_ = 1;
+};
 
 // Something that happens by itself, of the group that its thread or warpgroup had open.
 struct Task {
@@ -109,7 +124,9 @@ class Machine {
         block = dim3(x, y);
         shared_.assign(shared, 0xff);  // NaN in any format
         writers_.assign(shared / 16 + 1, 0);
-        late_ = random_() % 3 == 0;
+        late_ = random_() % 2;
+        const int units[] = {0, 1, 32, 128};
+        unit_ = units[random_() % 4];
         run_block(threads);
       }
     if (!error_.empty()) throw std::runtime_error(error_);
@@ -181,6 +198,8 @@ class Machine {
     mbarriers_.clear();
     bulk_ = {};
     ready_.clear();
+    ranks_.assign(threads, 0);
+    if (unit_) rank();
     for (int i = 0; i < threads; i++) {
       fibers_[i].stack.reset(new char[STACK]);
       ready_.push_back(i);
@@ -205,6 +224,11 @@ class Machine {
     waiting.clear();
   }
 
+  // Units of threads go before others.
+  void rank() {
+    for (int i = 0; i < threads(); i++) ranks_[i] = i % unit_ ? ranks_[i - 1] : random_();
+  }
+
   // On to any thread that can; home when none can.
   void next() {
     if (current_ >= 0 && _setjmp(fibers_[current_].at)) return;
@@ -215,7 +239,12 @@ class Machine {
       current_ = -1;
       _longjmp(home_, 1);
     }
-    const size_t drawn = random_() % ready_.size();
+    size_t drawn = random_() % ready_.size();
+    if (unit_ && random_() % 1024 == 0) rank();
+    for (int i = 0; i < 4 && unit_; i++) {
+      const size_t other = random_() % ready_.size();
+      if (ranks_[ready_[other]] > ranks_[ready_[drawn]]) drawn = other;
+    }
     current_ = ready_[drawn];
     ready_[drawn] = ready_.back();
     ready_.pop_back();
@@ -261,14 +290,16 @@ class Machine {
   std::map<uint32_t, Mbarrier> mbarriers_;
   Tasks bulk_;
   std::vector<int> ready_, writers_;
+  std::vector<uint32_t> ranks_;
   std::vector<uint8_t> shared_;
-  std::minstd_rand random_{1};
+  Random random_;
   const std::function<void()>* kernel_ = nullptr;
   ucontext_t here_;
   jmp_buf home_;
   std::string error_;
   int current_ = -1, starting_ = 0, finished_ = 0;
   bool late_ = false;
+  int unit_ = 0;  // threads that share a rank; 0 for no ranks
   alignas(16) uint8_t nowhere_[128];
 };
 

@@ -1,0 +1,78 @@
+"""The CUDA kernels on a CPU: csrc/cuda compiled with g++ against tests/emulation/, and put in place of relssl._cuda."""
+
+import ctypes
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from relssl import backends
+from relssl.kernels.heuristics import Chip
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA, EMULATION = ROOT / "csrc/cuda", ROOT / "tests/emulation"
+WIDTHS = (64, 128, 256, 512)
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-include", EMULATION / "cuda.h"]
+
+
+def compile_to(target, source, *flags):
+    command = ["g++", *FLAGS, f"-I{CUDA}", *flags, "-x", "c++", "-c", source, "-o", target]
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def objects(folder):
+    """What the module consists of: object file -> arguments of compile_to."""
+    import pybind11
+
+    python = f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"
+    named = "-DRELSSL_MODULE=_emulated", '-DRELSSL_ARCHITECTURES="sm_80, sm_90a"', "-DRELSSL_SM90A"
+    found = {"binding": (CUDA / "binding.cpp", *python, *named), "control": (EMULATION / "control.cpp",)}
+    for name in ("lookup_sm90", "lookup_sm80"):
+        found |= {f"{name}_{width}": (CUDA / f"{name}.cu", f"-DRELSSL_DIM={width}") for width in WIDTHS}
+    found["combine"] = (CUDA / "combine.cu",)
+    return {folder / f"{name}.o": arguments for name, arguments in found.items()}
+
+
+def link(target, files):
+    subprocess.run(["g++", "-shared", *map(str, files), "-o", str(target)], check=True)
+
+
+def build():
+    """The module's file; compiled once for each state of the sources."""
+    sources = sorted([*CUDA.iterdir(), *EMULATION.iterdir(), Path(__file__)])
+    state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    folder = ROOT / "build/emulated" / state
+    module = folder / "_emulated.so"
+    if not module.exists():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+        files = objects(folder)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda item: compile_to(item[0], *item[1]), files.items()))
+        link(module, files)
+    return module
+
+
+def load(file):
+    spec = importlib.util.spec_from_file_location("_emulated", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    seed = ctypes.CDLL(str(file)).emulation_seed
+    seed.argtypes = [ctypes.c_uint64]
+    module.seed = seed
+    return module
+
+
+def install(module, patch, path, processors=3):
+    """Have the backend "cuda" run on CPU tensors by a module's kernels for one capability, 80 or 90."""
+    cuda = backends.MODULES["cuda"]
+    patch(cuda, "_cuda", module)
+    patch(cuda, "supports", lambda device, dtype, dim: None)
+    patch(cuda, "_chip", lambda index: Chip(path, processors))
+    patch(cuda, "_place", lambda x: (0, 0))
+    patch(cuda, "_path", lambda chip, queue=None: path)
+    return cuda

@@ -1,0 +1,261 @@
+"""The CUDA kernels: each of them on a CPU (emulated.py), and on a GPU where there is one."""
+
+import checks
+import emulated
+import pytest
+import torch
+from checks import batch, check_info_nce, check_logsumexp, check_relation, on
+from oracle import unit
+
+from relssl import backends
+from relssl.functional import info_nce, queue_logsumexp, relation_loss
+
+DTYPES = [torch.bfloat16, torch.float16]
+WIDTHS = [64, 128, 256, 512]
+PATHS = [80, 90]  # the capability that a kernel is for
+
+
+@pytest.fixture(scope="session")
+def module():
+    return emulated.load(emulated.build())
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: f"sm_{path}")
+def cuda(request, module, monkeypatch):
+    """The backend, with each kernel in turn."""
+    module.seed(1)
+    monkeypatch.setattr(checks, "EMULATED", True)
+    return emulated.install(module, monkeypatch.setattr, request.param)
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: f"sm_{path}")
+def on_gpu(request, monkeypatch):
+    if request.param == 90:
+        monkeypatch.setenv("RELSSL_CUDA_KERNEL", "sm_90a")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("a kernel for Hopper alone")
+    return backends.MODULES["cuda"]
+
+
+def losses(q, k, queue, tau=0.2, exclude=None):
+    how = {"reduction": "none", "backend": "cuda"}
+    return (
+        relation_loss(q, k, queue, student_temperature=tau, **how),
+        relation_loss(q, k, queue, form="ce", teacher_temperature=tau, **how),
+        info_nce(q, k, queue, temperature=tau, **how),
+        *queue_logsumexp(k, queue, tau, exclude=exclude, backend="cuda"),
+    )
+
+
+def with_gradients(q, k, queue, **options):
+    leaf = q.clone().requires_grad_()
+    outputs = losses(leaf, k, queue, **options)
+    return *outputs, *torch.autograd.grad(sum(t.sum() for t in outputs[:3]), leaf)
+
+
+def check_all(q, k, queue, tau_s=0.1, tau_t=0.04, exclude=None):
+    check_relation(q, k, queue, tau_s, tau_t, "kl", "cuda")
+    check_info_nce(q, k, queue, tau_s, "cuda")
+    check_logsumexp(k, queue, tau_t, "cuda", exclude)
+
+
+# ----------------------------------------------------------------------------------- against the oracle
+
+# Views, B, K: one row of each; tiles and blocks of rows not filled, and both filled and more; rows of both stacks in
+# one block, and blocks of one.
+SHAPES = [(None, 1, 1), (None, 3, 17), (2, 20, 130), (None, 70, 300), (None, 257, 200)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_losses(cuda, dtype, dim, shape):
+    q, k, queue = batch(*shape, dim, dtype)
+    exclude = torch.randint(-1, len(queue), (len(k),)) if len(queue) > 1 else None
+    check_all(q, k, queue, exclude=exclude)
+
+
+# Views, B, K, D on a GPU: what an emulation has no time for. K is the published size and one row more.
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(None, 257, 1000), (2, 33, 4096), (None, 3, 65_537)], ids=str)
+@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_losses_on_a_gpu(on_gpu, dtype, dim, shape):
+    q, k, queue = batch(*shape, dim, dtype)
+    check_all(q, k, queue, exclude=torch.randint(-1, len(queue), (len(k),)))
+
+
+@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize(
+    ("tau_s", "tau_t", "norm"),
+    [
+        (0.005, 0.005, 1.0),  # logits of 200: exp overflows float32 unless the maximum is taken out
+        (0.1, 0.04, 100.0),  # logits of 250,000: one-hot teachers
+        (1e4, 1e4, 1.0),  # uniform
+        (0.005, 50.0, 1.0),  # each side at its own end
+    ],
+)
+def test_extremes(cuda, dim, tau_s, tau_t, norm):
+    for dtype in DTYPES:
+        check_all(*batch(None, 7, 200, dim, dtype, norm), tau_s, tau_t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_huge_logit_and_equal_ones(cuda, dtype):
+    q, k, queue = batch(None, 4, 300, 64, dtype)
+    queue[299] = q[1] * 1e3  # seen last, after many small ones
+    check_all(q, k, queue)
+    check_all(q, k, queue.flip(0))
+    check_all(q, k, queue[:1].repeat(200, 1))
+
+
+# -------------------------------------------------------------------------------------- layouts and values
+
+
+def transposed(t):
+    return t.mT.contiguous().mT
+
+
+def shifted(t):
+    """Rows that no 16-byte copy can begin at."""
+    store = t.new_zeros(t.numel() + 1)
+    return store[1:].view(t.shape).copy_(t)
+
+
+def spread(t):
+    """Rows with a gap, which copies can jump."""
+    return t.new_full((t.shape[0], 2 * t.shape[1]), torch.nan)[:, : t.shape[1]].copy_(t)
+
+
+def expanded(t):
+    return t[:1].expand_as(t)
+
+
+@pytest.mark.parametrize("layout", [transposed, shifted, spread, expanded])
+def test_strides(cuda, layout):
+    for which in range(3):
+        inputs = batch(None, 6, 150, 64, torch.bfloat16)
+        inputs = [layout(t) if i == which else t for i, t in enumerate(inputs)]
+        check_all(*inputs)
+
+
+def test_rows_beyond_32_bits(cuda):
+    """Rows 2**29 elements apart, from the fifth on beyond 32-bit offsets; few pages are touched."""
+    for which in range(3):
+        inputs = list(batch(None, 6, 6, 64, torch.bfloat16))
+        store = inputs[which].new_empty(2**29 * 5 + 64)
+        inputs[which] = store.as_strided((6, 64), (2**29, 1)).copy_(inputs[which])
+        check_relation(*inputs, 0.1, 0.04, "kl", "cuda")
+
+
+def test_bad_rows_do_not_spread(cuda):
+    q, k, queue = batch(None, 40, 200, 64, torch.bfloat16)
+    good = losses(q, k, queue)
+    q[3, 5], k[7, 0] = torch.nan, torch.inf
+    for one, other in zip(losses(q, k, queue), good, strict=True):
+        bad = one.flatten(1).isnan().any(1) if one.dim() > 1 else one.isnan()
+        assert set(bad.nonzero().flatten().tolist()) <= {3, 7} and bad.any()
+        # Good rows beside a bad one are computed with a running maximum: their p is rounded elsewhere.
+        torch.testing.assert_close(one[~bad], other[~bad], rtol=1e-2, atol=1e-2)
+
+
+def test_a_row_left_with_nothing(cuda):
+    x, queue = unit(2, 64, dtype=torch.bfloat16), unit(1, 64, dtype=torch.bfloat16)
+    lse, mean = queue_logsumexp(x, queue, 0.1, exclude=torch.tensor([0, -1]), backend="cuda")
+    assert lse[0] == -torch.inf and (mean[0] == 0).all()
+    assert lse[1].isfinite() and torch.equal(mean[1], queue[0].float())
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.005, 1e4])
+def test_numbers_and_tensors_are_the_same_temperature(cuda, tau):
+    inputs = batch(None, 5, 150, 64, torch.bfloat16)
+    tensor = torch.tensor(tau)
+    for one, other in zip(with_gradients(*inputs, tau=tau), with_gradients(*inputs, tau=tensor), strict=True):
+        # One more rounding of 1 / tau, which logits of up to 200 multiply.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_gradients_the_same_values(cuda, dtype, dim):
+    q, k, queue = batch(2, 5, 150, dim, dtype)
+    for one, other in zip(losses(q, k, queue), losses(q.clone().requires_grad_(), k, queue), strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- the two paths
+
+
+def references(cuda, x, queue, scale):
+    """What similarities were measured from: 0 where the first path was exact, else a large one."""
+    (stats, means) = cuda.lookup(x, x[:0], queue, cuda.scales([scale] * 2), None, True)
+    return stats[0], means
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_fixed_reference_serves_unit_rows(cuda, dtype):
+    reference, _ = references(cuda, unit(40, 64, dtype=dtype), unit(300, 64, dtype=dtype), 25.0)
+    assert (reference == 0).all() if dtype == torch.bfloat16 else (reference != 0).all()
+
+
+def test_a_running_maximum_serves_the_others(cuda):
+    x, queue = unit(3, 64, dtype=torch.bfloat16), unit(300, 64, dtype=torch.bfloat16)
+    queue[7] = x[0]  # a logit of 200
+    reference, _ = references(cuda, x, queue, 200.0)
+    assert (reference[:, 0] != 0).any()
+    check_logsumexp(x, queue, 1 / 200, "cuda")
+
+
+def test_an_overflowing_mean_is_redone(cuda):
+    # 2^(c s) is about 2^90 and the rows are of 2^50: their product is no float32, the mean is.
+    x, queue = torch.zeros(2, 64).bfloat16(), unit(50, 64, dtype=torch.bfloat16)
+    queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50
+    reference, means = references(cuda, x, queue, 62.0)
+    assert (reference != 0).all() and means.isfinite().all()
+    _, mean = queue_logsumexp(x, queue, 1 / 62, backend="cuda")
+    torch.testing.assert_close(mean[:, 0], torch.full((2,), 2.0**50))
+
+
+def test_float16_counts_what_lies_far_below_the_largest(cuda):
+    """Thousands of entries 2^-26 below the largest, which a p of at most 1 could not hold."""
+    x = torch.zeros(1, 64).half()
+    x[0, 0] = 1
+    queue = torch.zeros(2000, 64).half()
+    queue[:, 0], queue[:, 1] = -18.0, 1.0
+    queue[0, 0], queue[0, 1] = 0, 0
+    _, mean = queue_logsumexp(x, queue, 1.0, backend="cuda")
+    expected = 1999 * torch.exp(torch.tensor(-18.0))
+    torch.testing.assert_close(mean[0, 1], expected, rtol=2e-2, atol=0)
+
+
+# ------------------------------------------------------------------------------------- how it is cut and run
+
+
+@pytest.mark.parametrize("processors", [1, 2, 64])
+def test_any_number_of_splits(cuda, processors, monkeypatch):
+    """By their number alone results differ in rounding only."""
+    inputs = batch(2, 5, 600, 64, torch.bfloat16)
+    expected = with_gradients(*inputs)
+    chip = cuda._chip(0)._replace(processors=processors)
+    monkeypatch.setattr(cuda, "_chip", lambda index: chip)
+    for got, want in zip(with_gradients(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_schedule_gives_equal_results(cuda, module, dtype, dim):
+    inputs = batch(None, 20, 400, dim, dtype)
+    module.seed(2)
+    expected = with_gradients(*inputs)
+    for seed in range(3, 8):
+        module.seed(seed)
+        assert all(torch.equal(a, b) for a, b in zip(with_gradients(*inputs), expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", WIDTHS)
+def test_bitwise_equal_from_run_to_run(on_gpu, dim):
+    inputs = on("cuda", *batch(None, 64, 20_000, dim, torch.bfloat16))
+    for one, other in zip(with_gradients(*inputs), with_gradients(*inputs), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,83 @@
+"""Every barrier and every wait of the CUDA kernels is needed, and the emulation misses each one that is left out.
+
+Each is removed in turn from a copy of the source; what is left must give other results, or none, for some schedule.
+"""
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import emulated
+import pytest
+
+# What orders threads, copies and products. (Turns at issuing products are for speed alone.)
+ORDERS = r"(__syncthreads|meet|cp_async_wait<.*?>|fence_proxy|mbarrier_wait|wgmma_wait<.*?>|await_mean)\("
+FILES = ["lookup_sm80", "lookup_sm90", "combine"]
+
+
+def sites():
+    """File and line number of everything that orders, where that is called."""
+    for name in FILES:
+        for number, line in enumerate((emulated.CUDA / f"{name}.cu").read_text().splitlines()):
+            code = line.split("//")[0].strip()
+            if re.search(ORDERS, code) and "__device__" not in code:
+                yield pytest.param(name, number, id=f"{name}-{number + 1}-{code}")
+
+
+def widths(name):
+    """Those that reach all of a file: 512 has warps that share rows."""
+    return [None] if name == "combine" else [64, 512]
+
+
+def mutant(tmp_path, name, number, width):
+    """The module with a line's call removed, or as it is."""
+    lines = (emulated.CUDA / f"{name}.cu").read_text().splitlines()
+    if number is not None:
+        lines[number] = re.sub(ORDERS + r".*?\);", ";", lines[number].split("//")[0])
+    source = tmp_path / f"{name}.cu"
+    source.write_text("\n".join(lines) + "\n")
+    folder = emulated.build().parent
+    changed = f"{name}_{width}.o" if width else f"{name}.o"
+    flags = [f"-DRELSSL_DIM={width}"] if width else []
+    emulated.compile_to(tmp_path / changed, source, "-O1", *flags)
+    module = tmp_path / "_emulated.so"
+    emulated.link(module, [tmp_path / changed, *(f for f in folder.glob("*.o") if f.name != changed)])
+    return module
+
+
+def run(module, name, width):
+    path = "90" if name == "lookup_sm90" else "80"
+    worker = Path(__file__).with_name("emulated_worker.py")
+    command = [sys.executable, "-W", "ignore", worker, module, path, str(width or 64)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run.stdout or run.stderr
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """What each of the sites comes to, all of them worked on by both cores."""
+    emulated.build()
+
+    def judge(name, number):
+        for width in widths(name):
+            told = run(mutant(tmp_path_factory.mktemp(name), name, number, width), name, width)
+            if told != "agrees\n":
+                break
+        return told
+
+    with ThreadPoolExecutor(2) as pool:
+        cases = [(name, None) for name in FILES] + [tuple(site.values) for site in sites()]
+        yield {case: pool.submit(judge, *case) for case in cases}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whole_kernels_agree(verdicts, name):
+    assert verdicts[name, None].result() == "agrees\n"
+
+
+@pytest.mark.parametrize(("name", "number"), list(sites()))
+def test_each_is_needed(verdicts, name, number):
+    assert verdicts[name, number].result().startswith("caught")
