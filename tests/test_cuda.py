@@ -248,7 +248,7 @@ def test_any_schedule_gives_equal_results(cuda, module, dtype, dim):
     inputs = batch(None, 20, 400, dim, dtype)
     module.seed(2)
     expected = with_gradients(*inputs)
-    for seed in range(3, 8):
+    for seed in range(3, 6):
         module.seed(seed)
         assert all(torch.equal(a, b) for a, b in zip(with_gradients(*inputs), expected, strict=True))
 

@@ -118,13 +118,22 @@ inline float from_bits<BF16>(uint16_t bits) {
   return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
-template <>
-inline float from_bits<FP16>(uint16_t bits) {
+inline float from_half(int bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
                      : exponent     ? std::ldexp(1024.f + fraction, exponent - 25)
                                     : std::ldexp(static_cast<float>(fraction), -24);
   return bits >> 15 ? -size : size;
+}
+
+template <>
+inline float from_bits<FP16>(uint16_t bits) {
+  static const std::vector<float> values = [] {
+    std::vector<float> all(1 << 16);
+    for (int i = 0; i < 1 << 16; i++) all[i] = from_half(i);
+    return all;
+  }();
+  return values[bits];
 }
 
 template <class T>

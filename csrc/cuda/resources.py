@@ -1,0 +1,109 @@
+"""What nvcc made of the kernels in the installed extension, without a GPU:
+
+    python csrc/cuda/resources.py
+
+prints registers, spilled bytes, shared memory and the instructions that matter, as a table in Markdown.
+cuobjdump and nvdisasm are those on PATH, or the ones that come with Triton.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# As SASS names what the kernels stand on: products, and copies that leave the registers alone.
+INSTRUCTIONS = {"HMMA": "mma.sync", "HGMMA": "wgmma", "LDGSTS": "cp.async", "UTMALDG": "bulk tensor copy"}
+LOOKUP = re.compile(r"_ZN6relssl\d+(sm\d+)6lookupINS_4(BF16|FP16)ELi(\d+)ELb([01])E")
+COMBINE = re.compile(r"_ZN6relssl.*?(combine_(?:rows|relation|info_nce))(?:INS_4(BF16|FP16)E)?")
+
+
+class Resources(NamedTuple):
+    kernel: str
+    chip: str  # what it was compiled for
+    dtype: str
+    dim: int  # 0: any
+    mean: bool
+    registers: int
+    spilled: int  # bytes of stack: nothing else goes there
+    shared: int  # bytes
+    instructions: dict[str, int]  # how often each of INSTRUCTIONS occurs
+    serialized: int  # products that are waited for one by one
+
+
+def extension() -> Path | None:
+    spec = importlib.util.find_spec("relssl._cuda")
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def tools() -> Path | None:
+    """The folder with cuobjdump and nvdisasm."""
+    found = shutil.which("cuobjdump")
+    if found and shutil.which("nvdisasm"):
+        return Path(found).parent
+    triton = importlib.util.find_spec("triton")
+    folder = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else None
+    return folder if folder and (folder / "cuobjdump").exists() else None
+
+
+def dump(option: str, file: Path) -> str:
+    folder = tools()
+    if folder is None:
+        raise SystemExit("neither the CUDA toolkit's cuobjdump nor Triton's was found")
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    command = [folder / "cuobjdump", option, file]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def kernels(file: Path) -> Iterator[Resources]:
+    """Of every kernel for every chip."""
+    from relssl import _cuda  # type: ignore[attr-defined]
+
+    code: dict[tuple[str, str], str] = {}
+    chip = ""
+    for part in re.split(r"(?m)^(?=\s*(?:arch = |Function : ))", dump("-sass", file)):
+        if found := re.match(r"\s*arch = (\S+)", part):
+            chip = found[1]
+        elif found := re.match(r"\s*Function : (\S+)", part):
+            code[chip, found[1]] = part
+    for line in re.split(r"(?m)^(?=\s*(?:arch = |\s*Function ))", dump("-res-usage", file)):
+        if found := re.match(r"\s*arch = (\S+)", line):
+            chip = found[1]
+        if not (found := re.match(r"\s*Function (\S+):\s*REG:(\d+) STACK:(\d+)", line)):
+            continue
+        name, registers, stack = found[1], int(found[2]), int(found[3])
+        text = code[chip, name]
+        counts = {i: len(re.findall(rf"\b{i}\b", text)) for i in INSTRUCTIONS}
+        # Each product of a chain but its last leaves the waiting to that one.
+        waits, products = text.count("gsb0") - text.count("DEPBAR.LE gsb0"), counts["HGMMA"]
+        if found := LOOKUP.match(name):
+            own, dtype, dim, mean = found[1], found[2].lower(), int(found[3]), found[4] == "1"
+            shared = _cuda.tiles(dim, int(own[2:]))[-1]
+            kernel = f"lookup_{own}"
+        elif found := COMBINE.match(name):
+            kernel, dtype, dim, mean, shared = found[1], (found[2] or "").lower(), 0, True, 0
+        else:
+            continue
+        serialized = waits if products and waits == products else 0
+        yield Resources(kernel, chip, dtype, dim, mean, registers, stack, shared, counts, serialized)
+
+
+def main() -> None:
+    file = extension()
+    if file is None:
+        raise SystemExit("relssl._cuda is not built: see `relssl info`")
+    print("| kernel | compiled for | dtype | D | mean | registers | spilled | shared | by |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for r in sorted(kernels(file), key=lambda r: (r.kernel, r.chip, r.dtype, r.dim, r.mean)):
+        by = ", ".join(INSTRUCTIONS[i] for i, count in r.instructions.items() if count)
+        mean = "yes" if r.mean else "no"
+        cells = r.kernel, r.chip, r.dtype, r.dim or "any", mean, r.registers, r.spilled, f"{r.shared:,}", by
+        print("|", *(f"{cell} |" for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
