@@ -45,13 +45,15 @@ X86 = {
 EMULATED = {"emulated": [*AVX2, "-DRELSSL_VECTOR_BYTES=64", "-DRELSSL_EMULATED", "-O2"]}
 
 
-def compiler() -> list[str]:
+def compiler(needed: bool = True) -> list[str]:
     given = shlex.split(os.environ.get("CXX", ""))
     for command in [given] if given else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
+    if not needed:
+        return []
     raise SystemExit(
-        f"relssl: no C++ compiler ({given[0] if given else 'c++, g++ or clang++'}) was found for the CPU"
+        f"relssl: no C++ compiler ({given[0] if given else 'c++, g++ or clang++'}) was found for the native"
         " kernels. Install one, name it in CXX, or set RELSSL_CPU=0 to install without them (slower on CPUs)."
     )
 
@@ -222,9 +224,10 @@ class NinjaBuildExt(build_ext):
 
 def extensions() -> list[Extension]:
     found = []
-    if os.environ.get("RELSSL_CPU") != "0":
+    cpu = os.environ.get("RELSSL_CPU") != "0"
+    if cpu:
         found.append(Extension("relssl._cpu", [], language="c++", extra_link_args=["-pthread"]))
-    if TOOLKIT:
+    if TOOLKIT and compiler(needed=cpu or MODE == "1"):  # which nvcc needs, too
         libraries = [f"-L{TOOLKIT.library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         link = [*libraries, "-Wl,--exclude-libs,ALL"]
         found.append(Extension("relssl._cuda", [], language="c++", extra_link_args=link))

@@ -6,7 +6,7 @@ import numpy
 import torch
 
 from relssl import backends
-from relssl.backends import cpu
+from relssl.backends import cpu, cuda
 from relssl.version import __version__
 
 
@@ -15,6 +15,17 @@ def _instruction_sets() -> str:
         return cpu._missing
     others = [name for name in cpu._cpu.instruction_sets() if name != cpu._cpu.instruction_set()]
     return f"C++ kernels for {cpu._cpu.instruction_set()} (RELSSL_CPU_ISA could choose {', '.join(others)})"
+
+
+def _cuda_kernels() -> str:
+    if cuda._cuda is None:
+        return cuda.missing
+    reason = cuda._cuda.missing(0)
+    return f"kernels built for {cuda._cuda.architectures}" + (f" (cannot run here: {reason})" if reason else "")
+
+
+def _by_name_only(name: str) -> str | None:
+    return "by name only" if name in backends.ON_REQUEST else None
 
 
 def report() -> str:
@@ -33,11 +44,13 @@ def report() -> str:
         f"torch {torch.__version__}, triton {triton_version}, numpy {numpy.__version__}",
         f"CPU threads {torch.get_num_threads()}, {_instruction_sets()}",
         f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen by torch'}",
+        f"CUDA C++ {_cuda_kernels()}",
         "",
         "backends, in the order auto tries them:",
     ]
     for name in backends.MODULES:
-        lines.append(f"  {name:<12}{(backends.MODULES[name].__doc__ or '').splitlines()[0]}")
+        about = (backends.MODULES[name].__doc__ or "").splitlines()[0]
+        lines.append(f"  {name:<12}{about}" + " (By name only.)" * (name in backends.ON_REQUEST))
     lines += ["", 'backend="auto" at D = 128:']
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -45,7 +58,7 @@ def report() -> str:
             refused = [
                 f"{name}: {reason}"
                 for name in backends.MODULES
-                if (reason := backends.MODULES[name].supports(device, dtype, 128))
+                if (reason := backends.MODULES[name].supports(device, dtype, 128) or _by_name_only(name))
             ]
             kind = str(dtype).removeprefix("torch.")
             lines.append(f"  {device:<6}{kind:<10}{chosen}" + "".join(f"  ({r})" for r in refused))

@@ -30,3 +30,52 @@ def test_left_out(tmp_path):
     run = build(tmp_path, CXX="no-such-compiler", RELSSL_CPU="0")
     assert run.returncode == 0, run.stderr
     assert not list(tmp_path.rglob("_cpu*"))
+
+
+# ------------------------------------------------------------------------------------------------ CUDA
+
+
+def toolkit(folder, compiles):
+    """Something that looks like nvcc with its toolkit."""
+    for name in ("bin/nvcc", "lib64/libcudart_static.a", "include/cuda_runtime_api.h"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    nvcc = folder / "bin/nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "#$ TOP={folder}" >&2\ncase "$*" in *--dryrun*) exit 0;; esac\n{compiles}\n')
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+def record(tmp_path):
+    return (tmp_path / "lib/relssl/_build_info.py").read_text()
+
+
+def test_cuda_asked_for_without_nvcc(tmp_path):
+    run = build(tmp_path, RELSSL_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
+    assert run.returncode == 1
+    assert "RELSSL_CUDA=1, but no working nvcc" in run.stderr and "CUDA_HOME" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_cuda_left_out(tmp_path):
+    run = build(tmp_path, RELSSL_CUDA="0", CXXFLAGS="-O0")
+    assert run.returncode == 0, run.stderr
+    assert list(tmp_path.rglob("_cpu*.so")) and not list(tmp_path.rglob("_cuda*"))
+    assert "RELSSL_CUDA=0" in record(tmp_path)
+
+
+def test_a_failing_nvcc_leaves_the_rest(tmp_path):
+    home = toolkit(tmp_path / "cuda", compiles="echo no such luck >&2; exit 1")
+    run = build(tmp_path, RELSSL_CUDA="auto", CUDA_HOME=home, CXXFLAGS="-O0")
+    assert run.returncode == 0, run.stderr
+    assert list(tmp_path.rglob("_cpu*.so")) and not list(tmp_path.rglob("_cuda*.so"))
+    assert "nvcc failed" in record(tmp_path) and "nvcc failed" in run.stderr
+    run = build(tmp_path, RELSSL_CUDA="1", CUDA_HOME=home, CXXFLAGS="-O0")
+    assert run.returncode == 1 and "compiling the CUDA kernels failed" in run.stderr
+    assert "no such luck" in run.stdout + run.stderr and "Traceback" not in run.stderr
+
+
+def test_unknown_architecture(tmp_path):
+    home = toolkit(tmp_path / "cuda", compiles="exit 0")
+    run = build(tmp_path, CUDA_HOME=home, RELSSL_CPU="0", RELSSL_CUDA_ARCHS="80;ampere")
+    assert run.returncode == 1 and "got 'ampere' in it" in run.stderr and "Traceback" not in run.stderr

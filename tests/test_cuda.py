@@ -1,11 +1,15 @@
 """The CUDA kernels: each of them on a CPU (emulated.py), and on a GPU where there is one."""
 
+import importlib
+import importlib.util
+
 import checks
 import emulated
 import pytest
 import torch
 from checks import batch, check_info_nce, check_logsumexp, check_relation, on
 from oracle import unit
+from relssl.kernels.heuristics import Chip
 
 from relssl import backends
 from relssl.functional import info_nce, queue_logsumexp, relation_loss
@@ -259,3 +263,126 @@ def test_bitwise_equal_from_run_to_run(on_gpu, dim):
     inputs = on("cuda", *batch(None, 64, 20_000, dim, torch.bfloat16))
     for one, other in zip(with_gradients(*inputs), with_gradients(*inputs), strict=True):
         assert torch.equal(one, other)
+
+
+# ---------------------------------------------------------------------------------- who and what is refused
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "reason"),
+    [
+        ("cpu", torch.bfloat16, 128, "NVIDIA GPUs, not on cpu"),
+        ("cuda", torch.float32, 128, "not float32"),
+        ("cuda", torch.bfloat16, 96, "rows of 64, 128, 256, 512, not of 96"),
+        ("cuda", torch.bfloat16, 128, "compute capability 8.0, not 7.5"),
+        ("cuda", torch.bfloat16, 512, "135680 bytes of shared memory, this GPU has 101376"),
+    ],
+)
+def test_reasons(module, monkeypatch, device, dtype, dim, reason):
+    cuda = backends.MODULES["cuda"]
+    capability = 75 if "7.5" in reason else 86
+    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_chip", lambda index: Chip(capability, 100))
+    monkeypatch.setattr(cuda, "_shared", lambda index: 101_376)
+    with pytest.raises(ValueError, match=f"backend 'cuda' cannot run this: .*{reason}"):
+        backends.choose("cuda", device, dtype, dim)
+    if capability == 86:
+        assert backends.choose("cuda", "cuda", torch.float16, 128) == "cuda"
+
+
+def test_not_built(monkeypatch):
+    monkeypatch.setattr(backends.MODULES["cuda"], "_cuda", None)
+    monkeypatch.setattr(backends.MODULES["cuda"], "missing", "relssl._cuda is not built: no nvcc was found")
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run this: .*no nvcc was found"):
+        backends.choose("cuda", "cuda", torch.bfloat16, 128)
+
+
+def test_auto_passes_it_by(monkeypatch):
+    """No measurement favours it."""
+    monkeypatch.setattr(backends.MODULES["cuda"], "supports", lambda *arguments: None)
+    monkeypatch.setattr(backends.MODULES["triton"], "supports", lambda *arguments: None)
+    assert backends.choose("auto", "cuda", torch.bfloat16, 128) == "triton"
+
+
+def test_the_hopper_kernel_is_asked_for(module, monkeypatch):
+    cuda = backends.MODULES["cuda"]
+    monkeypatch.setattr(cuda, "_cuda", module)
+    queue = torch.zeros(10, 64)
+    assert cuda._path(Chip(90, 132), queue) == 80
+    monkeypatch.setenv("RELSSL_CUDA_KERNEL", "sm_90a")
+    assert cuda._path(Chip(90, 132), queue) == 90
+    assert cuda._path(Chip(90, 132), queue[:1].expand(10, 64)) == 80  # rows that overlap
+    assert cuda._path(Chip(80, 108), queue) == cuda._path(Chip(100, 148), queue) == 80
+
+
+# The arguments of a lookup, all of them good; addresses that nobody reads.
+GOOD = {
+    "place": (0, 0), "path": 80, "first": (4096, 128, 3), "scale_first": (1.0, 0), "second": (0, 128, 0),
+    "scale_second": (1.0, 0), "queue": (8192, 128, 100), "dim": 128, "bf16": True, "exclude": 0,
+    "splits": 1, "step": 128, "stats": 4096, "means": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"first": (0, 128, 3)}, "x is null"),
+        ({"queue": (0, 128, 100)}, "queue is null"),
+        ({"stats": 0}, "stats is null"),
+        ({"first": (4098, 128, 3)}, "x has rows that do not begin at multiples of 16 bytes"),
+        ({"queue": (8192, 129, 100)}, "queue has rows that do not begin at multiples of 16 bytes"),
+        ({"queue": (8192, 128, 0)}, "queue has a size out of range: 0"),
+        ({"queue": (8192, 128, 2**31)}, "queue has a size out of range: 2147483648"),
+        ({"first": (4096, 128, 2**31 - 1), "second": (4096, 128, 1)}, "x has a size out of range: 2147483648"),
+        ({"dim": 96}, "there is no kernel for rows of 96"),
+        ({"path": 70}, "there is no kernel for sm_70"),
+        ({"step": 96}, "1 splits of 96 rows do not cut a queue of 100"),
+        ({"splits": 257}, "257 splits of 128 rows do not cut a queue of 100"),
+        ({"splits": 2}, "2 splits of 128 rows do not cut a queue of 100"),
+    ],
+)
+def test_what_would_be_fatal_is_refused(module, changed, message):
+    with pytest.raises(ValueError, match=message):
+        module.lookup(*(GOOD | changed).values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a launch that fails")
+def test_an_error_of_cuda_names_the_shape():
+    _cuda = pytest.importorskip("relssl._cuda")
+    with pytest.raises(RuntimeError, match="looking up 3 rows of width 128 in a queue of 100 on device 0: CUDA"):
+        _cuda.lookup(*GOOD.values())
+    assert "CUDA" in _cuda.missing(0)
+
+
+# ----------------------------------------------------------------------------------- what nvcc made of them
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    spec = importlib.util.spec_from_file_location("resources", emulated.CUDA / "resources.py")
+    resources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(resources)
+    file = resources.extension()
+    if file is None or resources.tools() is None:
+        pytest.skip("the CUDA extension is not built, or there is no cuobjdump")
+    return list(resources.kernels(file))
+
+
+def test_nothing_is_spilled(compiled):
+    built = importlib.import_module("relssl._cuda").architectures
+    chips = [name for name in built.split(", ") if name.startswith("sm_")]
+    # Two dtypes, with the mean and without; five combinations.
+    assert len(compiled) == len(chips) * (4 * len(WIDTHS) + 5) + 4 * len(WIDTHS) * ("sm_90a" in chips)
+    assert {r.spilled for r in compiled} == {0}
+    assert max(r.shared for r in compiled if r.kernel == "lookup_sm80") <= 166_912  # of an A100
+    assert max(r.shared for r in compiled) <= 232_448  # of Hopper
+
+
+def test_tensor_cores_and_copy_engines_do_the_work(compiled):
+    for r in compiled:
+        if r.kernel == "lookup_sm80":
+            assert r.instructions["HMMA"] >= 64 and r.instructions["LDGSTS"] > 0 and not r.instructions["HGMMA"]
+        if r.kernel == "lookup_sm90":
+            assert r.instructions["HGMMA"] >= 8 and r.instructions["UTMALDG"] > 0 and not r.instructions["HMMA"]
+            assert not r.serialized, f"{r}: each product is waited for"

@@ -158,7 +158,7 @@ def test_info_needs_torch_and_numpy_only(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    for word in ("relssl", "torch", "chunked", "reference", "bfloat16"):
+    for word in ("relssl", "torch", "chunked", "reference", "bfloat16", "CUDA C++"):
         assert word in run.stdout
 
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,16 +23,31 @@ import relssl
         "relssl.queue",
         "relssl.backends.chunked",
         "relssl.backends.cpu",
+        "relssl.backends.cuda",
         "relssl.backends.reference",
         "relssl.kernels",
         "relssl.backends.triton",
         "relssl._cpu",
+        "relssl._cuda",
     ],
 )
 def test_imports(name):
     if name == "relssl._cpu" and os.environ.get("RELSSL_CPU") == "0":
         pytest.skip("installed without it: RELSSL_CPU=0")
+    if name == "relssl._cuda":
+        built = importlib.import_module("relssl._build_info").CUDA
+        if not built.startswith("for "):
+            pytest.skip(f"installed without it: {built}")
     assert importlib.import_module(name).__name__ == name
+
+
+def test_the_cuda_extension_needs_no_cuda_library(tmp_path):
+    """It is imported where there is no GPU, no driver and no toolkit, too."""
+    file = importlib.util.find_spec("relssl._cuda")
+    if file is None:
+        pytest.skip("installed without it")
+    run = subprocess.run(["ldd", file.origin], capture_output=True, text=True, check=True)
+    assert "cuda" not in run.stdout.replace(file.origin, "")
 
 
 def test_version():

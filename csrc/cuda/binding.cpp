@@ -74,6 +74,16 @@ int width(int64_t dim) {
   return dim;
 }
 
+// The kernel for a capability, 80 or 90, as the table has it.
+Tiles table(int path, int64_t dim) {
+  width(dim);
+#ifdef RELSSL_SM90A
+  if (path == 90) return tiles_sm90(dim);
+#endif
+  if (path != 80) throw py::value_error("there is no kernel for sm_" + std::to_string(path));
+  return tiles_sm80(dim);
+}
+
 // An error says for what the launch was: the device, and the sizes.
 template <class Run>
 void launched(const Place& place, const std::string& what, Run run) {
@@ -95,7 +105,6 @@ void run_lookup(const Lookup& in, int path, int dim, bool bf16, bool mean, int s
       case 512: return lookup_sm90<512>(in, bf16, mean, splits, where);
     }
 #endif
-  if (path != 80) throw py::value_error("there is no kernel for sm_" + std::to_string(path));
   switch (dim) {
     case 64: return lookup_sm80<64>(in, bf16, mean, splits, where);
     case 128: return lookup_sm80<128>(in, bf16, mean, splits, where);
@@ -113,8 +122,7 @@ RELSSL_DEFINE(RELSSL_MODULE) {
 
   // Of the table: rows of x and of the queue, warps, stages, blocks to a multiprocessor; and bytes of shared memory.
   m.def("tiles", [](int64_t dim, int path) {
-    width(dim);
-    const Tiles t = path == 90 ? tiles_sm90(dim) : tiles_sm80(dim);
+    const Tiles t = table(path, dim);
     return std::make_tuple(t.m, t.n, t.warps, t.stages, t.blocks, path == 90 ? shared_sm90(dim) : shared_sm80(dim));
   });
 
@@ -145,7 +153,7 @@ RELSSL_DEFINE(RELSSL_MODULE) {
     in.rows = count(std::get<2>(first) + std::get<2>(second), "x");
     in.size = count(std::get<2>(queue), "queue");
     in.step = count(step, "step");
-    const Tiles t = path == 90 ? tiles_sm90(width(dim)) : tiles_sm80(width(dim));
+    const Tiles t = table(path, dim);
     if (splits < 1 || splits > MOST_SPLITS || step % t.n || splits * step < in.size || (splits - 1) * step >= in.size)
       throw py::value_error(std::to_string(splits) + " splits of " + std::to_string(step) + " rows do not cut a queue of " +
                             std::to_string(in.size) + " into whole tiles");

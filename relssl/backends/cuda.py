@@ -1,4 +1,4 @@
-"""CUDA C++ (csrc/cuda): the whole loss in two launches, on NVIDIA GPUs from Ampere on, for 16-bit rows.
+"""CUDA C++ (csrc/cuda): the whole loss in two launches, on NVIDIA GPUs from Ampere on; bfloat16 and float16.
 
 Here tensors become addresses: dtypes and shapes have been checked, and what has no contiguous, 16-byte aligned
 rows is copied once. RELSSL_CUDA_KERNEL=sm_90a has Hopper GPUs run the kernel made for them, which no GPU has
@@ -18,6 +18,7 @@ from relssl.backends import chunked, triton, two_steps
 from relssl.backends.common import Scale
 from relssl.kernels.heuristics import Chip, Tiles, log2_scale, splits
 
+missing = ""  # why there is no _cuda
 try:
     from relssl import _cuda  # type: ignore[attr-defined]
 except ImportError as error:
@@ -25,9 +26,9 @@ except ImportError as error:
     try:
         from relssl import _build_info
 
-        missing = f"relssl._cuda is not built ({_build_info.CUDA})"
+        missing = f"relssl._cuda is not built: {_build_info.CUDA}"
     except ImportError:
-        missing = f"relssl._cuda is not built ({error})"
+        missing = f"relssl._cuda is not built: {error}"
 
 WIDTHS = (64, 128, 256, 512)
 Number = tuple[float, int]  # a scale: its value, or its address

@@ -161,9 +161,8 @@ def _folder(root: Path, size: int) -> Data:
     Images must share a shape to be augmented as a batch, so each is first cut to its central square of
     8/7 of `size`, as in ImageNet evaluation; the random crops of training are taken out of that.
     """
-    from torchvision.transforms import v2
-
-    from relssl.data.torchvision_import import torchvision
+    from relssl.data.torchvision_import import torchvision  # isort: skip
+    from torchvision.transforms import v2  # which the import above makes possible
 
     test = next((root / n for n in ("val", "test") if (root / n).is_dir()), root / "val")
     for folder in (root / "train", test):
