@@ -1,8 +1,8 @@
 """Build relssl: the packages, and the native kernels of csrc/. Everything else is in pyproject.toml.
 
     RELSSL_CPU=0       leave out the C++ kernels; the backend "chunked" serves instead
-    RELSSL_CUDA        auto (default): build the CUDA kernels where nvcc is found and works; 1: fail where not;
-                       0: leave them out
+    RELSSL_CUDA        auto (default): build the CUDA kernels where nvcc is found and works; 1: fail where it
+                       does not; 0: leave them out
     RELSSL_CUDA_ARCHS  what to compile them for, default "80;90a;90+PTX"; CUDA_HOME says where nvcc is
     RELSSL_EMULATE=1   also build the code of AVX-512 BF16 for processors without it, for tests
     CXX, CXXFLAGS      the C++17 compiler (default c++, g++ or clang++) and more flags for it
@@ -93,7 +93,7 @@ class Toolkit(NamedTuple):
 
 
 def toolkit() -> Toolkit | None:
-    """nvcc with what belongs to it. It is asked where that is: the one on PATH may be a script of a few lines."""
+    """nvcc with what belongs to it, as it says itself: the one on PATH may be a script of a few lines."""
     if MODE == "0":
         return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -179,7 +179,7 @@ def compiled(objects: dict[str, Object], rules: dict[str, list[str]], folder: Pa
 
 
 class NinjaBuildExt(build_ext):
-    """Compile with ninja; link as setuptools does. CUDA kernels that fail do not take the others with them."""
+    """Compile with ninja; link as setuptools does. CUDA kernels that fail leave the others."""
 
     def run(self) -> None:
         if self.extensions:  # setuptools links with what CXX says, or else with what built Python.
@@ -197,7 +197,9 @@ class NinjaBuildExt(build_ext):
             if extension.name == "relssl._cpu":
                 objects = cpu_objects(cxx)
                 if not compiled(objects, rules, folder):
-                    raise SystemExit("relssl: compiling the CPU kernels failed. RELSSL_CPU=0 leaves them out.")
+                    raise SystemExit(
+                        "relssl: compiling the CPU kernels failed. RELSSL_CPU=0 leaves them out."
+                    )
             else:
                 assert TOOLKIT
                 objects = cuda_objects(TOOLKIT)
@@ -206,7 +208,9 @@ class NinjaBuildExt(build_ext):
                 if compiled(objects, rules | nvcc, folder):
                     note = "for " + ", ".join(architectures())
                 elif MODE == "1":
-                    raise SystemExit("relssl: compiling the CUDA kernels failed. RELSSL_CUDA=0 leaves them out.")
+                    raise SystemExit(
+                        "relssl: compiling the CUDA kernels failed. RELSSL_CUDA=0 leaves them out."
+                    )
                 else:
                     note = "nvcc failed; installing with RELSSL_CUDA=1 shows how"
                     print(f"relssl: left out the CUDA kernels: {note}", file=sys.stderr)

@@ -2,9 +2,9 @@
 
     python bench/gpu.py OUT [--quick]
 
-OUT gets the tests' report, relation_loss.json (device, driver, versions, commit; milliseconds of every peer,
-peak memory, the matrix rate of the same run) and table.txt, which is printed last. Each part is guarded: a
-failure leaves the rest.
+OUT gets the tests' report, what compute-sanitizer says of the CUDA kernels, relation_loss.json (device, driver,
+versions, commit; milliseconds of every peer, peak memory, the matrix rate of the same run) and table.txt,
+which is printed last. Each part is guarded: a failure leaves the rest.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TUNED = [(256, 65_536, 128), (1024, 262_144, 128)]
 GRID = itertools.product((256, 1024, 4096, 32), (65_536, 262_144, 1_048_576), (128, 256, 512))
 SHAPES = TUNED + [shape for shape in GRID if shape not in TUNED]
+OURS = ("triton", "cuda", "cuda sm_90a")
 WARM_UP, ROUNDS, LONGEST = 3, 15, 1.0  # rounds, and the seconds after which one side stops
 BUDGET = 240  # seconds for all shapes
 
@@ -150,11 +152,12 @@ def case(rows: int, size: int, dim: int, dtype: torch.dtype, cache: Tensor) -> d
     checked = {n: loss for n, loss in losses.items() if n in runs and n != "torch.compile"}
     result["error"] = errors(checked, q, k, queue) if size <= 262_144 else {}
     result["bytes"] = {name: peak_memory(run) for name, run in runs.items()}
-    own = {"triton, graph": replayed(losses["triton"], q, k, queue), "matrix product": lambda: a @ a}
+    own = {f"{n}, graph": replayed(losses[n], q, k, queue) for n in OURS if n in runs}
+    own["matrix product"] = lambda: a @ a
     result["times"] = milliseconds(runs | own, cache)
     ms = result["ms"] = {name: median(t) for name, t in result["times"].items()}
-    result["host_us"] = host_microseconds(runs["triton"])
-    result["flop_rate"] = 8 * rows * size * dim / ms["triton, graph"] / 1e9
+    result["host_us"] = {name: host_microseconds(runs[name]) for name in OURS if name in runs}
+    result["flop_rate"] = {n: 8 * rows * size * dim / ms[f"{n}, graph"] / 1e9 for n in OURS if n in runs}
     result["matrix_rate"] = 2 * 8192**3 / ms["matrix product"] / 1e9
     return result
 
@@ -163,18 +166,23 @@ def line(r: dict) -> str:
     ms, own = r["ms"], r["ms"]["triton"]
     cells = [f"{r['rows']:>5} {r['size']:>9,} {r['dim']:>4} {own:8.3f} {ms['triton, graph']:8.3f}"]
     split = next((n for n in ms if n.startswith("attention in")), "")
-    for peer in ("eager", "torch.compile", "attention", split, "chunked"):
+    for peer in ("eager", "torch.compile", "attention", split, "chunked", *OURS[1:]):
         cells.append(f"{ms[peer] / own:7.2f}" if peer in ms else "      -")
-    cells.append(f"{r['flop_rate'] / r['matrix_rate']:6.2f} {r['bytes']['triton'] / 2**20:6.1f}")
+    for name in OURS:
+        rate = r["flop_rate"].get(name)
+        cells.append(f"{rate / r['matrix_rate']:6.2f}" if rate else "     -")
+    cells.append(f"{r['bytes']['triton'] / 2**20:6.1f}")
     cells.append(
         f"{r['error'].get('triton', float('nan')):8.1e} {r['error'].get('eager', float('nan')):8.1e}"
     )
     return " ".join(cells)
 
 
-NAMES = ("B", "K", "D", "ms", "graph", "eager", "compile", "attn", "split", "chunked")
-NAMES += ("of mm", "MiB", "error", "eager's")
-HEAD = " ".join(f"{name:>{w}}" for name, w in zip(NAMES, (5, 9, 4, 8, 8, *5 * [7], 6, 6, 8, 8), strict=True))
+# Milliseconds are Triton's, peers multiples of them; "of mm" and what follows are fractions of the matrix rate.
+NAMES = ("B", "K", "D", "ms", "graph", "eager", "compile", "attn", "split", "chunked", "sm_80", "sm_90a")
+NAMES += ("of mm", "sm_80", "sm_90a", "MiB", "error", "eager's")
+WIDTHS = (5, 9, 4, 8, 8, *7 * [7], *3 * [6], 6, 8, 8)
+HEAD = " ".join(f"{name:>{w}}" for name, w in zip(NAMES, WIDTHS, strict=True))
 
 
 def machine() -> dict:
@@ -201,11 +209,40 @@ def tests(out: Path) -> str:
     """Of the installed package (-P: never of the source folder); what is new first."""
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "--maxfail=40"]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    command += [str(ROOT / "tests" / name) for name in ("test_triton.py", "test_losses.py")]
+    names = ("test_gpu.py", "test_cuda.py", "test_triton.py", "test_losses.py")
+    command += [str(ROOT / "tests" / name) for name in names]
     environment = os.environ | {"RELSSL_REQUIRE_GPU": "1"}
     with open(out / "tests.txt", "w") as report:
         subprocess.run(command, env=environment, stdout=report, stderr=subprocess.STDOUT, timeout=300)
     return (out / "tests.txt").read_text().strip().splitlines()[-1]
+
+
+# A few rows and tiles of each width, by both kernels and on both paths of the exponent.
+SANITIZED = """
+import os, sys, torch
+from relssl.functional import info_nce, relation_loss
+os.environ["RELSSL_CUDA_KERNEL"] = sys.argv[1]
+for dim in 64, 128, 256, 512:
+    for dtype in torch.bfloat16, torch.float16:
+        q, k, queue = (torch.randn(n, dim, device="cuda", dtype=dtype) for n in (70, 70, 1000))
+        q = torch.nn.functional.normalize(q, dim=1).requires_grad_()
+        relation_loss(q, k, queue, backend="cuda").backward()
+        info_nce(q, k, queue, backend="cuda").backward()
+torch.cuda.synchronize()
+"""
+
+
+def sanitized(out: Path) -> Iterator[str]:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        yield "compute-sanitizer is not here"
+        return
+    for kernel, kind in itertools.product(("sm_80", "sm_90a"), ("memcheck", "racecheck")):
+        with open(out / f"{kind}-{kernel}.txt", "w") as report:
+            command = [tool, "--tool", kind, sys.executable, "-P", "-c", SANITIZED, kernel]
+            subprocess.run(command, stdout=report, stderr=subprocess.STDOUT, timeout=60)
+        last = (out / f"{kind}-{kernel}.txt").read_text().strip().splitlines()[-1:]
+        yield f"{kind}, {kernel}: {' '.join(last)}"
 
 
 def sweep(out: Path, about: dict, quick: bool) -> Iterator[str]:
@@ -242,12 +279,16 @@ def main() -> None:
 
     about = machine()
     told(str(about))
-    try:
-        told(tests(options.out))
-    except Exception:
-        told(traceback.format_exc(limit=-2))
-    for text in sweep(options.out, about, options.quick):
-        told(text)
+    for part in (
+        lambda: [tests(options.out)],
+        lambda: sanitized(options.out),
+        lambda: sweep(options.out, about, options.quick),
+    ):
+        try:
+            for text in part():
+                told(text)
+        except Exception:
+            told(traceback.format_exc(limit=-2))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ Each peer is a function of (q, k, queue) that gives a scalar loss, of which only
 cross-entropy form that ReSSL's published code has, at its temperatures.
 """
 
+import os
 from collections.abc import Callable
 
 import eager
 import torch
 from torch import Tensor
 
+from relssl import backends
 from relssl.functional import relation_loss
 
 STUDENT, TEACHER = 0.1, 0.04
@@ -61,8 +63,12 @@ def published(q: Tensor, k: Tensor, columns: Tensor) -> Tensor:
     return eager.relation_loss(q, k, columns, STUDENT, TEACHER)
 
 
-def relssl(backend: str) -> Loss:
-    return lambda q, k, queue: relation_loss(q, k, queue, form="ce", backend=backend)
+def relssl(backend: str, kernel: str = "") -> Loss:
+    def loss(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+        os.environ["RELSSL_CUDA_KERNEL"] = kernel
+        return relation_loss(q, k, queue, form="ce", backend=backend)
+
+    return loss
 
 
 def peers(queue: Tensor, rows: int, tuned: bool = False) -> dict[str, Loss]:
@@ -83,4 +89,9 @@ def peers(queue: Tensor, rows: int, tuned: bool = False) -> dict[str, Loss]:
         while splits * -(-rows // 128) < processors and queue.shape[0] % (2 * splits) == 0:
             splits *= 2
         losses |= {"attention": attention(), f"attention in {splits}": attention(splits)}
-    return losses | {"triton": relssl("triton")}
+    losses["triton"] = relssl("triton")
+    if backends.MODULES["cuda"].supports("cuda", queue.dtype, queue.shape[1]) is None:
+        losses["cuda"] = relssl("cuda")
+        if torch.cuda.get_device_capability() == (9, 0):
+            losses["cuda sm_90a"] = relssl("cuda", "sm_90a")
+    return losses

@@ -21,7 +21,9 @@ def _cuda_kernels() -> str:
     if cuda._cuda is None:
         return cuda.missing
     reason = cuda._cuda.missing(0)
-    return f"kernels built for {cuda._cuda.architectures}" + (f" (cannot run here: {reason})" if reason else "")
+    return f"kernels built for {cuda._cuda.architectures}" + (
+        f" (cannot run here: {reason})" if reason else ""
+    )
 
 
 def _by_name_only(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: csrc/cuda compiled with g++ against tests/emulation/, and put in place of relssl._cuda."""
+"""The CUDA kernels on a CPU: csrc/cuda compiled by g++ against tests/emulation/, for relssl._cuda's place."""
 
 import ctypes
 import hashlib
@@ -9,13 +9,22 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from relssl import backends
 from relssl.kernels.heuristics import Chip
+
+from relssl import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA, EMULATION = ROOT / "csrc/cuda", ROOT / "tests/emulation"
 WIDTHS = (64, 128, 256, 512)
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-include", EMULATION / "cuda.h"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-include",
+    EMULATION / "cuda.h",
+]
 
 
 def compile_to(target, source, *flags):

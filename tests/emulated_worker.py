@@ -1,4 +1,4 @@
-"""Run by test_synchronization.py, since a process holds one module of a name: does this one agree with the formulas?
+"""Does a module of emulated kernels agree with the formulas? A process holds but one of a name, hence this.
 
     python emulated_worker.py MODULE CAPABILITY WIDTH
 

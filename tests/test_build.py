@@ -41,7 +41,9 @@ def toolkit(folder, compiles):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     nvcc = folder / "bin/nvcc"
-    nvcc.write_text(f'#!/bin/sh\necho "#$ TOP={folder}" >&2\ncase "$*" in *--dryrun*) exit 0;; esac\n{compiles}\n')
+    nvcc.write_text(
+        f'#!/bin/sh\necho "#$ TOP={folder}" >&2\ncase "$*" in *--dryrun*) exit 0;; esac\n{compiles}\n'
+    )
     nvcc.chmod(0o755)
     return str(folder)
 

@@ -65,8 +65,8 @@ def check_all(q, k, queue, tau_s=0.1, tau_t=0.04, exclude=None):
 
 # ----------------------------------------------------------------------------------- against the oracle
 
-# Views, B, K: one row of each; tiles and blocks of rows not filled, and both filled and more; rows of both stacks in
-# one block, and blocks of one.
+# Views, B, K: one row of each; tiles and blocks of rows not filled, filled, and more; a block with rows of
+# both stacks, and blocks of one.
 SHAPES = [(None, 1, 1), (None, 3, 17), (2, 20, 130), (None, 70, 300), (None, 257, 200)]
 
 
@@ -294,7 +294,7 @@ def test_reasons(module, monkeypatch, device, dtype, dim, reason):
 def test_not_built(monkeypatch):
     monkeypatch.setattr(backends.MODULES["cuda"], "_cuda", None)
     monkeypatch.setattr(backends.MODULES["cuda"], "missing", "relssl._cuda is not built: no nvcc was found")
-    with pytest.raises(ValueError, match="backend 'cuda' cannot run this: .*no nvcc was found"):
+    with pytest.raises(ValueError, match=r"backend 'cuda' cannot run this: .*no nvcc was found"):
         backends.choose("cuda", "cuda", torch.bfloat16, 128)
 
 
@@ -334,7 +334,10 @@ GOOD = {
         ({"queue": (8192, 129, 100)}, "queue has rows that do not begin at multiples of 16 bytes"),
         ({"queue": (8192, 128, 0)}, "queue has a size out of range: 0"),
         ({"queue": (8192, 128, 2**31)}, "queue has a size out of range: 2147483648"),
-        ({"first": (4096, 128, 2**31 - 1), "second": (4096, 128, 1)}, "x has a size out of range: 2147483648"),
+        (
+            {"first": (4096, 128, 2**31 - 1), "second": (4096, 128, 1)},
+            "x has a size out of range: 2147483648",
+        ),
         ({"dim": 96}, "there is no kernel for rows of 96"),
         ({"path": 70}, "there is no kernel for sm_70"),
         ({"step": 96}, "1 splits of 96 rows do not cut a queue of 100"),
@@ -350,7 +353,9 @@ def test_what_would_be_fatal_is_refused(module, changed, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a launch that fails")
 def test_an_error_of_cuda_names_the_shape():
     _cuda = pytest.importorskip("relssl._cuda")
-    with pytest.raises(RuntimeError, match="looking up 3 rows of width 128 in a queue of 100 on device 0: CUDA"):
+    with pytest.raises(
+        RuntimeError, match="looking up 3 rows of width 128 in a queue of 100 on device 0: CUDA"
+    ):
         _cuda.lookup(*GOOD.values())
     assert "CUDA" in _cuda.missing(0)
 
@@ -382,7 +387,11 @@ def test_nothing_is_spilled(compiled):
 def test_tensor_cores_and_copy_engines_do_the_work(compiled):
     for r in compiled:
         if r.kernel == "lookup_sm80":
-            assert r.instructions["HMMA"] >= 64 and r.instructions["LDGSTS"] > 0 and not r.instructions["HGMMA"]
+            assert (
+                r.instructions["HMMA"] >= 64 and r.instructions["LDGSTS"] > 0 and not r.instructions["HGMMA"]
+            )
         if r.kernel == "lookup_sm90":
-            assert r.instructions["HGMMA"] >= 8 and r.instructions["UTMALDG"] > 0 and not r.instructions["HMMA"]
+            assert (
+                r.instructions["HGMMA"] >= 8 and r.instructions["UTMALDG"] > 0 and not r.instructions["HMMA"]
+            )
             assert not r.serialized, f"{r}: each product is waited for"

@@ -1,6 +1,7 @@
-"""Every barrier and every wait of the CUDA kernels is needed, and the emulation misses each one that is left out.
+"""Every barrier, fence and wait of the CUDA kernels is needed, and the emulation sees when one is left out.
 
-Each is removed in turn from a copy of the source; what is left must give other results, or none, for some schedule.
+Each is removed in turn from a copy of the source: what remains must give other results, or none, for some
+schedule.
 """
 
 import re

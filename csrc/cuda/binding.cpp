@@ -136,6 +136,8 @@ RELSSL_DEFINE(RELSSL_MODULE) {
     }
   });
 
+  m.def("shared_memory", shared_memory_of);
+
   m.def("lookup", [](const Place& place, int path, const Rows& first, const Number& scale_first, const Rows& second,
                      const Number& scale_second, const Rows& queue, int64_t dim, bool bf16, Address exclude,
                      int64_t splits, int64_t step, Address stats, Address means) {

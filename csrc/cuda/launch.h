@@ -85,6 +85,13 @@ inline CUtensorMap tensor_map(const void* rows, int64_t stride, int size, int di
   return map;
 }
 
+// Bytes that a block may have.
+inline int shared_memory_of(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 // Throws the reason where a device, its driver or what was compiled keeps a kernel from running.
 inline void require(const void* kernel, int device) {
   const OnDevice guard(device);

@@ -1,8 +1,9 @@
-"""CUDA C++ (csrc/cuda): the whole loss in two launches, on NVIDIA GPUs from Ampere on; bfloat16 and float16.
+"""CUDA C++ (csrc/cuda): the whole loss in two launches, on NVIDIA GPUs from Ampere on, for 16-bit rows.
 
-Here tensors become addresses: dtypes and shapes have been checked, and what has no contiguous, 16-byte aligned
-rows is copied once. RELSSL_CUDA_KERNEL=sm_90a has Hopper GPUs run the kernel made for them, which no GPU has
-verified yet; else all run that of sm_80. Gradients that read the queue again are Triton's, or chunked.
+Here tensors become addresses: dtypes and shapes have been checked, and rows that are not contiguous or do not
+begin at multiples of 16 bytes are copied once. With RELSSL_CUDA_KERNEL=sm_90a Hopper GPUs run the kernel made
+for them, which no GPU has verified yet; else all run that of sm_80. Gradients that read the queue again are
+Triton's, or chunked's where Triton is missing.
 """
 
 import os
@@ -74,7 +75,7 @@ def _chip(index: int) -> Chip:
 
 @cache
 def _shared(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return _cuda.shared_memory(index)
 
 
 def _path(chip: Chip, queue: Tensor | None = None) -> int:

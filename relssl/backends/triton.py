@@ -17,7 +17,6 @@ from torch import Tensor
 
 from relssl.backends import two_steps
 from relssl.backends.common import Scale, dense
-from relssl.backends.common import dense as readable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEST = 1024
@@ -230,6 +229,9 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+# What two_steps.py needs: lookup, on and scales above, and these.
+
+readable = dense
 Found = tuple[Tensor, Tensor]  # stats, means
 
 

@@ -1,4 +1,4 @@
-"""Forward on GPUs: blocks of rows look splits of the queue up, and a second, small step combines what they found.
+"""Forward on GPUs: blocks of rows look up splits of the queue, and a second step combines what they found.
 
 What a backend of this kind, `steps`, has for it:
 
@@ -57,9 +57,7 @@ def relation(
             teacher = steps.lookup(k, k[:0], queue, (c_t, c_t), None, True)
             student = steps.lookup(q, q[:0], queue, (c_s, c_s), None, False)
         offset = batch if want_diff else 0
-        steps.combine_relation(
-            q, k, scales, teacher, student, offset, form, loss, entropy, diff, lse, mean_t
-        )
+        steps.combine_relation(q, k, scales, teacher, student, offset, form, loss, entropy, diff, lse, mean_t)
     return loss, entropy, diff, lse, mean_t
 
 
@@ -76,4 +74,3 @@ def info_nce(
         found = steps.lookup(q, q[:0], queue, (c, c), None, want_diff)
         steps.combine_info_nce(q, k, scales, found, loss, sigma, diff, lse)
     return loss, sigma, diff, lse
-

@@ -94,6 +94,7 @@ void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, cons
 }
 
 inline void require(const void*, int) {}
+inline int shared_memory_of(int) { return 1 << 20; }
 
 struct TensorMap {
   const uint16_t* rows;

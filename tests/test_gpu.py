@@ -1,0 +1,119 @@
+"""What only a GPU can show, of every backend that runs on one: graphs, streams, devices, memory, sizes."""
+
+import pytest
+import torch
+from checks import batch, check_info_nce, check_logsumexp, check_relation, on
+
+from relssl.functional import info_nce, queue_logsumexp, relation_loss
+
+pytestmark = pytest.mark.gpu
+WIDTHS = {"triton": [64, 128, 256, 512, 1024], "cuda": [64, 128, 256, 512]}
+
+
+@pytest.fixture(params=["triton", "cuda", "cuda-sm_90a"])
+def backend(request, monkeypatch):
+    name, _, kernel = request.param.partition("-")
+    if kernel:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("a kernel for Hopper alone")
+        monkeypatch.setenv("RELSSL_CUDA_KERNEL", kernel)
+    return name
+
+
+def dtypes(backend):
+    return [torch.bfloat16, torch.float16] + [torch.float32] * (backend == "triton")
+
+
+def step(q, k, queue, backend):
+    loss = relation_loss(q, k, queue, backend=backend)
+    return loss, *torch.autograd.grad(loss, q)
+
+
+def inputs(rows, size, dim, dtype=torch.bfloat16):
+    q, k, queue = on("cuda", *batch(None, rows, size, dim, dtype))
+    return q.requires_grad_(), k, queue
+
+
+def test_a_graph_replays(backend):
+    q, k, queue = inputs(64, 4096, 128)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(q, k, queue, backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(q, k, queue, backend)
+    with torch.no_grad():
+        q.copy_(inputs(64, 1, 128)[0])
+    graph.replay()
+    for replayed, eager in zip(captured, step(q, k, queue, backend), strict=True):
+        assert torch.equal(replayed, eager)
+
+
+def test_work_goes_to_the_current_stream(backend):
+    """What is on it already comes first: here half a second, and then the keys."""
+    q, k, queue = inputs(64, 4096, 128)
+    expected = step(q, k, queue, backend)
+    late = torch.zeros_like(k)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(1_000_000_000)
+        late.copy_(k)
+        got = step(q, late, queue, backend)
+    torch.cuda.synchronize()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_work_goes_to_the_device_of_its_tensors(backend):
+    q, k, queue = inputs(64, 4096, 128)
+    expected = step(q, k, queue, backend)
+    moved = [t.detach().to("cuda:1") for t in (q, k, queue)]
+    got = step(moved[0].requires_grad_(), *moved[1:], backend)
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other.cpu())
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_nothing_waits_for_the_device(backend):
+    q, k, queue = inputs(64, 4096, 128)
+
+    def run():
+        step(q, k, queue, backend)
+        info_nce(q, k, queue, backend=backend).backward()
+        queue_logsumexp(q, queue, 0.1, backend=backend)[0].sum().backward()
+
+    run()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_published_size(backend):
+    """Every split and block of it."""
+    for dtype in dtypes(backend):
+        q, k, queue = batch(None, 64, 65_536, 128, dtype)
+        check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
+        check_info_nce(q, k, queue, 0.2, backend)
+
+
+def test_large_logits_at_every_width(backend):
+    """Each width has tiles, and so instructions, of its own; forward and backward must multiply alike."""
+    for dim in WIDTHS[backend]:
+        for dtype in dtypes(backend):
+            x, _, queue = batch(None, 40, 1000, dim, dtype, norm=100.0)
+            check_logsumexp(x, queue, 0.005, backend)
+            check_relation(x, x.flip(0), queue, 0.1, 0.04, "kl", backend)
+
+
+def test_little_memory(backend):
+    q, k, queue = inputs(256, 1_048_576, 128)
+    step(q, k, queue, backend)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(q, k, queue, backend)
+    assert torch.cuda.max_memory_allocated() - before <= 64 << 20
