@@ -2,9 +2,9 @@
 
     python bench/gpu.py OUT [--quick]
 
-OUT gets the tests' report, what compute-sanitizer says of the CUDA kernels, relation_loss.json (device, driver,
-versions, commit; milliseconds of every peer, peak memory, the matrix rate of the same run) and table.txt,
-which is printed last. Each part is guarded: a failure leaves the rest.
+OUT gets the tests' report, what compute-sanitizer says of the CUDA kernels, relation_loss.json (device,
+driver, versions, commit; milliseconds of every peer, peak memory, the matrix rate of the same run) and
+table.txt, which is printed last. Each part is guarded: a failure leaves the rest.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def line(r: dict) -> str:
     return " ".join(cells)
 
 
-# Milliseconds are Triton's, peers multiples of them; "of mm" and what follows are fractions of the matrix rate.
+# Milliseconds are Triton's, peers multiples of them; "of mm" and what follows are parts of the matrix rate.
 NAMES = ("B", "K", "D", "ms", "graph", "eager", "compile", "attn", "split", "chunked", "sm_80", "sm_90a")
 NAMES += ("of mm", "sm_80", "sm_90a", "MiB", "error", "eager's")
 WIDTHS = (5, 9, 4, 8, 8, *7 * [7], *3 * [6], 6, 8, 8)
