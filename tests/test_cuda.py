@@ -8,6 +8,8 @@ import emulated
 import pytest
 import torch
 from checks import batch, check_info_nce, check_logsumexp, check_relation, on
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracle import unit
 from relssl.kernels.heuristics import Chip
 
@@ -77,6 +79,21 @@ def test_losses(cuda, dtype, dim, shape):
     q, k, queue = batch(*shape, dim, dtype)
     exclude = torch.randint(-1, len(queue), (len(k),)) if len(queue) > 1 else None
     check_all(q, k, queue, exclude=exclude)
+
+
+@given(st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_drawn_inputs(cuda, data):
+    draw = data.draw
+    dtype, dim = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(WIDTHS))
+    shape = draw(st.sampled_from([None, 1, 3])), draw(st.integers(1, 90)), draw(st.integers(1, 300))
+    tau_s, tau_t = (draw(st.floats(0.01, 2.0)) for _ in range(2))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    q, k, queue = batch(*shape, dim, dtype, draw(st.sampled_from([1.0, 1e-3, 30.0])))
+    check_relation(q, k, queue, tau_s, tau_t, draw(st.sampled_from(["kl", "ce"])), "cuda", drawn=True)
+    check_info_nce(q, k, queue, tau_s, "cuda", drawn=True)
+    exclude = torch.randint(-1, len(queue), (len(k),)) if len(queue) > 1 else None
+    check_logsumexp(k, queue, tau_t, "cuda", exclude, drawn=True)
 
 
 # Views, B, K, D on a GPU: what an emulation has no time for. K is the published size and one row more.
@@ -395,3 +412,20 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
                 r.instructions["HGMMA"] >= 8 and r.instructions["UTMALDG"] > 0 and not r.instructions["HMMA"]
             )
             assert not r.serialized, f"{r}: each product is waited for"
+
+
+def test_docs_list_them(compiled):
+    """Registers aside, which another nvcc may count otherwise."""
+    built = importlib.import_module("relssl._cuda").architectures
+    if built != "sm_80, sm_90a, compute_90":
+        pytest.skip("built for other GPUs than the docs tell of")
+    listed = set()
+    for line in (emulated.ROOT / "docs/cuda.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 9 and cells[0].startswith(("lookup", "combine")):
+            listed.add((*cells[:5], cells[6]))
+    found = {
+        (r.kernel, r.chip, r.dtype, str(r.dim or "any"), "yes" if r.mean else "no", str(r.spilled))
+        for r in compiled
+    }
+    assert listed == found

@@ -139,7 +139,6 @@ struct Block {
 
   // The warps have read tile i for the last time.
   __device__ void release(int i) const {
-    __syncwarp();
     if (lane == 0) mbarrier_arrive(empty(i));
   }
 
