@@ -302,6 +302,7 @@ def test_reasons(module, monkeypatch, device, dtype, dim, reason):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "_chip", lambda index: Chip(capability, 100))
     monkeypatch.setattr(cuda, "_shared", lambda index: 101_376)
+    monkeypatch.setattr(cuda, "_missing", lambda index: None)
     with pytest.raises(ValueError, match=f"backend 'cuda' cannot run this: .*{reason}"):
         backends.choose("cuda", device, dtype, dim)
     if capability == 86:

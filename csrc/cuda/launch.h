@@ -66,7 +66,8 @@ void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, cons
 
 // Rows [size, dim] of 16 bits, `stride` elements apart, for the copy engine: boxes of `box` rows by 64 columns, swizzled
 // by 128 bytes, zeros beyond the last row. The function is the driver's, asked for by name: nothing is linked to it.
-inline CUtensorMap tensor_map(const void* rows, int64_t stride, int size, int dim, int box) {
+inline CUtensorMap tensor_map(int device, const void* rows, int64_t stride, int size, int dim, int box) {
+  const OnDevice guard(device);  // or asking for the function would wake another
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;

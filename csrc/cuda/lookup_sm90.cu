@@ -301,7 +301,7 @@ void lookup_sm90<RELSSL_DIM>(const Lookup& in, bool bf16, bool mean, int splits,
   constexpr Tiles TILES = tiles_sm90(D);
   const auto kernel = bf16 ? (mean ? sm90::lookup<BF16, D, true> : sm90::lookup<BF16, D, false>)
                            : (mean ? sm90::lookup<FP16, D, true> : sm90::lookup<FP16, D, false>);
-  const sm90::Parameters parameters{tensor_map(in.queue, in.queue_stride, in.size, D, TILES.n), in};
+  const sm90::Parameters parameters{tensor_map(where.device, in.queue, in.queue_stride, in.size, D, TILES.n), in};
   const dim3 grid((in.rows + TILES.m - 1) / TILES.m, splits);
   launch(kernel, grid, sm90::GROUP + sm90::CONSUMERS, shared_sm90(D), where, parameters);
 }

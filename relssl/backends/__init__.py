@@ -65,8 +65,8 @@ def choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
     Raises ValueError for an unknown name, or with the reason why the named backend cannot.
     """
     if name == "auto":
-        able = (n for n, module in MODULES.items() if module.supports(device, dtype, dim) is None)
-        return next(n for n in able if n not in ON_REQUEST)
+        offered = [name for name in MODULES if name not in ON_REQUEST]
+        return next(name for name in offered if MODULES[name].supports(device, dtype, dim) is None)
     if name not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(('auto', *MODULES))}; got {name!r}")
     reason = MODULES[name].supports(device, dtype, dim)

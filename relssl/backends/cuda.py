@@ -57,10 +57,14 @@ def _unfit(dim: int) -> str | None:
     chip = _chip(index)
     if chip.capability < 80:
         return f"it needs compute capability 8.0, not {chip.capability / 10}"
+    if _missing(index):
+        return _missing(index)
     needed, there = _kernel(dim, _path(chip)).shared, _shared(index)
-    if needed > there:
-        return f"rows of {dim} need {needed} bytes of shared memory, this GPU has {there}"
-    return _cuda.missing(index) or None
+    return (
+        f"rows of {dim} need {needed} bytes of shared memory, this GPU has {there}"
+        if needed > there
+        else None
+    )
 
 
 # As torch.compiler.assume_constant_result does, after importing all of Dynamo.
@@ -71,6 +75,11 @@ _unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _chip(index: int) -> Chip:
     of = torch.cuda.get_device_properties(index)
     return Chip(10 * of.major + of.minor, of.multi_processor_count)
+
+
+@cache
+def _missing(index: int) -> str | None:
+    return _cuda.missing(index) or None
 
 
 @cache

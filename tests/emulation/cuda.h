@@ -102,7 +102,7 @@ struct TensorMap {
   int size, dim, box;
 };
 
-inline TensorMap tensor_map(const void* rows, int64_t stride, int size, int dim, int box) {
+inline TensorMap tensor_map(int, const void* rows, int64_t stride, int size, int dim, int box) {
   return {static_cast<const uint16_t*>(rows), stride, size, dim, box};
 }
 
