@@ -187,6 +187,14 @@ def test_a_row_left_with_nothing(cuda):
     assert lse[1].isfinite() and torch.equal(mean[1], queue[0].float())
 
 
+def test_float64_rows_for_a_narrower_queue(cuda):
+    """Computed in the queue's dtype, while a temperature keeps that of q."""
+    q, k, queue = batch(None, 5, 150, 64, torch.bfloat16)
+    tau = torch.tensor(0.2, dtype=torch.float64)
+    for one, other in zip(losses(q.double(), k.double(), queue, tau=tau), losses(q, k, queue), strict=True):
+        torch.testing.assert_close(one.to(other.dtype), other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tau", [0.2, 0.005, 1e4])
 def test_numbers_and_tensors_are_the_same_temperature(cuda, tau):
     inputs = batch(None, 5, 150, 64, torch.bfloat16)
@@ -352,6 +360,7 @@ GOOD = {
         ({"queue": (8192, 129, 100)}, "queue has rows that do not begin at multiples of 16 bytes"),
         ({"queue": (8192, 128, 0)}, "queue has a size out of range: 0"),
         ({"queue": (8192, 128, 2**31)}, "queue has a size out of range: 2147483648"),
+        ({"queue": (8192, 0, 2**31 - 500), "splits": 2, "step": 2**30}, "queue is too long"),
         (
             {"first": (4096, 128, 2**31 - 1), "second": (4096, 128, 1)},
             "x has a size out of range: 2147483648",
@@ -413,6 +422,8 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
                 r.instructions["HGMMA"] >= 8 and r.instructions["UTMALDG"] > 0 and not r.instructions["HMMA"]
             )
             assert not r.serialized, f"{r}: each product is waited for"
+            # Of warpgroups with rows of their own, exponentials run beside the product before.
+            assert r.late == 0 or not r.mean or r.dim == 512, f"{r}: exponentials that nothing hides"
 
 
 def test_docs_list_them(compiled):

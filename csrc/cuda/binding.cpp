@@ -84,17 +84,22 @@ Tiles table(int path, int64_t dim) {
   return tiles_sm80(dim);
 }
 
-// An error says for what the launch was: the device, and the sizes.
+// An error says for what the launch was: the sizes, and the device. `size` is 0 where the queue is not needed.
 template <class Run>
-void launched(const Place& place, const std::string& what, Run run) {
+void launched(const Place& place, const char* what, int rows, int64_t dim, int size, Run run) {
   try {
     run(where(place));
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error(what + " on device " + std::to_string(std::get<0>(place)) + ": " + error.what());
+    const std::string queue = size ? " in a queue of " + std::to_string(size) : "";
+    throw std::runtime_error(std::string(what) + std::to_string(rows) + " rows of width " + std::to_string(dim) + queue +
+                             " on device " + std::to_string(std::get<0>(place)) + ": " + error.what());
   }
 }
 
-std::string of(int rows, int64_t dim) { return std::to_string(rows) + " rows of width " + std::to_string(dim); }
+// Kernels count rows, and what is a tile or so beyond the last, in 32 bits.
+void fits(int64_t n, const char* name) {
+  if (n >= (int64_t{1} << 31) - 1024) throw py::value_error(std::string(name) + " is too long: " + std::to_string(n));
+}
 
 void run_lookup(const Lookup& in, int path, int dim, bool bf16, bool mean, int splits, const Where& where) {
 #ifdef RELSSL_SM90A
@@ -159,9 +164,11 @@ RELSSL_DEFINE(RELSSL_MODULE) {
     if (splits < 1 || splits > MOST_SPLITS || step % t.n || splits * step < in.size || (splits - 1) * step >= in.size)
       throw py::value_error(std::to_string(splits) + " splits of " + std::to_string(step) + " rows do not cut a queue of " +
                             std::to_string(in.size) + " into whole tiles");
+    fits(splits * step + t.stages * t.n, "queue");
+    fits(in.rows + int64_t{t.m}, "x");
     in.stats = pointer<float>(stats, "stats");
     in.means = optional<float>(means);
-    launched(place, "looking up " + of(in.rows, dim) + " in a queue of " + std::to_string(in.size),
+    launched(place, "looking up ", in.rows, dim, in.size,
              [&](const Where& where) { run_lookup(in, path, dim, bf16, means, splits, where); });
   });
 
@@ -169,7 +176,8 @@ RELSSL_DEFINE(RELSSL_MODULE) {
                            const Number& scale_second, int64_t split, int64_t dim, Address lse, Address mean) {
     const CombineRows in{partials(parts, mean), scale(scale_first), scale(scale_second), count(split, "split", 0),
                          width(dim), pointer<float>(lse, "lse"), optional<float>(mean)};
-    launched(place, "combining " + of(in.partials.rows, dim), [&](const Where& where) { combine(in, where); });
+    fits(2 * int64_t{in.partials.rows}, "lse");
+    launched(place, "combining ", in.partials.rows, dim, 0, [&](const Where& where) { combine(in, where); });
   });
 
   m.def("combine_relation", [](const Place& place, const Parts& teacher, const Parts& student, const Rows& q,
@@ -180,7 +188,8 @@ RELSSL_DEFINE(RELSSL_MODULE) {
                              count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16, kl,
                              pointer<float>(loss, "loss"), pointer<float>(entropy, "entropy"), optional<float>(diff),
                              pointer<float>(lse, "lse"), pointer<float>(mean_t, "mean_t")};
-    launched(place, "combining " + of(in.rows, dim), [&](const Where& where) { combine(in, where); });
+    fits(2 * (int64_t{in.batch} + in.rows), "lse");
+    launched(place, "combining ", in.rows, dim, 0, [&](const Where& where) { combine(in, where); });
   });
 
   m.def("combine_info_nce", [](const Place& place, const Parts& parts, const Rows& q, const Rows& k,
@@ -190,6 +199,7 @@ RELSSL_DEFINE(RELSSL_MODULE) {
                             scale(scale_q), count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16,
                             pointer<float>(loss, "loss"), pointer<float>(sigma, "sigma"), optional<float>(diff),
                             pointer<float>(lse, "lse")};
-    launched(place, "combining " + of(in.rows, dim), [&](const Where& where) { combine(in, where); });
+    fits(2 * int64_t{in.rows}, "lse");
+    launched(place, "combining ", in.rows, dim, 0, [&](const Where& where) { combine(in, where); });
   });
 }

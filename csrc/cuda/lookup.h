@@ -44,7 +44,7 @@ constexpr Tiles tiles_sm80(int dim) {
   switch (dim) {
     case 64: return {128, 64, 4, 3, 1, 2};
     case 128: return {128, 32, 4, 4, 1, 2};
-    case 256: return {128, 32, 8, 3, 1, 1};
+    case 256: return {128, 64, 8, 2, 1, 1};
     case 512: return {64, 32, 8, 2, 2, 1};
     default: return {};
   }

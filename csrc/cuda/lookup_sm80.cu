@@ -178,11 +178,13 @@ struct Block {
       const uint32_t tile = tiles + i % STAGES * N * ROW;
       typename Rows::Similarities s;
       similarities(tile, s);
-      if (in.exclude || begin + (i + 1) * N > in.size) rows.mask(begin + i * N, s);
-      if (ONLINE)
-        rows.follow_maximum(s, mean, [&](float(&most)[F][2]) {
-          share(most, [](float a, float b) { return fmaxf(a, b); });
-        });
+      if (rows.to_be_masked(begin + i * N, N)) rows.mask(begin + i * N, s);
+      if constexpr (ONLINE) {
+        float factor[F][2];
+        const auto greater = [](float a, float b) { return fmaxf(a, b); };
+        if (rows.follow_maximum(s, factor, [&](float(&most)[F][2]) { share(most, greater); }))
+          rows.rescale(mean, factor);
+      }
       rows.template exponentials<ONLINE>(s);
       if constexpr (MEAN) {
         typename Rows::Operand operand;

@@ -22,7 +22,7 @@ namespace relssl {
 namespace sm90 {
 
 struct Parameters {
-  TensorMap queue;  // aligned to 64 bytes, as the copy engine wants it
+  TensorMap queue;  // first, for its alignment
   Lookup in;
 };
 
@@ -142,14 +142,19 @@ struct Block {
     if (lane == 0) mbarrier_arrive(empty(i));
   }
 
+  // Similarities become p; whether the mean is to be multiplied by `factor`, once it is there.
   template <bool ONLINE>
-  __device__ void soften(Rows& rows, int i, typename Rows::Similarities& s, typename Rows::Mean& mean) const {
-    if (in.exclude || begin + (i + 1) * N > in.size) rows.mask(begin + i * N, s);
-    if (ONLINE)
-      rows.follow_maximum(s, mean, [&](float(&most)[1][2]) {
-        share(most, [](float a, float b) { return fmaxf(a, b); });
-      });
-    rows.template exponentials<ONLINE>(s);
+  __device__ bool soften(Rows& rows, int i, typename Rows::Similarities& s, float (&factor)[1][2]) const {
+    if (rows.to_be_masked(begin + i * N, N)) rows.mask(begin + i * N, s);
+    bool moved = false;
+    if constexpr (ONLINE) {
+      const auto greater = [](float a, float b) { return fmaxf(a, b); };
+      moved = rows.follow_maximum(s, factor, [&](float(&most)[1][2]) { share(most, greater); });
+    }
+    // Always true. In the same basic block as what follows, ptxas moves the exponentials beyond the wait for the mean
+    // and into the turn, where nothing hides them.
+    if (in.step > 0) rows.template exponentials<ONLINE>(s);
+    return moved;
   }
 
   __device__ static void await_mean(typename Rows::Mean& mean) {
@@ -164,10 +169,11 @@ struct Block {
   // Each warpgroup with rows of its own: tile i, and if there are MORE the next one's similarities.
   template <bool ONLINE, bool MORE>
   __device__ void step(int i, Rows& rows, typename Rows::Similarities& s, typename Rows::Mean& mean) {
+    float factor[1][2];
     if constexpr (MEAN) {
-      if (ONLINE) await_mean(mean);  // which may have to be rescaled
-      soften<ONLINE>(rows, i, s, mean);
+      const bool moved = soften<ONLINE>(rows, i, s, factor);
       await_mean(mean);  // of tile i - 1, whose operand was in the registers that this one's takes
+      if (moved) rows.rescale(mean, factor);
       if (i > 0) release(used + i - 1);
       typename Rows::Operand operand;
       rows.round(s, operand);
@@ -178,7 +184,7 @@ struct Block {
       if (MORE) wgmma_wait<1>();  // The similarities are there; the mean is on its way.
     } else {
       release(used + i);
-      soften<ONLINE>(rows, i, s, mean);
+      soften<ONLINE>(rows, i, s, factor);
       if (MORE) similarities(used + i + 1, s);
       if (MORE) wgmma_wait<0>();
     }
@@ -209,7 +215,8 @@ struct Block {
       await_mean(mean);  // and with it the similarities
       keep(s[0]);
       if (MEAN ? i > 0 : true) release(used + i - (MEAN ? 1 : 0));
-      soften<ONLINE>(rows, i, s, mean);
+      float factor[1][2];
+      if (soften<ONLINE>(rows, i, s, factor)) rows.rescale(mean, factor);
       if constexpr (MEAN) {
         const uint32_t buffer = p + i % 2 * M * LINE;
         typename Rows::Operand own;

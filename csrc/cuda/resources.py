@@ -33,6 +33,7 @@ class Resources(NamedTuple):
     shared: int  # bytes
     instructions: dict[str, int]  # how often each of INSTRUCTIONS occurs
     serialized: int  # products that are waited for one by one
+    late: int  # exponentials between the last wait before a product and that product, which nothing hides
 
 
 def extension() -> Path | None:
@@ -89,7 +90,9 @@ def kernels(file: Path) -> Iterator[Resources]:
         else:
             continue
         serialized = waits if products and waits == products else 0
-        yield Resources(kernel, chip, dtype, dim, mean, registers, stack, shared, counts, serialized)
+        chains = re.findall(r"DEPBAR\.LE gsb0((?:(?!DEPBAR\.LE gsb0|HGMMA).)*)HGMMA", text, re.S)
+        late = sum(chain.count("MUFU.EX2") for chain in chains)
+        yield Resources(kernel, chip, dtype, dim, mean, registers, stack, shared, counts, serialized, late)
 
 
 def main() -> None:

@@ -57,6 +57,11 @@ struct Softmax {
   // Half h of fragment f, as a row of x.
   __device__ int row(int f, int h) const { return first + 16 * f + 8 * h + lane / 4; }
 
+  // The queue row that a row leaves out, or -1. (What is out of range is no concern here: it has been looked at.)
+  __device__ int excluded(int f, int h) const {
+    return in.exclude && row(f, h) < in.rows ? static_cast<int>(in.exclude[row(f, h)]) : -1;
+  }
+
   template <bool ONLINE>
   __device__ void start() {
 #pragma unroll
@@ -68,27 +73,42 @@ struct Softmax {
       }
   }
 
-  // Entries of the tile from `start` on that are beyond the queue or left out become -inf.
+  // Whether anything in the tile of `size` rows from `start` on is beyond the queue, or left out by this warp's rows.
+  __device__ bool to_be_masked(int start, int size) const {
+    if (start + size > in.size) return true;
+    if (!in.exclude) return false;
+    bool found = false;
+#pragma unroll
+    for (int f = 0; f < F; f++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int j = excluded(f, h) - start;
+        found = found || (j >= 0 && j < size);
+      }
+    return __any_sync(~0u, found);
+  }
+
+  // These entries become -inf.
   __device__ void mask(int start, Similarities& s) const {
 #pragma unroll
     for (int f = 0; f < F; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int64_t excluded = in.exclude && row(f, h) < in.rows ? in.exclude[row(f, h)] : -1;
+        const int left_out = excluded(f, h);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             const int j = start + column + 8 * n + lane % 4 * 2 + e;
-            if (j >= in.size || j == excluded) s[f][4 * n + 2 * h + e] = -INFINITY;
+            if (j >= in.size || j == left_out) s[f][4 * n + 2 * h + e] = -INFINITY;
           }
       }
   }
 
-  // Move the reference of a row whose maximum has grown too far, and what was summed under it. `share` makes one
-  // maximum of those of the warps that share rows.
+  // Move the reference of a row whose maximum has grown too far, and say by what to multiply a mean summed under the
+  // last one: whether any of this warp's has moved. `share` makes one maximum of those of the warps that share rows.
   template <class Share>
-  __device__ void follow_maximum(const Similarities& s, Mean& mean, Share share) {
+  __device__ bool follow_maximum(const Similarities& s, float (&factor)[F][2], Share share) {
     float most[F][2];
 #pragma unroll
     for (int f = 0; f < F; f++)
@@ -100,55 +120,63 @@ struct Softmax {
         most[f][h] = max_of_quad(x);
       }
     share(most);
+    bool moved = false;
 #pragma unroll
     for (int f = 0; f < F; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const bool grown = (most[f][h] - reference[f][h]) * c[f][h] > LAZY;
-        if (!__any_sync(~0u, grown)) continue;
         const float next = grown ? most[f][h] : reference[f][h];
-        const float factor = exp2_approx((reference[f][h] - next) * c[f][h]);
+        factor[f][h] = exp2_approx((reference[f][h] - next) * c[f][h]);
         reference[f][h] = next;
-        total[f][h] *= factor;
-        divisor[f][h] *= factor;
-        if (MEAN) {
-#pragma unroll
-          for (int d = 2 * h; d < WIDTH / 2; d += 4) {
-            mean[f][d] *= factor;
-            mean[f][d + 1] *= factor;
-          }
-        }
+        total[f][h] *= factor[f][h];
+        divisor[f][h] *= factor[f][h];
+        moved = moved || grown;
       }
+    return __any_sync(~0u, moved);
   }
 
-  // s becomes p = 2^(c (s - reference)).
+  __device__ static void rescale(Mean& mean, const float (&factor)[F][2]) {
+    if constexpr (MEAN) {
+#pragma unroll
+      for (int f = 0; f < F; f++)
+#pragma unroll
+        for (int d = 0; d < WIDTH / 2; d++) mean[f][d] *= factor[f][d % 4 / 2];
+    }
+  }
+
+  // s becomes p = 2^(c (s - reference)). Tiles are summed by themselves first: a split has thousands of terms.
   template <bool ONLINE>
   __device__ void exponentials(Similarities& s) {
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < F; f++) {
+      float sum[2] = {};
 #pragma unroll
-      for (int n = 0; n < COLUMNS / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int h = i / 2;
-          float& x = s[f][4 * n + i];
-          x = exp2_approx(ONLINE ? (x - reference[f][h]) * c[f][h] + (SHIFTED ? 7 : 0) : x * c[f][h]);
-          total[f][h] += x;
-        }
+      for (int n = 0; n < COLUMNS / 2; n++) {
+        const int h = n % 4 / 2;
+        float& x = s[f][n];
+        x = exp2_approx(ONLINE ? (x - reference[f][h]) * c[f][h] + (SHIFTED ? 7 : 0) : x * c[f][h]);
+        sum[h] += x;
+      }
+      total[f][0] += sum[0];
+      total[f][1] += sum[1];
+    }
   }
 
   // p rounded: the operand of the mean, and the sum of what it holds.
   __device__ void round(const Similarities& s, Operand& p) {
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < F; f++) {
+      float sum[2] = {};
 #pragma unroll
-      for (int n = 0; n < COLUMNS / 8; n++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const uint32_t pair = pack<T>(s[f][4 * n + 2 * h], s[f][4 * n + 2 * h + 1]);
-          divisor[f][h] += unpack_low<T>(pair) + unpack_high<T>(pair);
-          p[f][n / 2][n % 2 * 2 + h] = pair;
-        }
+      for (int n = 0; n < COLUMNS / 4; n++) {
+        const uint32_t pair = pack<T>(s[f][2 * n], s[f][2 * n + 1]);
+        sum[n % 2] += unpack_low<T>(pair) + unpack_high<T>(pair);
+        p[f][n / 4][n % 4] = pair;
+      }
+      divisor[f][0] += sum[0];
+      divisor[f][1] += sum[1];
+    }
   }
 
   // The sums of a row over its lanes, and by `share` over the warps that share it.

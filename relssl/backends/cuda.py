@@ -32,6 +32,7 @@ except ImportError as error:
         missing = f"relssl._cuda is not built: {error}"
 
 WIDTHS = (64, 128, 256, 512)
+RESERVED = 1024  # bytes of shared memory that each block has beside its own
 Number = tuple[float, int]  # a scale: its value, or its address
 Found = tuple[Tensor, Tensor]  # stats, means
 
@@ -120,7 +121,6 @@ def on(x: Tensor) -> AbstractContextManager:
 def scales(scale: Scale) -> tuple[Number, ...]:
     """In units of log 2 by value, or as they are on the device, by address."""
     if isinstance(scale, Tensor):
-        scale = scale.float()
         return tuple((0.0, scale.data_ptr() + 4 * i) for i in range(len(scale)))
     return tuple((log2_scale(c), 0) for c in scale)
 
@@ -138,7 +138,8 @@ def lookup(
     chip = _chip(place[0])
     path = _path(chip, queue)
     kernel = _kernel(dim, path)
-    slots = chip._replace(processors=chip.processors * kernel.blocks)
+    fitting = (_shared(place[0]) + RESERVED) // (kernel.shared + RESERVED)
+    slots = chip._replace(processors=chip.processors * min(kernel.blocks, fitting))
     number, step = splits(rows, size, dim, kernel.tiles, slots)
     stats = queue.new_empty((3, number, rows), dtype=torch.float32)
     means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)

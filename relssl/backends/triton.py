@@ -98,7 +98,6 @@ def _precision(chip: Any, dtype: torch.dtype) -> str:
 def scales(scale: Scale) -> tuple[Any, ...]:
     """The scales as kernels take them: numbers in units of log 2, or addresses on the device."""
     if isinstance(scale, Tensor):
-        scale = scale.float()  # float64 where q is, though the queue be narrower
         return tuple(scale[i:] for i in range(len(scale)))
     return tuple(_kernels().heuristics.log2_scale(c) for c in scale)
 

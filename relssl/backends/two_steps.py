@@ -25,10 +25,15 @@ from torch import Tensor
 from relssl.backends.common import Scale, flat
 
 
+def _held(scale: Scale) -> Scale:
+    """As kernels read it, and by name, so that a copy made here lives as long as its address is in use."""
+    return scale.float().contiguous() if isinstance(scale, Tensor) else scale
+
+
 def rows(
     steps: Any, x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
 ) -> tuple[Tensor, Tensor]:
-    x, queue = steps.readable(x), steps.readable(queue)
+    x, queue, scale = steps.readable(x), steps.readable(queue), _held(scale)
     exclude = exclude if exclude is None else exclude.contiguous()
     count, dim = x.shape
     lse = x.new_empty(2, count, dtype=torch.float32)
@@ -46,6 +51,7 @@ def relation(
     batch, dim = k.shape
     views = q.shape[:-1]
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
+    scale = _held(scale)
     count = q.shape[0]
     shapes = views, batch, (*views, dim) if want_diff else (count, 0), (2, batch + count), (batch, dim)
     loss, entropy, diff, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -66,6 +72,7 @@ def info_nce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     views = q.shape[:-1]
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
+    scale = _held(scale)
     count, dim = q.shape
     shapes = views, views, (*views, dim) if want_diff else (count, 0), (2, count)
     loss, sigma, diff, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
