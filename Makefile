@@ -41,7 +41,7 @@ fuzz: .venv/installed
 SANITIZE := -fsanitize=address,undefined
 sanitize: .venv/installed
 	CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" LDFLAGS="$(SANITIZE)" \
-		$(PIP) --no-deps --upgrade --target build/sanitized .
+		RELSSL_CUDA=0 $(PIP) --no-deps --upgrade --target build/sanitized .
 	grep -q __asan build/sanitized/relssl/_cpu*.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 _CHILD = """
 import json, sys
@@ -47,6 +48,7 @@ def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> 
     child = subprocess.run(
         [sys.executable, "-c", _CHILD],
         input=json.dumps([setup, warm_up, statement]),
+        cwd=tempfile.gettempdir(),  # never the source folder, which would stand in for the package
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -43,7 +43,7 @@ for seed in range(10):
         try:
             off = max(float((got - want).abs().max().nan_to_num(1e9)) for got, want in results(dtype))
         except RuntimeError as error:
-            sys.exit(print("caught:", error))
+            sys.exit(print(f"caught under seed {seed}:", error))
         if off > 5e-2:
-            sys.exit(print("caught: off by", off))
+            sys.exit(print(f"caught under seed {seed}: off by", off))
 print("agrees")

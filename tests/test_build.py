@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("setuptools", reason="building needs it")
+for name in ("ninja", "pybind11", "setuptools"):
+    pytest.importorskip(name, reason="building needs it")
 ROOT = Path(__file__).parents[1]
 
 

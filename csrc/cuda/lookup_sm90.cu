@@ -26,10 +26,10 @@ struct Parameters {
   Lookup in;
 };
 
-constexpr int GROUP = 128;                          // threads of a warpgroup
-constexpr int LINE = 128;                           // bytes of a row in a panel
-constexpr int CONSUMERS = 2 * GROUP;
-enum Barrier { EVERYONE, CONSUMERS_MEET, TURN };    // and TURN + 1, of the other consumer
+constexpr int GROUP = 128;            // threads of a warpgroup
+constexpr int CONSUMERS = 2 * GROUP;  // of both
+constexpr int LINE = 128;             // bytes of a row in a panel
+enum Barrier { EVERYONE, CONSUMERS_MEET, TURN };  // and TURN + 1, of the other consumer
 
 // A matrix's descriptor: where it begins, in rows of 128 bytes that are swizzled by 128 bytes. Eight of them, 1,024
 // bytes, are an atom, and the next eight follow. `apart` lies between atoms along a row, where the matrix is wider than
@@ -214,7 +214,7 @@ struct Block {
       similarities(used + i, s);
       await_mean(mean);  // and with it the similarities
       keep(s[0]);
-      if (MEAN ? i > 0 : true) release(used + i - (MEAN ? 1 : 0));
+      if (!MEAN || i > 0) release(used + (MEAN ? i - 1 : i));
       float factor[1][2];
       if (soften<ONLINE>(rows, i, s, factor)) rows.rescale(mean, factor);
       if constexpr (MEAN) {

@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from relssl.backends import chunked, triton, two_steps
 from relssl.backends.common import Scale
-from relssl.kernels.heuristics import Chip, Tiles, log2_scale, splits
 
 missing = ""  # why there is no _cuda
 try:
@@ -38,7 +38,7 @@ Found = tuple[Tensor, Tensor]  # stats, means
 
 
 class Kernel(NamedTuple):
-    tiles: Tiles
+    tiles: Any  # heuristics.Tiles
     blocks: int  # to a multiprocessor
     shared: int  # bytes
 
@@ -61,11 +61,9 @@ def _unfit(dim: int) -> str | None:
     if _missing(index):
         return _missing(index)
     needed, there = _kernel(dim, _path(chip)).shared, _shared(index)
-    return (
-        f"rows of {dim} need {needed} bytes of shared memory, this GPU has {there}"
-        if needed > there
-        else None
-    )
+    if needed > there:
+        return f"rows of {dim} need {needed} bytes of shared memory, this GPU has {there}"
+    return None
 
 
 # As torch.compiler.assume_constant_result does, after importing all of Dynamo.
@@ -73,9 +71,16 @@ _unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _chip(index: int) -> Chip:
+def _heuristics() -> ModuleType:
+    from relssl.kernels import heuristics  # which only an installed package has
+
+    return heuristics
+
+
+@cache
+def _chip(index: int) -> Any:
     of = torch.cuda.get_device_properties(index)
-    return Chip(10 * of.major + of.minor, of.multi_processor_count)
+    return _heuristics().Chip(10 * of.major + of.minor, of.multi_processor_count)
 
 
 @cache
@@ -88,7 +93,7 @@ def _shared(index: int) -> int:
     return _cuda.shared_memory(index)
 
 
-def _path(chip: Chip, queue: Tensor | None = None) -> int:
+def _path(chip: Any, queue: Tensor | None = None) -> int:
     """The kernel to run, by the capability it is for."""
     wanted = os.environ.get("RELSSL_CUDA_KERNEL", "")
     hopper = wanted == "sm_90a" and chip.capability == 90 and "sm_90a" in _cuda.architectures
@@ -100,7 +105,7 @@ def _path(chip: Chip, queue: Tensor | None = None) -> int:
 @cache
 def _kernel(dim: int, path: int) -> Kernel:
     m, n, warps, stages, blocks, shared = _cuda.tiles(dim, path)
-    return Kernel(Tiles(m, n, warps, stages), blocks, shared)
+    return Kernel(_heuristics().Tiles(m, n, warps, stages), blocks, shared)
 
 
 def _place(x: Tensor) -> tuple[int, int]:
@@ -122,7 +127,7 @@ def scales(scale: Scale) -> tuple[Number, ...]:
     """In units of log 2 by value, or as they are on the device, by address."""
     if isinstance(scale, Tensor):
         return tuple((0.0, scale.data_ptr() + 4 * i) for i in range(len(scale)))
-    return tuple((log2_scale(c), 0) for c in scale)
+    return tuple((_heuristics().log2_scale(c), 0) for c in scale)
 
 
 def lookup(
@@ -140,7 +145,7 @@ def lookup(
     kernel = _kernel(dim, path)
     fitting = (_shared(place[0]) + RESERVED) // (kernel.shared + RESERVED)
     slots = chip._replace(processors=chip.processors * min(kernel.blocks, fitting))
-    number, step = splits(rows, size, dim, kernel.tiles, slots)
+    number, step = _heuristics().splits(rows, size, dim, kernel.tiles, slots)
     stats = queue.new_empty((3, number, rows), dtype=torch.float32)
     means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)
     _cuda.lookup(
