@@ -37,7 +37,7 @@ def results(dtype):
         yield stats[0], torch.zeros(())
 
 
-for seed in range(10):
+for seed in range(8):
     module.seed(seed)
     for dtype in torch.bfloat16, torch.float16:
         try:
