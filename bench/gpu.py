@@ -1,6 +1,6 @@
-"""Everything that is to be done with a GPU, in one go and under ten minutes: tests, then timings.
+"""Everything that is to be done with a GPU: tests, compute-sanitizer, timings; each under five minutes.
 
-    python bench/gpu.py OUT [--quick]
+    python bench/gpu.py OUT [--parts tests sanitizer sweep] [--quick]
 
 OUT gets the tests' report, what compute-sanitizer says of the CUDA kernels, relation_loss.json (device,
 driver, versions, commit; milliseconds of every peer, peak memory, the matrix rate of the same run) and
@@ -267,7 +267,8 @@ def sweep(out: Path, about: dict, quick: bool) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one shape")
+    parser.add_argument("--parts", nargs="*", default=["tests", "sanitizer", "sweep"])
+    parser.add_argument("--quick", action="store_true", help="time two shapes")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     report = []
@@ -279,13 +280,14 @@ def main() -> None:
 
     about = machine()
     told(str(about))
-    for part in (
-        lambda: [tests(options.out)],
-        lambda: sanitized(options.out),
-        lambda: sweep(options.out, about, options.quick),
-    ):
+    parts = {
+        "tests": lambda: [tests(options.out)],
+        "sanitizer": lambda: sanitized(options.out),
+        "sweep": lambda: sweep(options.out, about, options.quick),
+    }
+    for name in options.parts:
         try:
-            for text in part():
+            for text in parts[name]():
                 told(text)
         except Exception:
             told(traceback.format_exc(limit=-2))

@@ -282,6 +282,16 @@ def test_any_schedule_gives_equal_results(cuda, module, dtype, dim):
         assert all(torch.equal(a, b) for a, b in zip(with_gradients(*inputs), expected, strict=True))
 
 
+def test_opcheck(cuda):
+    q, k, queue = unit(2, 5, 64).bfloat16(), unit(5, 64).bfloat16(), unit(40, 64).bfloat16()
+    ops, check = torch.ops.relssl, torch.library.opcheck
+    exclude = torch.tensor([0, -1, 3, 39, -1])
+    for want in (True, False):
+        check(ops.relation.default, (q, k, queue, [10.0, 25.0], None, "kl", want, "cuda"))
+        check(ops.info_nce.default, (q, k, queue, [], torch.tensor([10.0]), want, "cuda"))
+        check(ops.rows.default, (k, queue, [10.0, 25.0], None, 3, exclude, want, "cuda"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", WIDTHS)
 def test_bitwise_equal_from_run_to_run(on_gpu, dim):

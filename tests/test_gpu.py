@@ -76,6 +76,14 @@ def test_work_goes_to_the_device_of_its_tensors(backend):
         torch.testing.assert_close(one.cpu(), other.cpu())
 
 
+def test_compiled_equals_eager(backend):
+    q, k, queue = inputs(64, 4096, 128)
+    compiled = torch.compile(lambda q: relation_loss(q, k, queue, backend=backend), fullgraph=True)
+    loss = compiled(q)
+    for one, other in zip((loss, *torch.autograd.grad(loss, q)), step(q, k, queue, backend), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_device(backend):
     q, k, queue = inputs(64, 4096, 128)
