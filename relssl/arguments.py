@@ -91,6 +91,24 @@ def check_pair(q: Tensor, k: Tensor, queue: Tensor, **temperatures: Temperature)
         _temperature(name, value, q.device)
 
 
+def check_views(
+    z1: Tensor, z2: Tensor, queue: Tensor | None, names: tuple[str, str], **temperatures: Temperature
+) -> None:
+    """Two views of a batch, so called, and perhaps a queue. Raises TypeError, ValueError or RuntimeError."""
+    first, second = names
+    _rows(first, z1, {2: "[N, D]"})
+    _rows(second, z2, {2: "[N, D]"})
+    _same_device(second, z2, z1.device)
+    if z2.dtype != z1.dtype:
+        raise TypeError(f"{first} and {second} must have one dtype, got {z1.dtype} and {z2.dtype}")
+    if z2.shape != z1.shape:
+        raise ValueError(f"{second} must have the shape of {first} {tuple(z1.shape)}, got {tuple(z2.shape)}")
+    if queue is not None:
+        check_queue(first, z1, queue, {2: "[N, D]"})
+    for name, value in temperatures.items():
+        _temperature(name, value, z1.device)
+
+
 def check_lookup(x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None) -> None:
     """The arguments of queue_logsumexp. Raises TypeError, ValueError or RuntimeError."""
     check_queue("x", x, queue, {2: "[R, D]"})

@@ -5,12 +5,14 @@ the softmax-weighted mean of the queue, and ReSSL's relation loss is the Bregman
 of the size batch x queue is ever needed, and the gradient costs no second pass.
 """
 
+from math import log
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from relssl import ops
-from relssl.arguments import check_choice, check_lookup, check_pair, compute_dtype, queue_rows
+from relssl.arguments import check_choice, check_lookup, check_pair, check_views, compute_dtype, queue_rows
 from relssl.backends.common import Temperature
 from relssl.queue import FeatureQueue
 
@@ -97,6 +99,93 @@ def info_nce(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_pair(q, k, rows, temperature=temperature)
     return ops.info_nce(q, k, rows, temperature, reduction, backend)
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: Temperature = 0.5,
+    queue: Tensor | FeatureQueue | None = None,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """NT-Xent between two views of a batch: each row's positive is the other view's, the rest are negatives.
+
+    With z = [z1; z2] and i' the other view of i, over the 2N rows
+
+        loss_i = -log( e^(<z_i,z_i'>/tau) / sum_(j != i) e^(<z_i,z_j>/tau) ) = A_i - <z_i,z_i'>/tau
+
+    where A_i is the log-partition function of z without row i; nothing of size 2N x 2N is stored. A queue
+    adds its rows to the negatives. (Chen et al., SimCLR, ICML 2020, eq. 1; the instance loss of CC and SACC,
+    with tau = 0.5.)
+
+    Any finite input is right; the papers' rows have norm 1, and are not normalised here.
+
+    Args:
+        z1, z2: embeddings of the two views, [N, D], one dtype.
+        temperature: number or 0-d tensor, which may require grad.
+        queue: [K, D] or a FeatureQueue of further negatives, which may require grad; None for the paper.
+        reduction: "mean" and "sum" over all 2N rows, "none" for a loss of shape [2N], z1's rows first.
+        backend: "auto", or a name that `relssl info` lists.
+
+    dtypes and errors are those of `relation_loss`, the loss's dtype among them.
+    """
+    rows = None if queue is None else queue_rows(queue)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_views(z1, z2, rows, ("z1", "z2"), temperature=temperature)
+    z = torch.cat((z1, z2))
+    dtype = compute_dtype(z, z if rows is None else rows)
+    own = torch.arange(len(z), device=z.device)
+    lse, _ = ops.logsumexp(z, z, temperature, own, dtype, False, backend)
+    if rows is not None:
+        others, _ = ops.logsumexp(z, rows, temperature, None, dtype, False, backend)
+        lse = torch.logaddexp(lse, others)
+    x = z.to(dtype).to(lse.dtype)
+    positive = (x * x.roll(len(z1), 0)).sum(1) / temperature
+    return ops.reduce(lse - positive, reduction)
+
+
+def cluster_contrast(
+    p1: Tensor, p2: Tensor, *, temperature: Temperature = 1.0, backend: str = "auto"
+) -> Tensor:
+    """NT-Xent between the clusters of two views: the columns of the assignment matrices, by their cosines.
+
+    A column says which images a cluster has; its positive is the same cluster's column in the other view. The
+    mean over the 2M columns, a scalar. (Li et al., Contrastive Clustering, AAAI 2021, eq. 5; SACC; tau = 1.)
+
+    Args:
+        p1, p2: soft assignments of N images to M clusters in each view, [N, M], one dtype.
+        temperature: number or 0-d tensor, which may require grad.
+
+    dtypes and errors are those of `relation_loss`. A column of zeros, an empty cluster, has the cosine 0.
+    """
+    check_views(p1, p2, None, ("p1", "p2"), temperature=temperature)
+    wide = torch.promote_types(p1.dtype, torch.float32)
+    c1, c2 = (p.mT.to(wide) for p in (p1, p2))
+    n1, n2 = (c.norm(dim=1, keepdim=True) for c in (c1, c2))
+    # An empty cluster's column stays as it is: its length would make a slope that no dtype holds.
+    c1, c2 = (c / n.masked_fill(n < 1e-8, 1.0) for c, n in ((c1, n1), (c2, n2)))
+    return nt_xent(c1, c2, temperature=temperature, backend=backend)
+
+
+def cluster_entropy(p: Tensor) -> Tensor:
+    """How far a batch's assignments are from equal clusters: log M - H(P), 0 where all M have as many images.
+
+    P_m = sum_n p_nm / sum_nm p_nm. Added to the cluster loss of each view, it keeps clusters from dying.
+    (Li et al., Contrastive Clustering, AAAI 2021, eq. 6, and SACC, up to the constant log M.)
+
+    Args:
+        p: soft assignments [N, M], not negative.
+
+    Returns:
+        A scalar, float32 (float64 for float64). Finite, and so is its gradient, where clusters are empty.
+    """
+    check_views(p, p, None, ("p", "p"))
+    wide = p.to(torch.promote_types(p.dtype, torch.float32))
+    share = wide.sum(0) / wide.sum()
+    # 0 log 0 is 0, but its slope is not a number that could be passed on.
+    return log(p.shape[1]) + (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
 
 
 def queue_logsumexp(

@@ -75,3 +75,33 @@ class InfoNCELoss(_Loss):
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor | FeatureQueue) -> Tensor:
         return functional.info_nce(q, k, queue, **self.settings())
+
+
+class NTXentLoss(_Loss):
+    """`functional.nt_xent` with its settings kept; call it with (z1, z2) or (z1, z2, queue).
+
+    A temperature given as nn.Parameter (0-d) is learned.
+    """
+
+    def __init__(
+        self, *, temperature: Temperature = 0.5, reduction: Reduction = "mean", backend: str = "auto"
+    ) -> None:
+        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
+
+    def forward(self, z1: Tensor, z2: Tensor, queue: Tensor | FeatureQueue | None = None) -> Tensor:
+        return functional.nt_xent(z1, z2, queue=queue, **self.settings())
+
+
+class ClusterLoss(_Loss):
+    """The cluster loss of Contrastive Clustering and SACC; call it with two views' assignments (p1, p2).
+
+    `functional.cluster_contrast` plus `functional.cluster_entropy` of each view. (Li et al., Contrastive
+    Clustering, AAAI 2021, eq. 6.)
+    """
+
+    def __init__(self, *, temperature: Temperature = 1.0, backend: str = "auto") -> None:
+        super().__init__(temperature=temperature, backend=backend)
+
+    def forward(self, p1: Tensor, p2: Tensor) -> Tensor:
+        entropies = functional.cluster_entropy(p1) + functional.cluster_entropy(p2)
+        return functional.cluster_contrast(p1, p2, **self.settings()) + entropies
