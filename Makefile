@@ -1,7 +1,8 @@
 # make demo      train on real images, and time the loss against eager PyTorch: under two minutes of CPU
 # make test      the test suite                  make check   lint, format and types
 # make bench     time the loss against its peers: four minutes
-# make fuzz      10,000 random calls of the C++ kernels against the oracle: three minutes
+# make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
+#                emulated: ten minutes
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
 # Each makes its own .venv with the versions in constraints.txt; nothing need be there before.
 
@@ -36,6 +37,7 @@ bench: .venv/installed
 
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz.py $(ARGS)
+	$(BIN)/python tests/fuzz.py --backend cuda --calls 1000
 
 # The sanitized package lies in a folder of its own, before the other on the path.
 SANITIZE := -fsanitize=address,undefined

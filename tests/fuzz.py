@@ -1,10 +1,11 @@
-"""Random calls of the losses on the C++ backend against the oracle: `make fuzz`, not part of the suite.
+"""Random calls of the losses against the oracle: `make fuzz`, not part of the suite.
 
-    python tests/fuzz.py [--calls 10000] [--seed 0]
+    python tests/fuzz.py [--backend cpu] [--calls 10000] [--seed 0]
 
 Every call has its own seed, which is printed if it fails; `--calls 1 --seed THAT` repeats it. Shapes,
-strides, temperatures, norms, dtype, instruction set and threads are drawn; one call in ten is given a bad
-argument and must raise a Python exception.
+strides, temperatures, norms and dtype are drawn; on the C++ backend instruction set and threads, and one call
+in ten is given a bad argument and must raise a Python exception; of the CUDA kernels, which are emulated, the
+kernel, the processors and the schedule.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import random
 import sys
 from time import perf_counter
 
+import checks
+import emulated
 import torch
 from checks import batch, check_info_nce, check_logsumexp, check_relation
 from oracle import unit
@@ -45,15 +48,30 @@ def good():
     size = max(1, round(log_uniform(1, min(20_000, 2e6 / (rows * dim)) + 1)))
     views = random.choice([None, None, 1, 3])
     taus = log_uniform(0.005, 10), log_uniform(0.005, 10)
-    inputs = [strided(t) for t in batch(views, rows, size, dim, dtype, log_uniform(0.01, 1e4))]
+    check(batch(views, rows, size, dim, dtype, log_uniform(0.01, 1e4)), taus, "cpu")
+
+
+def good_cuda(module, seed):
+    module.seed(seed)
+    emulated.install(module, setattr, random.choice([80, 90]), processors=random.choice([1, 2, 3, 7]))
+    dtype, dim = random.choice([torch.bfloat16, torch.float16]), random.choice(emulated.WIDTHS)
+    rows, size = random.randint(1, 140), random.randint(1, 700)
+    most = 100 if dtype == torch.bfloat16 else 3  # or gradients would not fit
+    inputs = batch(random.choice([None, 1, 3]), rows, size, dim, dtype, log_uniform(0.01, most))
+    check(inputs, (log_uniform(0.005, 10), log_uniform(0.005, 10)), "cuda")
+
+
+def check(inputs, taus, backend):
+    _, k, queue = inputs = [strided(t) for t in inputs]
     what = random.randrange(4)
     if what < 2:
-        check_relation(*inputs, *taus, ("kl", "ce")[what], "cpu", drawn=True)
+        check_relation(*inputs, *taus, ("kl", "ce")[what], backend, drawn=True)
     elif what == 2:
-        check_info_nce(*inputs, taus[0], "cpu", drawn=True)
+        check_info_nce(*inputs, taus[0], backend, drawn=True)
     else:
-        exclude = torch.randint(-1, size, (rows,)) if size > 1 and random.random() < 0.5 else None
-        check_logsumexp(inputs[1], inputs[2], taus[0], "cpu", exclude, drawn=True)
+        some = len(queue) > 1 and random.random() < 0.5
+        exclude = torch.randint(-1, len(queue), (len(k),)) if some else None
+        check_logsumexp(k, queue, taus[0], backend, exclude, drawn=True)
 
 
 def bad():
@@ -89,9 +107,12 @@ def bad():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
+    checks.EMULATED = settings.backend == "cuda"
+    module = emulated.load(emulated.build()) if checks.EMULATED else None
     began, failed = perf_counter(), 0
     for seed in range(settings.seed, settings.seed + settings.calls):
         random.seed(seed)
@@ -99,10 +120,14 @@ def main():
         _cpu.use(random.choice(_cpu.instruction_sets()))
         torch.set_num_threads(random.choice([1, 1, 1, 2, 3]))
         try:
-            bad() if random.random() < 0.1 else good()
+            if module:
+                good_cuda(module, seed)
+            else:
+                bad() if random.random() < 0.1 else good()
         except Exception as error:
             failed += 1
-            print(f"seed {seed}, {_cpu.instruction_set()}: {type(error).__name__}: {error}", flush=True)
+            where = "" if module else f", {_cpu.instruction_set()}"
+            print(f"seed {seed}{where}: {type(error).__name__}: {error}", flush=True)
         if (seed + 1) % 1000 == 0:
             print(f"{seed + 1 - settings.seed} calls, {perf_counter() - began:.0f} s", flush=True)
     print(f"{settings.calls} calls, {failed} failed, {perf_counter() - began:.0f} s")
