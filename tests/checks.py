@@ -123,6 +123,23 @@ def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
     )  # fmt: skip
 
 
+def losses(q, k, queue, backend, tau=0.2, exclude=None):
+    """A row's value of each loss, and the primitive's two."""
+    how = {"reduction": "none", "backend": backend}
+    return (
+        relation_loss(q, k, queue, student_temperature=tau, **how),
+        relation_loss(q, k, queue, form="ce", teacher_temperature=tau, **how),
+        our_info_nce(q, k, queue, temperature=tau, **how),
+        *queue_logsumexp(k, queue, tau, exclude=exclude, backend=backend),
+    )
+
+
+def ask_for_hoppers_kernel(monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a kernel for Hopper alone")
+    monkeypatch.setenv("RELSSL_CUDA_KERNEL", "sm_90a")
+
+
 def batch(views, rows, size, dim, dtype, norm=1.0):
     q = unit(*(() if views is None else (views,)), rows, dim, dtype=dtype, norm=norm)
     return q, unit(rows, dim, dtype=dtype, norm=norm), unit(size, dim, dtype=dtype, norm=norm)

@@ -49,7 +49,12 @@ def build():
     """The module's file; compiled once for each state of the sources."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-    sources = [*sorted(CUDA.glob("*.*")), *sorted(EMULATION.glob("*.*")), Path(__file__)]
+    sources = [
+        *sorted(CUDA.glob("*.*")),
+        *sorted(EMULATION.glob("*.*")),
+        CUDA.parent / "addresses.h",
+        Path(__file__),
+    ]
     state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     folder = ROOT / "build/emulated" / state
     module = folder / "_emulated.so"

@@ -14,7 +14,7 @@ from oracle import unit
 from relssl.kernels.heuristics import Chip
 
 from relssl import backends
-from relssl.functional import info_nce, queue_logsumexp, relation_loss
+from relssl.functional import queue_logsumexp
 
 DTYPES = [torch.bfloat16, torch.float16]
 WIDTHS = [64, 128, 256, 512]
@@ -37,20 +37,12 @@ def cuda(request, module, monkeypatch):
 @pytest.fixture(params=PATHS, ids=lambda path: f"sm_{path}")
 def on_gpu(request, monkeypatch):
     if request.param == 90:
-        monkeypatch.setenv("RELSSL_CUDA_KERNEL", "sm_90a")
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("a kernel for Hopper alone")
+        checks.ask_for_hoppers_kernel(monkeypatch)
     return backends.MODULES["cuda"]
 
 
-def losses(q, k, queue, tau=0.2, exclude=None):
-    how = {"reduction": "none", "backend": "cuda"}
-    return (
-        relation_loss(q, k, queue, student_temperature=tau, **how),
-        relation_loss(q, k, queue, form="ce", teacher_temperature=tau, **how),
-        info_nce(q, k, queue, temperature=tau, **how),
-        *queue_logsumexp(k, queue, tau, exclude=exclude, backend="cuda"),
-    )
+def losses(*inputs, **options):
+    return checks.losses(*inputs, backend="cuda", **options)
 
 
 def with_gradients(q, k, queue, **options):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_relation, on
+from checks import ask_for_hoppers_kernel, batch, check_info_nce, check_logsumexp, check_relation, on
 
 from relssl.functional import info_nce, queue_logsumexp, relation_loss
 
@@ -14,9 +14,7 @@ WIDTHS = {"triton": [64, 128, 256, 512, 1024], "cuda": [64, 128, 256, 512]}
 def backend(request, monkeypatch):
     name, _, kernel = request.param.partition("-")
     if kernel:
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("a kernel for Hopper alone")
-        monkeypatch.setenv("RELSSL_CUDA_KERNEL", kernel)
+        ask_for_hoppers_kernel(monkeypatch)
     return name
 
 

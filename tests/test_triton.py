@@ -1,12 +1,13 @@
 """Triton's kernels: what the grid of test_losses.py does not reach. On a GPU, or in the interpreter."""
 
+import checks
 import pytest
 import torch
 from checks import INTERPRETED, batch, check_info_nce, check_logsumexp, check_relation, device, on
 from oracle import unit
 
 from relssl import backends
-from relssl.functional import info_nce, queue_logsumexp, relation_loss
+from relssl.functional import queue_logsumexp
 
 if not INTERPRETED:
     pytestmark = pytest.mark.gpu
@@ -41,14 +42,8 @@ def test_float64_rows_for_a_narrower_queue():
         torch.testing.assert_close(got.to(want.dtype), want, rtol=1e-2, atol=1e-2)
 
 
-def losses(q, k, queue, tau=0.2, exclude=None):
-    how = {"reduction": "none", "backend": "triton"}
-    return (
-        relation_loss(q, k, queue, student_temperature=tau, **how),
-        relation_loss(q, k, queue, form="ce", teacher_temperature=tau, **how),
-        info_nce(q, k, queue, temperature=tau, **how),
-        *queue_logsumexp(k, queue, tau, exclude=exclude, backend="triton"),
-    )
+def losses(*inputs, **options):
+    return checks.losses(*inputs, backend="triton", **options)
 
 
 def with_gradients(*inputs, **options):

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../addresses.h"
 #include "losses.h"
 #include "threads.h"
 
@@ -26,8 +27,6 @@ namespace {
 
 using namespace relssl;
 
-// Addresses come as integers; 0 is null.
-using Address = uintptr_t;
 using Rows = std::tuple<Address, int64_t, int64_t, double>;  // data, stride, count, scale
 
 bool supported(const std::string& name) {
@@ -72,17 +71,6 @@ void use(const std::string& name) {
     names += std::string(names.empty() ? "" : ", ") + k->name;
   }
   throw py::value_error("instruction set must be one of " + names + " on this machine; got '" + name + "'");
-}
-
-template <class T>
-T* pointer(Address address, const char* name) {
-  if (!address) throw py::value_error(std::string(name) + " is null");
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-T* optional(Address address) {
-  return reinterpret_cast<T*>(address);
 }
 
 // 2^40 elements are far beyond any memory, and leave room for every product of sizes below.

@@ -2,13 +2,12 @@
 // them; here only what would be fatal is refused: null or crooked addresses, and sizes that overflow.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
 #include <tuple>
-#include <vector>
 
+#include "../addresses.h"
 #include "combine.h"
 #include "lookup.h"
 
@@ -23,23 +22,10 @@ namespace {
 
 using namespace relssl;
 
-// Addresses come as integers; 0 is null.
-using Address = uintptr_t;
 using Place = std::tuple<int, Address>;                                  // device, stream
 using Number = std::tuple<float, Address>;                               // a scale: see Scale
 using Rows = std::tuple<Address, int64_t, int64_t>;                      // data, stride, count
 using Parts = std::tuple<Address, Address, int64_t, int64_t, int64_t>;   // see Partials
-
-template <class T>
-T* pointer(Address address, const char* name) {
-  if (!address) throw py::value_error(std::string(name) + " is null");
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-T* optional(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 int count(int64_t n, const char* name, int64_t least = 1) {
   if (n < least || n >= int64_t{1} << 31)

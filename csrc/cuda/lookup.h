@@ -35,7 +35,7 @@ struct Lookup {
 
 // The one table of tiles: rows of x and of the queue in a block's tile, warps that compute, queue tiles in flight,
 // warps that share their rows (each then has its own columns), and blocks to a multiprocessor. What fits the
-// registers was read off the compiler's report (docs/kernels.md); what is fastest awaits a measurement.
+// registers was read off the compiler's report (docs/cuda.md); what is fastest awaits a measurement.
 struct Tiles {
   int m, n, warps, stages, sharing, blocks;
 };
