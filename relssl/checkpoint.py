@@ -5,12 +5,15 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from relssl import methods
+from relssl import distributed, methods
 from relssl.methods.base import Method, TrainConfig
+
+# Settings that a run may change when it goes on.
+FREE = {"resume", "out", "data_root", "download", "device", "workers", "backend", "epochs", "judge_every"}
 
 
 def _randomness() -> dict[str, Any]:
@@ -30,7 +33,13 @@ def save(
     sums: dict,
     history: list,
 ) -> None:
-    """Write checkpoint and metrics so that at any moment there is a whole file of each."""
+    """Write checkpoint and metrics so that at any moment there is a whole file of each.
+
+    Every process must call it; the first writes, the random state of all.
+    """
+    randomness = distributed.collect(_randomness())
+    if distributed.rank():
+        return
     settings = json.loads(json.dumps(asdict(config), default=str))
     name = next(n for n, c in methods.CONFIGS.items() if type(config) is c)
     state = {key: part.state_dict() for key, part in run.items()}
@@ -41,37 +50,67 @@ def save(
         "step": step,
         "sums": sums,
         "history": history,
+        "randomness": randomness,
     }
-    _replace(path, lambda temporary: torch.save(state | {"randomness": _randomness()}, temporary))
+    _replace(path, lambda file: torch.save(state, file))
     metrics = {"method": name, "config": settings, "epochs": history}
-    _replace(
-        path.with_name("metrics.json"),
-        lambda temporary: temporary.write_text(json.dumps(metrics, indent=1)),
-    )
+    _replace(path.with_name("metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write beside the file, to the disk, and only then take its place."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def restore(path: Path, config: TrainConfig, run: dict[str, Any], device: str) -> tuple[int, int, dict, list]:
+def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or something else than a checkpoint of this library.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        state["method"], state["config"], state["model"]
+    except Exception as error:  # torch and pickle raise nearly anything over a damaged file.
+        raise ValueError(f"{path} is damaged, or no checkpoint of relssl ({type(error).__name__})") from error
+    if state["method"] not in methods.CONFIGS:
+        raise ValueError(f"{path} is of method {state['method']!r}, which this version does not know")
+    return state
+
+
+def restore(
+    path: Path, config: TrainConfig, run: dict[str, Any], device: torch.device
+) -> tuple[int, int, dict, list]:
     """Put everything back as `save` found it; returns epoch, step, sums and history."""
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = read(path, device)
     if methods.CONFIGS[state["method"]] is not type(config):
-        raise ValueError(f"{path} is of method {state['method']}")
+        raise ValueError(f"{path} is of method {state['method']}: give --out another folder")
+    now = json.loads(json.dumps(asdict(config), default=str))
+    changed = [f"{k} was {v}" for k, v in state["config"].items() if k not in FREE and now.get(k) != v]
+    if changed:
+        raise ValueError(f"{path} is of other settings ({', '.join(changed)}): they cannot change on the way")
+    if len(state["randomness"]) != distributed.world():
+        raise ValueError(f"{path} is of {len(state['randomness'])} processes, this run of {distributed.world()}")
     for key, part in run.items():
         part.load_state_dict(state[key])
-    torch.set_rng_state(state["randomness"]["cpu"].cpu())
-    if state["randomness"]["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["randomness"]["cuda"]])
+    randomness = state["randomness"][distributed.rank()]
+    torch.set_rng_state(randomness["cpu"].cpu())
+    if randomness["cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in randomness["cuda"]])
     return state["epoch"], state["step"], state["sums"], state["history"]
 
 
 def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
     """The trained method of a checkpoint, in eval mode, and its config."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read(path)
     settings: dict[str, Any] = state["config"] | {"device": device}
     for name in ("out", "data_root"):
         settings[name] = settings[name] and Path(settings[name])

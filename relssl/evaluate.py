@@ -1,13 +1,22 @@
-"""How good frozen features are: a weighted nearest-neighbour vote and a linear probe."""
+"""How good frozen features are: a weighted nearest-neighbour vote, a linear probe, and clusters against classes."""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl import data as datasets
+from relssl.functional import queue_logsumexp
 from relssl.methods.base import Method, TrainConfig
+
+Features = tuple[Tensor, Tensor]  # [N, d] float32, and labels [N]
+
+
+def load(config: TrainConfig) -> datasets.Data:
+    """The data set of a config, without downloading it."""
+    return datasets.load(config.data, config.data_root, config.image_size, classes=config.classes)
 
 
 def evaluate(
@@ -17,43 +26,73 @@ def evaluate(
     temperature: float = 0.1,
     epochs: int = 100,
 ) -> dict[str, float]:
-    """Accuracies in [0, 1] of a method's frozen features on its data set's test images."""
+    """Scores in [0, 1] (ari from -1) of a method's frozen features, and of its clusters.
+
+    knn and linear are accuracies on the test images; nmi, acc and ari are of `clustering_scores`, on the images
+    that config.clustered says. The clusters are those that the method assigns, or else found by k-means.
+    """
     method.eval()
-    data = datasets.load(config.data, config.data_root, config.image_size)
-    return _judge(method.features, data, k, temperature, epochs)
+    return _judge(method.features, load(config), config, k, temperature, epochs, method.assign)
 
 
 def baselines(
     config: TrainConfig, k: int = 200, temperature: float = 0.1, epochs: int = 100
 ) -> dict[str, dict[str, float]]:
     """The same of what training starts from: raw pixels (less their mean), and the untrained encoder."""
-    data = datasets.load(config.data, config.data_root, config.image_size)
+    data = load(config)
     mean, std = datasets.channel_statistics(data.train)
     torch.manual_seed(config.seed)
     method = config.make(mean, std)
     method.eval()
+    how = data, config, k, temperature, epochs
     return {
-        "raw pixels": _judge(
-            lambda x: (x / 255 - mean.view(3, 1, 1)).flatten(1), data, k, temperature, epochs
-        ),
-        "untrained encoder": _judge(method.features, data, k, temperature, epochs),
+        "raw pixels": _judge(lambda x: (x / 255 - mean.view(3, 1, 1)).flatten(1), *how),
+        "untrained encoder": _judge(method.features, *how),
     }
 
 
 def _judge(
-    encode: Callable[[Tensor], Tensor], data: datasets.Data, k: int, temperature: float, epochs: int
+    encode: Callable[[Tensor], Tensor],
+    data: datasets.Data,
+    config: TrainConfig,
+    k: int,
+    temperature: float,
+    epochs: int,
+    assign: Callable[[Tensor], Tensor | None] = lambda images: None,
 ) -> dict[str, float]:
     train, test = (collect(encode, part) for part in (data.labelled, data.test))
     return {
         "knn": knn_accuracy(train, test, k=k, temperature=temperature),
         "linear": linear_accuracy(train, test, epochs=epochs),
+        **clusters(encode, assign, config.clustered(data), len(data.classes)),
     }
 
 
 @torch.no_grad()
-def collect(
-    encode: Callable[[Tensor], Tensor], data: datasets.Images, batch: int = 512
-) -> tuple[Tensor, Tensor]:
+def glance(method: Method, data: datasets.Data) -> dict[str, float]:
+    """What a training run looks at along the way: knn, clusters if it makes some, and softmaxes' entropies."""
+    method.eval()
+    scores = {"knn": knn_accuracy(*(collect(method.features, part) for part in (data.labelled, data.test)))}
+    some = data.test[list(range(min(512, len(data.test))))][0]
+    if method.assign(some) is not None:
+        scores |= clusters(
+            method.features, method.assign, method.config.clustered(data), len(data.classes)
+        )
+    if method.queue is not None:
+        x = method.embed(some)
+        for name, temperature in method.temperatures.items():
+            scores[f"entropy_at_{name}_temperature"] = float(entropy(x, method.queue.rows, temperature))
+    return scores
+
+
+def entropy(x: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Mean entropy in nats of the softmax of rows x [R, D] over a queue [K, D]: lse - <x, mean> / tau."""
+    lse, mean = queue_logsumexp(x.to(queue.dtype), queue, temperature)
+    return (lse - (x * mean).sum(1) / temperature).mean()
+
+
+@torch.no_grad()
+def collect(encode: Callable[[Tensor], Tensor], data: datasets.Images, batch: int = 512) -> Features:
     """Features [N, d] (float32) and labels [N] of a data set, where the encoder puts them."""
     features, labels = [], []
     for rows in torch.arange(len(data)).split(batch):
@@ -63,10 +102,47 @@ def collect(
     return torch.cat(features), torch.cat(labels)
 
 
+def clusters(
+    encode: Callable[[Tensor], Tensor],
+    assign: Callable[[Tensor], Tensor | None],
+    data: datasets.Images,
+    count: int,
+) -> dict[str, float]:
+    """`clustering_scores` of the clusters that images are assigned to, or of k-means on their features."""
+    if assign(data[[0, 1]][0]) is not None:
+        found, labels = collect(assign, data)  # type: ignore[arg-type]
+        return clustering_scores(labels, found.argmax(1))
+    from sklearn.cluster import KMeans
+
+    features, labels = collect(encode, data)
+    means = KMeans(count, n_init=10, random_state=0)
+    return clustering_scores(labels, torch.from_numpy(means.fit_predict(features.cpu().numpy())))
+
+
+def clustering_scores(labels: Tensor, found: Tensor) -> dict[str, float]:
+    """How well clusters [N] match classes [N]: nmi, acc and ari, as published for Contrastive Clustering and SACC.
+
+    nmi: mutual information over the arithmetic mean of the entropies. acc: the share of images in their class's
+    cluster, under the best pairing of clusters with classes (Hungarian method). ari: adjusted Rand index.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    y, c = labels.cpu().numpy(), found.cpu().numpy()
+    table = np.asarray(contingency_matrix(y, c))
+    paired = table[linear_sum_assignment(table, maximize=True)].sum()
+    return {
+        "nmi": float(normalized_mutual_info_score(y, c)),
+        "acc": float(paired / len(y)),
+        "ari": float(adjusted_rand_score(y, c)),
+    }
+
+
 @torch.no_grad()
 def knn_accuracy(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    train: Features,
+    test: Features,
     *,
     k: int = 200,
     temperature: float = 0.1,
@@ -94,8 +170,8 @@ def knn_accuracy(
 
 
 def linear_accuracy(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    train: Features,
+    test: Features,
     *,
     epochs: int = 100,
     batch: int = 256,

@@ -1,9 +1,10 @@
 """FeatureQueue: the ring of past embeddings that queries are compared with."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from relssl.distributed import gather
 
 
 class FeatureQueue(nn.Module):
@@ -92,19 +93,10 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"keys must be [B, {dim}] with B ≥ 1, got shape {tuple(keys.shape)}")
         if keys.device != self.rows.device:
             raise RuntimeError(f"keys is on {keys.device}, but the queue on {self.rows.device}")
-        keys = _gather(keys.to(self.rows.dtype))
+        keys = gather(keys.to(self.rows.dtype))
         total, keys = len(keys), keys[-size:]
         first = self.pointer + (total - len(keys))
         at = (first + torch.arange(len(keys), device=keys.device)) % size
         self.rows.index_copy_(0, at, keys)
         self.pointer.add_(total).remainder_(size)
         self.count.add_(total).clamp_(max=size)
-
-
-def _gather(keys: Tensor) -> Tensor:
-    """The keys of all ranks in rank order; the input itself where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return keys
-    everyone = keys.new_empty(dist.get_world_size() * len(keys), keys.shape[1])
-    dist.all_gather_into_tensor(everyone, keys.contiguous())
-    return everyone

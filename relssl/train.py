@@ -1,12 +1,14 @@
 """The training loop: any method whose forward gives a loss and what to log, and nothing of a method's own.
 
 A checkpoint holds everything that a step depends on, so a resumed run continues bit for bit, from the end
-of an epoch or from the step at which Ctrl-C was pressed.
+of an epoch or from the step at which Ctrl-C was pressed. Under torchrun each process takes its share of every
+batch, and DistributedDataParallel averages the gradients.
 """
 
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from relssl import data as datasets
+from relssl import distributed
 from relssl.checkpoint import restore, save
+from relssl.evaluate import glance
 from relssl.methods.base import Method, TrainConfig
 
 
@@ -25,113 +29,187 @@ def train(config: TrainConfig) -> Method:
     """Train a method and return it; checkpoint.pt, metrics.json and TensorBoard events go to config.out.
 
     Raises:
-        ValueError: fewer training images than one batch, or a checkpoint of another method.
+        ValueError: fewer training images than one batch, a batch that does not divide among the processes, or a
+            checkpoint that is damaged, of another method or of other settings.
         FileExistsError: config.out holds a checkpoint and config.resume is off.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     device = config.pick_device()
+    with distributed.processes(device):
+        return _train(config, device)
+
+
+def _train(config: TrainConfig, device: torch.device) -> Method:
     path = config.out / "checkpoint.pt"
     if path.exists() and not config.resume:
         raise FileExistsError(f"{path} exists: pass --resume to go on from it, or another --out")
-    data = datasets.load(config.data, config.data_root, config.image_size, config.download)
-    steps = len(data.train) // config.batch_size
-    if steps == 0:
-        raise ValueError(f"batch size {config.batch_size} exceeds the {len(data.train)} training images")
+    if config.batch_size % distributed.world():
+        raise ValueError(f"a batch of {config.batch_size} does not divide among {distributed.world()} processes")
+    data = datasets.load(config.data, config.data_root, config.image_size, config.download, config.classes)
+    passes = config.passes(data)
+    for images in passes.values():
+        if len(images) < config.batch_size:
+            raise ValueError(f"batch size {config.batch_size} exceeds the {len(images)} training images")
+    smallest = min(map(len, passes.values()))
+    if config.queue_size > smallest and distributed.rank() == 0:
+        warnings.warn(
+            f"the queue of {config.queue_size} is larger than the {smallest} training images: it holds earlier"
+            " embeddings of the very images that it is compared with",
+            stacklevel=2,
+        )
     torch.manual_seed(config.seed)
     method = config.make(*datasets.channel_statistics(data.train))
-    optimizer = torch.optim.SGD(parameter_groups(method, config), lr=config.lr, momentum=config.sgd_momentum)
-    precision = ("bf16" if device == "cuda" else "fp32") if config.precision == "auto" else config.precision
+    torch.manual_seed(config.seed + distributed.rank())  # The same weights, other augmentations.
+    optimizer = optimizer_of(method, config)
+    precision = ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = {"model": method, "optimizer": optimizer, "scaler": scaler}
+    steps = sum(len(images) // config.batch_size for images in passes.values())
     start, step = 0, 0
     sums: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
     if config.resume and path.exists():
         start, step, sums, history = restore(path, config, run, device)
+    forward: nn.Module = method
+    if distributed.world() > 1:
+        # The queue is the same everywhere, and BatchNorm's statistics are each process's own: no buffer is sent.
+        forward = nn.parallel.DistributedDataParallel(
+            method, broadcast_buffers=False, find_unused_parameters=len(passes) > 1
+        )
 
-    config.out.mkdir(parents=True, exist_ok=True)
-    board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start * steps + step)
-    bar = tqdm(
-        total=config.epochs * steps * config.batch_size, initial=(start * steps + step) * config.batch_size,
-        unit=" images", unit_scale=True, dynamic_ncols=True,
-    )  # fmt: skip
-    with interruption() as stop, board, bar:
+    with interruption() as stop, reporting(config, start * steps + step, steps) as (board, bar):
         for epoch in range(start, config.epochs):
             method.train()
             began, first = time.perf_counter(), step
-            for images in batches(data.train, config, epoch, step):
+            for part, images in batches(passes, config, epoch, step):
                 lr = learning_rate(config, epoch * steps + step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                    loss, logs = method(images.to(device, non_blocking=True))
+                method.epoch = epoch + step / steps
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    loss, logs = forward(images.to(device, non_blocking=True), part)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 step += 1
+                # Summed on the device: no waiting. A pass that does not log a name leaves it out of the mean.
                 for name, value in {"loss": loss, **logs}.items():
-                    sums[name] = sums.get(name, 0) + value.detach()  # On the device: no waiting.
-                bar.update(len(images))
+                    found = torch.stack((value.detach().float(), torch.ones_like(value, dtype=torch.float)))
+                    sums[name] = sums[name] + found if name in sums else found
+                bar.update(config.batch_size)
                 if step % 10 == 0 or step == steps:
                     bar.set_postfix(
-                        epoch=f"{epoch + 1}/{config.epochs}",
-                        loss=f"{loss.item():.4f}",
-                        refresh=False,
+                        epoch=f"{epoch + 1}/{config.epochs}", loss=f"{loss.item():.4f}", refresh=False
                     )
-                if stop.pressed and step < steps:
+                # Several processes hear of Ctrl-C at different steps, and agree at the epoch's end.
+                if stop.pressed and step < steps and distributed.world() == 1:
                     save(path, config, run, epoch, step, sums, history)
                     bar.write(f"stopped and saved {path}; --resume goes on from here")
                     return method
             seconds = time.perf_counter() - began
-            entry = {name: float(total) / steps for name, total in sums.items()}
+            totals = {name: distributed.mean(total) for name, total in sums.items()}
+            entry = {name: float(total / count) for name, (total, count) in totals.items()}
             entry |= {"lr": lr, "images_per_second": (steps - first) * config.batch_size / seconds}
+            every, last = config.judge_every, epoch + 1 == config.epochs
+            if every and (last or (epoch + 1) % every == 0) and distributed.rank() == 0:
+                entry |= glance(method, data)
             for name, value in entry.items():
                 board.add_scalar(name, value, (epoch + 1) * steps)
             history.append({"epoch": epoch + 1, **entry})
             step, sums = 0, {}
             save(path, config, run, epoch + 1, step, sums, history)
-            if stop.pressed:
+            if distributed.anyone(stop.pressed, device):
                 break
     return method.eval()
 
 
-def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters; those of one dimension (biases, norms) in a group of their own."""
+def optimizer_of(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or Adam over the trainable parameters; those of one dimension (biases, norms) in a group of their own."""
     learned = [p for p in method.parameters() if p.requires_grad]
     flat = config.weight_decay if config.decay_norm_and_bias else 0.0
-    return [
+    groups = [
         {"params": [p for p in learned if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in learned if p.dim() <= 1], "weight_decay": flat},
     ]
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up, then a cosine from the peak to zero, by step."""
+    """Linear warm-up to the peak, then a cosine to zero or the peak all along, by step."""
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
         return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def batches(data: datasets.Images, config: TrainConfig, epoch: int, start: int) -> Iterator[Tensor]:
-    """Image batches of an epoch from step `start` on, in an order that seed and epoch alone decide."""
+def batches(
+    passes: dict[str, datasets.Images], config: TrainConfig, epoch: int, start: int
+) -> Iterator[tuple[str, Tensor]]:
+    """This process's share of an epoch's batches from step `start` on, with the name of their pass.
+
+    Seed and epoch alone decide their order.
+    """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(data), generator=generator).split(config.batch_size)
-    full = [rows.tolist() for rows in order if len(rows) == config.batch_size][start:]
-    workers = 0 if isinstance(data, datasets.Arrays) else config.workers
-    loader: DataLoader = DataLoader(
-        data, sampler=full, batch_size=None, num_workers=workers, generator=generator,  # type: ignore[arg-type]
-        worker_init_fn=_ignore_interrupts, pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
-    for images, _ in loader:
-        yield images
+    share = config.batch_size // distributed.world()
+    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    for name, data in passes.items():
+        order = torch.randperm(len(data), generator=generator).split(config.batch_size)
+        full = [rows[mine].tolist() for rows in order if len(rows) == config.batch_size]
+        todo, start = full[start:], max(0, start - len(full))
+        loader: DataLoader = DataLoader(
+            _Caught(data), sampler=todo, batch_size=None, generator=generator,  # type: ignore[arg-type]
+            num_workers=config.workers if datasets.reads_files(data) else 0,
+            worker_init_fn=_ignore_interrupts, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        for found in loader:
+            if isinstance(found, ValueError):
+                raise found
+            yield name, found[0]
+
+
+class _Caught:
+    """Images whose errors come as values: raised in a worker, they would come back wrapped in its traceback."""
+
+    def __init__(self, data: datasets.Images) -> None:
+        self.data = data
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor] | ValueError:
+        try:
+            return self.data[rows]
+        except ValueError as error:
+            return error
 
 
 def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def reporting(config: TrainConfig, step: int, steps_per_epoch: int) -> Iterator[tuple[Any, tqdm]]:
+    """TensorBoard and a progress bar, of the first process; the others' write nothing."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    first = distributed.rank() == 0
+    bar = tqdm(
+        total=config.epochs * steps_per_epoch * config.batch_size, initial=step * config.batch_size,
+        unit=" images", unit_scale=True, dynamic_ncols=True, disable=not first,
+    )  # fmt: skip
+    if not first:
+        yield _Silent(), bar
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    with SummaryWriter(str(config.out / "tensorboard"), purge_step=step) as board, bar:
+        yield board, bar
+
+
+class _Silent:
+    def add_scalar(self, *_: Any) -> None:
+        pass
 
 
 class _Stop:

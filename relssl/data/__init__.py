@@ -3,6 +3,9 @@
 Augmentation is not done here but by the methods, on the batch and on its device.
 """
 
+import pickle
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,7 @@ class Arrays(Images):
 
 
 class Files(Images):
-    """Images read from files one by one."""
+    """Images read from files one by one; one that cannot be read raises ValueError with its path."""
 
     def __init__(self, samples: Any) -> None:
         self.samples = samples
@@ -44,26 +47,71 @@ class Files(Images):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return self.samples[index]
+        except (OSError, SyntaxError, ValueError) as error:  # What PIL raises, by format.
+            raise ValueError(f"cannot read {self.samples.samples[index][0]}: {error}") from error
+
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images, labels = zip(*(self.samples[i] for i in indices), strict=True)
+        images, labels = zip(*map(self._read, indices), strict=True)
         return torch.stack(images), torch.tensor(labels)
+
+
+class Joined(Images):
+    """Several sets of images of one shape, one behind the other."""
+
+    def __init__(self, *parts: Images) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        at = torch.as_tensor(indices)
+        order, found = [], []
+        for part in self.parts:
+            mine = torch.nonzero((at >= 0) & (at < len(part))).flatten()
+            if len(mine):
+                order.append(mine)
+                found.append(part[at[mine].tolist()])
+            at = at - len(part)
+        back = torch.cat(order).argsort()
+        images, labels = (torch.cat(t)[back] for t in zip(*found, strict=True))
+        return images, labels
+
+
+def reads_files(images: Images) -> bool:
+    """Whether loading a batch is work, for processes of its own."""
+    return isinstance(images, Files) or (isinstance(images, Joined) and any(map(reads_files, images.parts)))
 
 
 @dataclass
 class Data:
-    """What a method trains on, and the labelled sets that its features are judged by."""
+    """What a method trains on, and the labelled sets that its features are judged by.
+
+    Attributes:
+        train: all images that are not the test's.
+        labelled: those of them with labels, as they are looked at in evaluation.
+        test: labelled, too.
+        classes: names of the labels.
+        unlabelled: those of `train` without labels, where there are some.
+    """
 
     train: Images
     labelled: Images
     test: Images
     classes: list[str]
+    unlabelled: Images | None = None
 
 
-def load(name: str, root: Path | None, size: int, download: bool = False) -> Data:
-    """A data set by name, its images `size` x `size`.
+def load(name: str, root: Path | None, size: int, download: bool = False, classes: str = "") -> Data:
+    """A data set by name. Images in memory keep their size where it is below `size`; those of files get it.
+
+    classes: of a folder, those to use (see `class_names`).
 
     Raises:
-        ValueError: an unknown name, a missing root, or arrays of the wrong form.
+        ValueError: an unknown name, a missing root, or data of the wrong form.
         FileNotFoundError: the data are not where root says.
     """
     if name == "digits":
@@ -73,10 +121,11 @@ def load(name: str, root: Path | None, size: int, download: bool = False) -> Dat
     if name == "arrays":
         return _arrays(Path(root), size)
     if name == "folder":
-        return _folder(Path(root), size)
-    if name in ("cifar10", "cifar100", "stl10"):
+        return _folder(Path(root), size, class_names(classes))
+    if name in ("cifar10", "cifar100", "cifar20", "stl10"):
         return _torchvision(name, Path(root), size, download)
-    raise ValueError(f"data must be digits, cifar10, cifar100, stl10, folder or arrays; got {name!r}")
+    known = "digits, cifar10, cifar100, cifar20, stl10, folder or arrays"
+    raise ValueError(f"data must be {known}; got {name!r}")
 
 
 def channel_statistics(data: Images) -> tuple[Tensor, Tensor]:
@@ -90,6 +139,11 @@ def channel_statistics(data: Images) -> tuple[Tensor, Tensor]:
         pixels += x.numel() // 3
     mean, square = total / pixels
     return mean.float(), (square - mean**2).clamp_min(1e-6).sqrt().float()
+
+
+def at_most(images: np.ndarray, labels: np.ndarray, size: int) -> Arrays:
+    """uint8 images [N, H, W, 3] and labels [N], square, and resized where they are larger than `size`."""
+    return in_memory(images, labels, min(size, *images.shape[1:3]))
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, size: int) -> Arrays:
@@ -118,44 +172,73 @@ def _arrays(path: Path, size: int) -> Data:
     """An .npz with train_x, train_y, test_x, test_y (images uint8 [N, H, W, 3]) and, if given, classes."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    with np.load(path, allow_pickle=False) as file:
-        missing = {"train_x", "train_y", "test_x", "test_y"} - set(file.files)
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(file.files)}")
-        sets = []
-        for part in ("train", "test"):
-            x, y = file[f"{part}_x"], file[f"{part}_y"]
-            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3:
-                raise ValueError(f"{part}_x must be uint8 [N, H, W, 3], got {x.dtype} {x.shape}")
-            if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
-                raise ValueError(f"{part}_y must be integers [{len(x)}], got {y.dtype} {y.shape}")
-            sets.append(in_memory(x, y, size))
-        names = [str(c) for c in file["classes"]] if "classes" in file.files else None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {path} as an .npz: {error}") from error
+    missing = {"train_x", "train_y", "test_x", "test_y"} - arrays.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(arrays)}")
+    sets = []
+    for part in ("train", "test"):
+        x, y = arrays[f"{part}_x"], arrays[f"{part}_y"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
+            raise ValueError(f"{path}: {part}_x must be uint8 [N, H, W, 3], got {x.dtype} {x.shape}")
+        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"{path}: {part}_y must be integers [{len(x)}], got {y.dtype} {y.shape}")
+        sets.append(at_most(x, y, size))
     count = int(max(s.labels.max() for s in sets)) + 1
-    return Data(sets[0], sets[0], sets[1], names or [str(c) for c in range(count)])
+    names = [str(c) for c in arrays.get("classes", range(count))]
+    return Data(sets[0], sets[0], sets[1], names)
 
 
 def _torchvision(name: str, root: Path, size: int, download: bool) -> Data:
     from relssl.data.torchvision_import import torchvision
 
-    def part(**which: Any) -> Any:
+    def part(source: Any, **which: Any) -> Any:
         try:
             return source(str(root), download=download, **which)
         except RuntimeError as error:
             raise FileNotFoundError(f"no {name} under {root} (--download fetches it): {error}") from error
 
     if name == "stl10":
-        source = torchvision.datasets.STL10
-        sets = [part(split=s) for s in ("train+unlabeled", "train", "test")]
-        train, labelled, test = (in_memory(s.data.transpose(0, 2, 3, 1), s.labels, size) for s in sets)
-        return Data(train, labelled, test, sets[1].classes)
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    sets = [part(train=t) for t in (True, False)]
-    train, test = (in_memory(s.data, np.array(s.targets), size) for s in sets)
-    return Data(train, train, test, sets[0].classes)
+        sets = [part(torchvision.datasets.STL10, split=s) for s in ("train", "unlabeled", "test")]
+        labelled, unlabelled, test = (at_most(s.data.transpose(0, 2, 3, 1), s.labels, size) for s in sets)
+        return Data(Joined(labelled, unlabelled), labelled, test, sets[0].classes, unlabelled)
+    source = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    sets = [part(source, train=t) for t in (True, False)]
+    classes = sets[0].classes
+    labels = [s.targets for s in sets]
+    if name == "cifar20":  # torchvision, which has checked the files, reads the 100 classes only.
+        folder = root / source.base_folder
+        files = [pickle.loads((folder / f).read_bytes(), encoding="latin1") for f in ("train", "test", "meta")]
+        labels, classes = [f["coarse_labels"] for f in files[:2]], files[2]["coarse_label_names"]
+    train, test = (at_most(s.data, np.array(y), size) for s, y in zip(sets, labels, strict=True))
+    return Data(train, train, test, classes)
 
 
-def _folder(root: Path, size: int) -> Data:
+# Folders of ImageNet that the literature on clustering calls by these names.
+CLASSES = {
+    "imagenet-10": """n02056570 n02085936 n02128757 n02690373 n02692877 n03095699 n04254680 n04285008 n04467665
+        n07747607""",
+    "imagenet-dogs": """n02085936 n02086646 n02088238 n02091467 n02097130 n02099601 n02101388 n02101556 n02102177
+        n02105056 n02105412 n02105855 n02107142 n02110958 n02112137""",
+}
+
+
+def class_names(classes: str) -> list[str] | None:
+    """Class folders by a name of CLASSES or from a text file, one to a line; None, for all, from ""."""
+    if not classes:
+        return None
+    if classes in CLASSES:
+        return CLASSES[classes].split()
+    if not Path(classes).is_file():
+        raise FileNotFoundError(f"classes must be {', '.join(CLASSES)} or a text file of names; no file {classes}")
+    return Path(classes).read_text().split()
+
+
+def _folder(root: Path, size: int, classes: list[str] | None) -> Data:
     """root/train and root/val (or test), a folder per class.
 
     Images must share a shape to be augmented as a batch, so each is first cut to its central square of
@@ -168,11 +251,22 @@ def _folder(root: Path, size: int) -> Data:
     for folder in (root / "train", test):
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}")
+    found = {f.name for part in (root / "train", test) for f in part.iterdir() if f.is_dir()}
+    names = classes or sorted(found)
+    for folder in (root / "train", test):
+        lacking = [n for n in names if not (folder / n).is_dir()]
+        if lacking:
+            more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
+            raise FileNotFoundError(f"no class folder {folder / lacking[0]}{more}")
+
+    class Chosen(torchvision.datasets.ImageFolder):
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            return names, {name: label for label, name in enumerate(names)}
+
     side = round(size * 8 / 7)
 
     def read(folder: Path, crop: int) -> Files:
         transform = v2.Compose([v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()])
-        return Files(torchvision.datasets.ImageFolder(str(folder), transform))
+        return Files(Chosen(str(folder), transform))
 
-    train = read(root / "train", side)
-    return Data(train, read(root / "train", size), read(test, size), train.samples.classes)
+    return Data(read(root / "train", side), read(root / "train", size), read(test, size), names)

@@ -1,10 +1,12 @@
-"""ReSSL's weak and strong augmentations, drawn for each image of a batch on the batch's device (kornia)."""
+"""The augmentations of ReSSL and SACC, drawn for each image of a batch, on the batch's device (kornia)."""
 
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from relssl.methods.randaugment import RandAugment
 
 with warnings.catch_warnings():  # kornia scripts a few functions while it is imported.
     warnings.simplefilter("ignore")
@@ -14,33 +16,47 @@ with warnings.catch_warnings():  # kornia scripts a few functions while it is im
 class Augment(nn.Module):
     """uint8 images [B, 3, H, W] to float crops [B, 3, size, size], augmented and standardised.
 
-    weak:   random resized crop (crop_min, published 0.2, to 1 of the area), horizontal flip.
-    strong: the same with colour jitter (0.4, 0.4, 0.4, 0.1) at p = 0.8, grey at p = 0.2 and Gaussian blur
-            (sigma 0.1 to 2, kernel a tenth of the size) at p = 0.5, as ReSSL's published code draws them.
+    Args:
+        size: side of the crops in pixels.
+        standardise: the last step, a Standardise or nn.Identity.
+        crop: share of an image's area that a crop keeps, from and to; its sides are 3:4 to 4:3.
+        flip: whether half the crops are flipped horizontally.
+        jitter: of brightness, contrast, saturation and hue, for 80 % of the crops; None for no jitter.
+        grey: share of the crops that lose their colour.
+        blur: whether half the crops are blurred: Gaussian, sigma 0.1 to 2, its kernel a tenth of the size.
+        randaugment: operations in sequence of a RandAugment; 0 for none.
     """
 
     def __init__(
-        self, size: int, mean: Tensor, std: Tensor, crop_min: float = 0.2, flip: bool = True, *, strong: bool
+        self,
+        size: int,
+        standardise: nn.Module,
+        *,
+        crop: tuple[float, float] = (0.08, 1.0),
+        flip: bool = True,
+        jitter: tuple[float, float, float, float] | None = None,
+        grey: float = 0.0,
+        blur: bool = False,
+        randaugment: int = 0,
     ) -> None:
         super().__init__()
-        steps: list[Any] = [
-            ka.RandomResizedCrop((size, size), scale=(crop_min, 1.0), cropping_mode="resample")
-        ]
-        if strong:
+        steps: list[Any] = [ka.RandomResizedCrop((size, size), scale=crop, cropping_mode="resample")]
+        if jitter:
+            steps += [ka.ColorJitter(*jitter, p=0.8)]
+        if grey:
+            steps += [ka.RandomGrayscale(p=grey)]
+        if blur:
             kernel = max(3, size // 10 // 2 * 2 + 1)
-            steps += [
-                ka.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-                ka.RandomGrayscale(p=0.2),
-                ka.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5),
-            ]
+            steps += [ka.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5)]
         if flip:
             steps += [ka.RandomHorizontalFlip(p=0.5)]
         self.steps = ka.AugmentationSequential(*steps)
-        self.standardise = Standardise(mean, std)
+        self.randaugment = RandAugment(randaugment) if randaugment else nn.Identity()
+        self.standardise = standardise
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return self.standardise(self.steps(images.float() / 255))
+        return self.standardise(self.randaugment(self.steps(images.float() / 255)))
 
 
 class Standardise(nn.Module):

@@ -1,14 +1,15 @@
 """Encoders up to the pooled features: torchvision's ResNets with a stem for small images, and Conv-4."""
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl.data.torchvision_import import torchvision
 
-Arch = Literal["conv4", "resnet18", "resnet34", "resnet50"]
+Arch = Literal["conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large", "efficientnet_b0"]
 Stem = Literal["imagenet", "small", "small-pool"]
 
 
@@ -64,21 +65,25 @@ def build(arch: Arch, stem: Stem = "imagenet", bn_splits: int = 1) -> tuple[nn.M
     """An encoder of images [B, 3, H, W] to features [B, width], and that width.
 
     The stem "small" of a ResNet is a 3x3 convolution of stride 1 without max-pooling (CIFAR); "small-pool"
-    keeps the pooling (STL-10, Tiny-ImageNet); "imagenet" is torchvision's own.
+    keeps the pooling (STL-10, Tiny-ImageNet); "imagenet" is torchvision's own. MobileNetV3 and EfficientNet
+    have no pooling there: both small stems are their first convolution with stride 1.
     """
-
-    def norm(features: int) -> nn.Module:
-        return SplitBatchNorm2d(features, bn_splits) if bn_splits > 1 else nn.BatchNorm2d(features)
-
+    if arch not in get_args(Arch):
+        raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}; got {arch!r}")
+    split = {"norm_layer": partial(SplitBatchNorm2d, splits=bn_splits)} if bn_splits > 1 else {}
     if arch == "conv4":
-        return conv4(norm)
-    if arch not in ("resnet18", "resnet34", "resnet50"):
-        raise ValueError(f"arch must be conv4, resnet18, resnet34 or resnet50; got {arch!r}")
-    net = getattr(torchvision.models, arch)(weights=None, norm_layer=norm)
-    width = net.fc.in_features
-    net.fc = nn.Identity()
-    if stem != "imagenet":
-        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    if stem == "small":
-        net.maxpool = nn.Identity()
+        return conv4(split.get("norm_layer", nn.BatchNorm2d))
+    net = getattr(torchvision.models, arch)(weights=None, **split)
+    if arch.startswith("resnet"):
+        width = net.fc.in_features
+        net.fc = nn.Identity()
+        if stem != "imagenet":
+            net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        if stem == "small":
+            net.maxpool = nn.Identity()
+    else:
+        width = net.features[-1].out_channels
+        net.classifier = nn.Identity()
+        if stem != "imagenet":
+            net.features[0][0].stride = (1, 1)
     return net, width

@@ -6,8 +6,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-DataName = Literal["digits", "cifar10", "cifar100", "stl10", "folder", "arrays"]
+from relssl.data import Data, Images, Joined
+from relssl.distributed import local_rank
+from relssl.queue import FeatureQueue
+
+DataName = Literal["digits", "cifar10", "cifar100", "cifar20", "stl10", "folder", "arrays"]
 
 
 @dataclass
@@ -15,11 +20,14 @@ class TrainConfig:
     """Settings of the training loop, shared by all methods. In brackets: where a default comes from."""
 
     data: DataName = "cifar10"
-    """digits is bundled with scikit-learn, arrays an .npz of your own, folder a tree of images."""
+    """digits is bundled with scikit-learn, cifar20 is CIFAR-100 by its 20 superclasses, arrays an .npz of
+    your own, folder a tree of images."""
     data_root: Path | None = None
     """Where the data lie: a folder, or the .npz of arrays. Not needed for digits."""
     download: bool = False
     """Let torchvision download cifar10, cifar100 or stl10 into --data-root."""
+    classes: str = ""
+    """Class folders to use of a folder: imagenet-10, imagenet-dogs, or a text file of names. Default: all."""
     image_size: int = 32
     """Side of the square images that the encoder sees, in pixels. [data set]"""
     out: Path = Path("out/train")
@@ -28,18 +36,30 @@ class TrainConfig:
     """Go on from out/checkpoint.pt, bit for bit, if it is there."""
     epochs: int = 200
     """Passes over the training images. [ReSSL, all data sets]"""
-    warmup_epochs: int = 5
-    """Epochs of linear warm-up before the cosine decay to zero. [ReSSL, all data sets]"""
     batch_size: int = 256
-    """Images per step; what is left of an epoch is dropped. [ReSSL, all data sets]"""
+    """Images per step, of all processes together; what is left of an epoch is dropped. [ReSSL: 256, SACC: 200]"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """[ReSSL: sgd, SACC: adam]"""
     lr: float = 0.06
-    """Peak learning rate of SGD. [ReSSL: 0.06 on small data sets, 0.05 on ImageNet]"""
+    """Peak learning rate. [ReSSL: 0.06 on small data sets, 0.05 on ImageNet; SACC: 3e-4]"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate: cosine falls to zero. [ReSSL: cosine, SACC: constant]"""
+    warmup_epochs: int = 5
+    """Epochs in which the rate rises linearly to its peak. [ReSSL: 5, SACC: 0]"""
     sgd_momentum: float = 0.9
     """Momentum of SGD. [ReSSL]"""
     weight_decay: float = 5e-4
-    """L2 penalty. [ReSSL: 5e-4 on small data sets, 1e-4 on ImageNet]"""
+    """L2 penalty. [ReSSL: 5e-4 on small data sets, 1e-4 on ImageNet; SACC: 0]"""
     decay_norm_and_bias: bool = True
     """Whether biases and normalisation layers decay too. [ReSSL: not on ImageNet]"""
+    queue_size: int = 4096
+    """Past embeddings K. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet; SACC: 0]"""
+    queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the queue; a 16-bit one is the dtype that losses are computed in. [relssl]"""
+    backend: str = "auto"
+    """Who computes the losses (see relssl info). [relssl]"""
+    judge_every: int = 10
+    """Epochs between looks at the features' accuracy along the way, and at the end; 0 for none. [relssl]"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. [relssl]"""
     device: str = "auto"
@@ -49,8 +69,11 @@ class TrainConfig:
     seed: int = 0
     """Of weights, batches and augmentations. [relssl]"""
 
-    def pick_device(self) -> str:
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+    def pick_device(self) -> torch.device:
+        """Of a process of torchrun, the GPU of its local rank."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device(*("cuda", local_rank()) if torch.cuda.is_available() else ("cpu",))
 
     def make(self, mean: Tensor, std: Tensor) -> "Method":
         """`build`, on the device, in channels_last, the layout tensor cores want."""
@@ -61,14 +84,58 @@ class TrainConfig:
         """The method, for training images of this mean and standard deviation [3] (of [0, 1], by channel)."""
         raise NotImplementedError
 
+    def passes(self, data: Data) -> dict[str, Images]:
+        """What an epoch goes through, in turn: image sets by the name that `Method.forward` is told."""
+        return {"train": data.train}
+
+    def clustered(self, data: Data) -> Images:
+        """The labelled images that clusterings are judged on: training and test images, as published."""
+        return Joined(data.labelled, data.test)
+
 
 class Method(nn.Module):
-    """A learner of features. Its forward is one training step up to the loss."""
+    """A learner of features. Its forward is one training step up to the loss.
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of uint8 images [B, 3, H, W], and scalars worth logging, by name."""
+    Attributes:
+        epoch: how far training has come, in epochs; the loop sets it before every step.
+        queue: of past embeddings, where the method keeps one.
+        temperatures: of the softmaxes over a queue, by name; the first is the one that targets come from.
+    """
+
+    config: TrainConfig
+    epoch = 0.0
+    queue: FeatureQueue | None
+    temperatures: dict[str, float]
+
+    def forward(self, images: Tensor, part: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of uint8 images [B, 3, H, W], and scalars worth logging, by name.
+
+        part: the name of the pass that the images are of (TrainConfig.passes).
+        """
         raise NotImplementedError
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The encoder to keep, of images [B, 3, H, W] to features [B, width]."""
+        raise NotImplementedError
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 images as the encoder sees them in evaluation: float, of the configured size."""
+        size = self.config.image_size
+        x = images.to(next(self.parameters()).device).float() / 255
+        if x.shape[-2:] == (size, size):
+            return x
+        return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+
+    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features [B, width] of uint8 images [B, 3, H, W], for evaluation."""
+        """Features [B, width] of uint8 images [B, 3, H, W], before any projector."""
+        return self.backbone(self.prepare(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, D] of uint8 images [B, 3, H, W], as a queue would hold them."""
         raise NotImplementedError
+
+    def assign(self, images: Tensor) -> Tensor | None:
+        """Soft assignments [B, M] of uint8 images to clusters, None from a method that makes none."""
+        return None

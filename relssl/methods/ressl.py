@@ -2,6 +2,11 @@
 
 Zheng et al., ReSSL: Relational Self-Supervised Learning with Weak Augmentation, NeurIPS 2021. The steps
 and defaults are those of the authors' code.
+
+The journal version (Weak Augmentation Guided Relational Self-Supervised Learning, 2022, arXiv 2203.08717) adds a
+predictor and an InfoNCE warm-up, of which no code is public. Here the predictor is BYOL's (Grill et al. 2020: linear,
+BatchNorm, ReLU, linear) behind the student's projector, and the loss is w · InfoNCE + (1 - w) · relation with a w that
+falls linearly to zero. InfoNCE's positive is the weak view of the same image.
 """
 
 import copy
@@ -12,11 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.functional import relation_loss
+from relssl.distributed import gather, rank, shared, world
+from relssl.functional import info_nce, relation_loss
 from relssl.methods.augment import Augment, Standardise
 from relssl.methods.backbones import Arch, Stem, build
 from relssl.methods.base import Method, TrainConfig
 from relssl.queue import FeatureQueue
+
+# Sides of the student's crops, as parts of the image; the crops' area is at most as large a part.
+CROPS = tuple(side / 224 for side in (224, 192, 160, 128, 96))
 
 
 @dataclass
@@ -31,10 +40,6 @@ class ReSSLConfig(TrainConfig):
     """Width D of the embeddings. [ReSSL: 128 on small data sets, 512 on ImageNet]"""
     hidden: int = 2048
     """Hidden width of the projector. [ReSSL: 2048 on small data sets, 4096 on ImageNet]"""
-    queue_size: int = 4096
-    """Past embeddings K to compare with. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet]"""
-    queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the queue; a 16-bit one is the dtype the loss is computed in. [ReSSL: float32]"""
     momentum: float = 0.99
     """m of the teacher's moving average. [ReSSL: 0.99 CIFAR, 0.996 STL-10, 0.999 ImageNet]"""
     student_temperature: float = 0.1
@@ -47,8 +52,18 @@ class ReSSLConfig(TrainConfig):
     """Least share of an image's area that a crop keeps, in both views. [ReSSL: 0.2; digits 0.5]"""
     flip: bool = True
     """Horizontal flips in both augmentations. [ReSSL; not for digits]"""
-    backend: str = "auto"
-    """Who computes the loss (see relssl info). [relssl]"""
+    crops: Literal[1, 2, 3, 4, 5] = 1
+    """Student views of falling size, 224, 192, 160, 128 and 96 parts of 224. [ReSSL: 1 or 5]"""
+    predictor: int = 0
+    """Hidden width of a predictor that the student alone has, 0 for none. [ReSSL's journal version has one]"""
+    info_nce_epochs: int = 0
+    """Epochs in which InfoNCE takes a share of the loss. [ReSSL's journal version warms up so; relssl's form]"""
+    info_nce_weight: float = 1.0
+    """That share at the start, from 0 to 1; the relation loss has the rest. [relssl]"""
+    info_nce_decay: Literal["linear", "none"] = "linear"
+    """How the share falls: linearly to zero within these epochs, or at their end. [relssl]"""
+    info_nce_temperature: float = 0.2
+    """Temperature of InfoNCE. [MoCo v2]"""
 
     def build(self, mean: Tensor, std: Tensor) -> "ReSSL":
         return ReSSL(self, mean, std)
@@ -85,7 +100,8 @@ class ReSSL(Method):
 
     def __init__(self, config: ReSSLConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.config = config
+        self.config: ReSSLConfig = config
+        self.temperatures = {"teacher": config.teacher_temperature, "student": config.student_temperature}
         backbone, width = build(config.arch, config.stem, config.bn_splits)
         projector = nn.Sequential(
             nn.Linear(width, config.hidden),
@@ -94,36 +110,61 @@ class ReSSL(Method):
         )
         self.student = nn.ModuleDict({"backbone": backbone, "projector": projector})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.predictor = _predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
         self.queue = FeatureQueue(config.queue_size, config.dim, dtype=getattr(torch, config.queue_dtype))
-        views = config.image_size, mean, std, config.crop_min, config.flip
-        self.strong, self.weak = Augment(*views, strong=True), Augment(*views, strong=False)
         self.standardise = Standardise(mean, std)
+        self.weak = Augment(
+            config.image_size, self.standardise, crop=(config.crop_min, 1.0), flip=config.flip
+        )
+        self.strong = nn.ModuleList(
+            Augment(
+                round(config.image_size * part),
+                self.standardise,
+                crop=(config.crop_min * part, part),
+                flip=config.flip,
+                jitter=(0.4, 0.4, 0.4, 0.1),
+                grey=0.2,
+                blur=True,
+            )
+            for part in CROPS[: config.crops]
+        )
 
     @property
     def backbone(self) -> nn.Module:
-        """The encoder to keep: the student's, without its projector."""
+        """The student's, without its projector."""
         return self.student["backbone"]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of uint8 images [B, 3, H, W], and the teacher's entropy.
+    def forward(self, images: Tensor, part: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of uint8 images [B, 3, H, W], the teacher's entropy and, with a warm-up, InfoNCE.
 
         The teacher moves before its forward pass, the loss sees the old queue, and the keys are enqueued
-        before backward.
+        before backward. The teacher's side is computed once for all crops.
         """
-        q = _embed(self.student, self.strong(images))
+        config, backend = self.config, self.config.backend
+        views = [_embed(self.student, view(images), self.predictor) for view in self.strong]
+        q = torch.stack(views) if len(views) > 1 else views[0]
         self.update_teacher()
         k = self.keys(self.weak(images))
         loss, entropy = relation_loss(
             q,
             k,
             self.queue,
-            student_temperature=self.config.student_temperature,
-            teacher_temperature=self.config.teacher_temperature,
+            student_temperature=config.student_temperature,
+            teacher_temperature=config.teacher_temperature,
             return_entropy=True,
-            backend=self.config.backend,
+            backend=backend,
         )
+        logs = {"teacher_entropy": entropy}
+        if weight := self.info_nce_share():
+            warm = info_nce(q, k, self.queue, temperature=config.info_nce_temperature, backend=backend)
+            loss, logs["info_nce"] = weight * warm + (1 - weight) * loss, warm
         self.queue.enqueue(k)
-        return loss, {"teacher_entropy": entropy}
+        return loss, logs
+
+    def info_nce_share(self) -> float:
+        """w at the present epoch."""
+        left = 1 - self.epoch / max(self.config.info_nce_epochs, 1e-9)
+        return self.config.info_nce_weight * (max(left, 0.0) if self.config.info_nce_decay == "linear" else left > 0)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
@@ -133,19 +174,32 @@ class ReSSL(Method):
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
-        """Teacher embeddings [B, D]. Shuffled, so that BatchNorm's splits differ from the student's."""
-        if self.config.bn_splits == 1:
+        """Teacher embeddings [B, D] of images that other processes' or BatchNorm's parts share out anew.
+
+        So what BatchNorm sees together differs from the student's, and gives no key away (MoCo's shuffle).
+        """
+        if self.config.bn_splits == 1 and world() == 1:
             return _embed(self.teacher, images)
-        order = torch.randperm(len(images), device=images.device)
-        return _embed(self.teacher, images[order])[order.argsort()]
+        order = shared(torch.randperm(world() * len(images), device=images.device))
+        mine = slice(rank() * len(images), (rank() + 1) * len(images))
+        keys = gather(_embed(self.teacher, gather(images)[order[mine]]))
+        return keys[order.argsort()[mine]]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        return self.standardise(super().prepare(images))
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Features [B, width] of uint8 images [B, 3, H, W] before the projector."""
-        images = images.to(self.queue.rows.device)
-        return self.backbone(self.standardise(images.float() / 255))
+    def embed(self, images: Tensor) -> Tensor:
+        return _embed(self.teacher, self.prepare(images))
 
 
-def _embed(encoder: nn.ModuleDict, images: Tensor) -> Tensor:
+def _predictor(dim: int, hidden: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
+    )
+
+
+def _embed(encoder: nn.ModuleDict, images: Tensor, predictor: nn.Module | None = None) -> Tensor:
     """Unit-norm embeddings [B, D], normalised in float32 whatever the autocast dtype."""
-    return F.normalize(encoder["projector"](encoder["backbone"](images)).float(), dim=1)
+    z = encoder["projector"](encoder["backbone"](images))
+    return F.normalize((predictor(z) if predictor else z).float(), dim=1)

@@ -1,0 +1,208 @@
+"""SACC: contrastive clustering of two weak views and a strong one, by images and by clusters.
+
+Deng et al., Strongly Augmented Contrastive Clustering, 2022 (arXiv 2206.00380), on Contrastive Clustering (Li et al.,
+AAAI 2021). Heads, losses, augmentations and defaults are those of the authors' code.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relssl.data import Data, Images, Joined
+from relssl.distributed import gather_with_grad
+from relssl.functional import nt_xent
+from relssl.methods.augment import Augment, Standardise
+from relssl.methods.backbones import Arch, Stem, build
+from relssl.methods.base import Method, TrainConfig
+from relssl.nn import ClusterLoss
+from relssl.queue import FeatureQueue
+
+IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+@dataclass
+class SACCConfig(TrainConfig):
+    """Train SACC. In brackets: where a default comes from. The defaults shown are those of the preset."""
+
+    arch: Arch = "resnet34"
+    """Encoder. [SACC]"""
+    stem: Stem = "imagenet"
+    """First layers. [SACC: imagenet, at 224 px for every data set]"""
+    clusters: int = 10
+    """Clusters M, the classes of the data set. [SACC]"""
+    dim: int = 128
+    """Width D of the instance embeddings. [SACC]"""
+    sigma: float = 1.0
+    """Weight of the cluster losses, σ. [SACC: 1; 0.5 on CIFAR-100]"""
+    instance_temperature: float = 0.5
+    """Temperature of the instance loss. [SACC]"""
+    cluster_temperature: float = 1.0
+    """Temperature of the cluster loss. [SACC]"""
+    recipe: Literal["joint", "stl10"] = "joint"
+    """joint: all losses on all images. stl10: in every epoch the instance losses on the unlabelled images, then
+    the cluster losses on the others, of other pairs of views. [SACC: stl10 on STL-10]"""
+    test_images: bool = True
+    """Train on the test images, too, without their labels. [SACC: yes; ImageNet subsets have none]"""
+    crop_min: float = 0.08
+    """Least share of an image's area that a crop keeps, in all views. [SACC: 0.08; digits 0.5]"""
+    flip: bool = True
+    """Horizontal flips in all views. [SACC; not for digits]"""
+    weak_jitter: float = 0.5
+    """s of the weak views' colour jitter (0.8s, 0.8s, 0.8s, 0.2s). [SACC: 0.5 on CIFAR, 1 otherwise]"""
+    weak_blur: bool = False
+    """Blur in the weak views. [SACC: on the ImageNet subsets]"""
+    randaugment: int = 5
+    """Operations of the strong view's RandAugment. [SACC]"""
+    standardise: Literal["strong", "all"] = "strong"
+    """strong: the strong view alone, by ImageNet's mean and deviation. all: every view, by the data set's.
+    [SACC: strong]"""
+
+    def build(self, mean: Tensor, std: Tensor) -> "SACC":
+        return SACC(self, mean, std)
+
+    def passes(self, data: Data) -> dict[str, Images]:
+        everything = Joined(data.labelled, data.test)
+        if self.recipe == "joint":
+            return {"joint": everything if self.test_images else data.train}
+        if data.unlabelled is None:
+            raise ValueError(f"recipe stl10 needs unlabelled images, which data {self.data!r} has not")
+        return {"instance": data.unlabelled, "cluster": everything if self.test_images else data.labelled}
+
+    def clustered(self, data: Data) -> Images:
+        return Joined(data.labelled, data.test) if self.test_images else data.labelled
+
+
+_PAPER = SACCConfig(
+    image_size=224, epochs=1000, batch_size=200, optimizer="adam", lr=3e-4, schedule="constant", warmup_epochs=0,
+    weight_decay=0.0, queue_size=0,
+)  # fmt: skip
+_IMAGENET = replace(_PAPER, data="folder", weak_jitter=1.0, weak_blur=True, test_images=False)
+PRESETS = {
+    "cifar10": _PAPER,
+    "cifar20": replace(_PAPER, data="cifar20", clusters=20, sigma=0.5),
+    "stl10": replace(_PAPER, data="stl10", recipe="stl10", weak_jitter=1.0),
+    "imagenet-10": replace(_IMAGENET, classes="imagenet-10"),
+    "imagenet-dogs": replace(_IMAGENET, classes="imagenet-dogs", clusters=15),
+    "arrays": replace(_PAPER, data="arrays"),
+    "folder": _IMAGENET,
+    # relssl's own, for minutes on a CPU: 1,797 small grey images.
+    "digits": replace(
+        _PAPER, data="digits", image_size=16, arch="conv4", epochs=60, batch_size=128, lr=1e-3, schedule="cosine",
+        crop_min=0.5, flip=False, standardise="all",
+    ),
+}  # fmt: skip
+
+
+class SACC(Method):
+    """A backbone with two heads, one for images and one for clusters; `forward` is one training step's loss.
+
+    Args:
+        config: see SACCConfig.
+        mean, std: of the training images in [0, 1], by channel, [3].
+    """
+
+    def __init__(self, config: SACCConfig, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.config: SACCConfig = config
+        self.temperatures = {"instance": config.instance_temperature}
+        self.net, width = build(config.arch, config.stem)
+        self.instance = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.dim)
+        )
+        self.cluster = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.clusters)
+        )
+        self.cluster_loss = ClusterLoss(temperature=config.cluster_temperature, backend=config.backend)
+        self.queue = None
+        if config.queue_size:
+            dtype = getattr(torch, config.queue_dtype)
+            self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype)
+        published = config.standardise == "strong"
+        self.standardise = nn.Identity() if published else Standardise(mean, std)
+        strong = Standardise(*IMAGENET) if published else self.standardise
+        s = config.weak_jitter
+        both = {"crop": (config.crop_min, 1.0), "flip": config.flip, "grey": 0.2}
+        self.weak = Augment(
+            config.image_size,
+            self.standardise,
+            jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s),
+            blur=config.weak_blur,
+            **both,
+        )
+        self.strong = Augment(
+            config.image_size,
+            strong,
+            jitter=(0.4, 0.4, 0.4, 0.1),
+            blur=True,
+            randaugment=config.randaugment,
+            **both,
+        )
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net
+
+    def forward(self, images: Tensor, part: str = "joint") -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of uint8 images [B, 3, H, W], and its instance and cluster shares.
+
+        A pass called "instance" or "cluster" is one of the recipe for STL-10.
+        """
+        views = [self.net(view(images)) for view in (self.weak, self.weak, self.strong)]
+        parts = {}
+        if part != "cluster":
+            parts["instance_loss"] = self.instance_loss(*map(self.embedding, views), part)
+        if part != "instance":
+            parts["cluster_loss"] = self.clusters_loss(*map(self.assignment, views), part)
+        weight = self.config.sigma if part == "joint" else 1.0
+        return parts.get("instance_loss", 0) + weight * parts.get("cluster_loss", 0), parts
+
+    def instance_loss(self, z1: Tensor, z2: Tensor, s: Tensor, part: str = "joint") -> Tensor:
+        """L_I(w1, w2) + L_I(w2, s), the latter of (w1, s) in the recipe for STL-10; then the queue moves on.
+
+        Args:
+            z1, z2, s: unit-norm embeddings [B, D] of the weak views and the strong one.
+        """
+        own, (z1, z2, s) = z2, gather_with_grad(z1, z2, s)
+        how = {
+            "temperature": self.config.instance_temperature,
+            "queue": self.queue,
+            "backend": self.config.backend,
+        }
+        loss = nt_xent(z1, z2, **how) + nt_xent(z2 if part == "joint" else z1, s, **how)
+        if self.queue is not None:
+            self.queue.enqueue(own.detach())
+        return loss
+
+    def clusters_loss(self, p1: Tensor, p2: Tensor, s: Tensor, part: str = "joint") -> Tensor:
+        """L_C(w1, w2) + L_C(w1, s) + L_C(w2, s), without the last in the recipe for STL-10.
+
+        Each L_C brings the entropy terms of its two views.
+
+        Args:
+            p1, p2, s: soft assignments [B, M] of the weak views and the strong one.
+        """
+        p1, p2, s = gather_with_grad(p1, p2, s)
+        loss = self.cluster_loss(p1, p2) + self.cluster_loss(p1, s)
+        return loss + self.cluster_loss(p2, s) if part == "joint" else loss
+
+    def embedding(self, features: Tensor) -> Tensor:
+        """Unit-norm instance embeddings [B, D], normalised in float32 whatever the autocast dtype."""
+        return F.normalize(self.instance(features).float(), dim=1)
+
+    def assignment(self, features: Tensor) -> Tensor:
+        """Soft assignments [B, M], in float32 whatever the autocast dtype."""
+        return self.cluster(features).float().softmax(1)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        return self.standardise(super().prepare(images))
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        return self.embedding(self.features(images))
+
+    @torch.no_grad()
+    def assign(self, images: Tensor) -> Tensor:
+        return self.assignment(self.features(images))
