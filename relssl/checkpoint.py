@@ -98,7 +98,9 @@ def restore(
     if changed:
         raise ValueError(f"{path} is of other settings ({', '.join(changed)}): they cannot change on the way")
     if len(state["randomness"]) != distributed.world():
-        raise ValueError(f"{path} is of {len(state['randomness'])} processes, this run of {distributed.world()}")
+        raise ValueError(
+            f"{path} is of {len(state['randomness'])} processes, this run of {distributed.world()}"
+        )
     for key, part in run.items():
         part.load_state_dict(state[key])
     randomness = state["randomness"][distributed.rank()]

@@ -1,15 +1,18 @@
-"""The command line: relssl train METHOD, relssl evaluate CHECKPOINT, relssl info."""
+"""The command line: relssl train METHOD, relssl evaluate and export CHECKPOINT, relssl info."""
 
 import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+PLOTS = ("features", "neighbours", "curves")
 USAGE = """usage: relssl COMMAND ...
 
 commands:
-  train ressl            train; relssl train ressl --help shows every setting, its default and source
-  evaluate CHECKPOINT    nearest-neighbour and linear accuracy of a checkpoint's encoder
+  train ressl|sacc       train; relssl train ressl --help shows every setting, its default and source
+  evaluate CHECKPOINT    nearest-neighbour, linear and clustering scores of a checkpoint's encoder; --plots
+  export CHECKPOINT OUT  the encoder as a state_dict that torchvision's model of its name loads
   info                   versions, backends, and which of them would be chosen"""
 
 
@@ -22,13 +25,13 @@ def main() -> None:
         from relssl.info import report
 
         print(report())
-    elif command in ("train", "evaluate"):
+    elif command in (commands := {"train": _train, "evaluate": _evaluate, "export": _export}):
         try:
             import tyro  # noqa: F401
         except ImportError:
             sys.exit(f"relssl {command} needs more packages: pip install 'relssl[train]'")
         try:
-            (_train if command == "train" else _evaluate)(arguments)
+            commands[command](arguments)
         except (ValueError, OSError) as error:
             sys.exit(f"relssl {command}: {error}")
     else:
@@ -41,16 +44,17 @@ def _train(arguments: list[str]) -> None:
 
     import tyro
 
-    from relssl import methods
+    from relssl import distributed, methods
     from relssl.evaluate import evaluate
+    from relssl.methods.base import TrainConfig
     from relssl.train import train
 
-    method, *arguments = arguments or [""]
-    if method not in methods.PRESETS:
+    name, *arguments = arguments or [""]
+    if name not in methods.PRESETS:
         print(f"usage: relssl train {{{','.join(methods.PRESETS)}}} ...", file=sys.stderr)
-        sys.exit(0 if method in ("-h", "--help") else 2)
+        sys.exit(0 if name in ("-h", "--help") else 2)
     # The preset decides the defaults, so it is read first: --preset, or the one named like --data.
-    presets = methods.PRESETS[method]
+    presets: dict[str, TrainConfig] = methods.PRESETS[name]  # type: ignore[assignment]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", choices=presets)
     early.add_argument("--data")
@@ -60,22 +64,29 @@ def _train(arguments: list[str]) -> None:
     preset = presets.get(known.preset or known.data, next(iter(presets.values())))
     config = tyro.cli(
         type(preset),
-        default=replace(preset, out=Path("out") / method),
+        default=replace(preset, out=Path("out") / name),
         args=arguments,
-        prog=f"relssl train {method} [--preset {{{','.join(presets)}}}]",
+        prog=f"relssl train {name} [--preset {{{','.join(presets)}}}]",
     )
-    print(json.dumps({"trained encoder": evaluate(train(config), config)}))
+    method = train(config)
+    if distributed.first():
+        print(json.dumps({"trained encoder": evaluate(method, config)}))
 
 
 def _evaluate(arguments: list[str]) -> None:
     import tyro
 
-    from relssl.checkpoint import load_method
-    from relssl.evaluate import baselines, evaluate
+    from relssl.checkpoint import load_method, read
+    from relssl.evaluate import baselines, evaluate, load
 
     @dataclass
     class Options:
-        """Accuracy of the encoder of a checkpoint on the labels of its data set, as a line of JSON."""
+        """Scores of a checkpoint's encoder on the labels of its data set, as a line of JSON.
+
+        knn and linear are accuracies on the test images; nmi, acc (Hungarian method) and ari compare
+        clusters with classes on training and test images: the method's own clusters, or k-means' of the
+        features.
+        """
 
         checkpoint: tyro.conf.Positional[Path]
         """A checkpoint.pt that relssl train wrote."""
@@ -89,6 +100,10 @@ def _evaluate(arguments: list[str]) -> None:
         """Epochs of the linear probe. [ReSSL, small data sets]"""
         baselines: bool = False
         """Judge raw pixels and the untrained encoder, too."""
+        plots: bool = False
+        """Draw features.png, neighbours.png and curves.png beside the checkpoint."""
+        projection: Literal["tsne", "pca"] = "tsne"
+        """How features.png maps features to the plane."""
         device: str = "auto"
         """auto is the GPU where there is one. [relssl]"""
 
@@ -100,3 +115,39 @@ def _evaluate(arguments: list[str]) -> None:
     if options.baselines:
         scores |= baselines(config, *how)
     print(json.dumps(scores))
+    if options.plots:
+        from relssl import plots
+
+        data, folder = load(config), options.checkpoint.parent
+        plots.features(method, data, folder / "features.png", options.projection)
+        plots.neighbours(method, data, folder / "neighbours.png")
+        plots.curves(read(options.checkpoint), folder / "curves.png")
+        print(f"written: {', '.join(str(folder / f'{n}.png') for n in PLOTS)}", file=sys.stderr)
+
+
+def _export(arguments: list[str]) -> None:
+    import torch
+    import tyro
+
+    from relssl.checkpoint import load_method
+
+    @dataclass
+    class Options:
+        """Write a checkpoint's encoder as a plain state_dict.
+
+        Names and shapes are those of torchvision's model of the same name without its classifier; a ResNet
+        with a small stem has conv1 of another shape.
+        """
+
+        checkpoint: tyro.conf.Positional[Path]
+        """A checkpoint.pt that relssl train wrote."""
+        out: tyro.conf.Positional[Path]
+        """The file to write, to be read with torch.load."""
+
+    options = tyro.cli(Options, args=arguments, prog="relssl export")
+    method, config = load_method(options.checkpoint, "cpu")
+    state = {name: tensor.contiguous() for name, tensor in method.backbone.state_dict().items()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, options.out)
+    size = sum(t.numel() for t in state.values())
+    print(f"{options.out}: {config.arch}, stem {config.stem}, {len(state)} tensors, {size:,} numbers")

@@ -3,6 +3,7 @@
 Everything here is the identity where there is one process.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -23,6 +24,11 @@ def world() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def first() -> bool:
+    """Whether this is the process that speaks for all; also when they have parted."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _several() -> bool:
@@ -49,9 +55,25 @@ def gather(rows: Tensor) -> Tensor:
     """The rows [B, ...] of all processes in rank order, [world · B, ...], without a gradient."""
     if not _several():
         return rows
-    everyone = rows.new_empty(world() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(everyone, rows.contiguous())
-    return everyone
+    everyone = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(everyone, rows.contiguous())
+    return torch.cat(everyone)
+
+
+def parallel(module: nn.Module, unused: bool) -> nn.Module:
+    """The module whose gradients are the mean of all processes'; itself where there is one.
+
+    Buffers are not sent before every step: a queue is the same everywhere, and BatchNorm's statistics are
+    each process's own.
+
+    unused: whether a step may leave parameters without a gradient.
+    """
+    if not _several():
+        return module
+    parallel: Any = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # torch >= 2.13
+    buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return parallel(module, find_unused_parameters=unused, **buffers)
 
 
 @torch.no_grad()
@@ -65,14 +87,22 @@ def shared(value: Tensor) -> Tensor:
 def gather_with_grad(*rows: Tensor) -> tuple[Tensor, ...]:
     """`gather` of each, whose backward adds up what all processes send back to a row.
 
-    For a loss of the whole batch that every process computes: each row gets `world` times its gradient, which the
-    mean that DistributedDataParallel takes turns into the gradient that one process would have found.
+    For a loss of the whole batch that every process computes: each row gets `world` times its gradient, and
+    the mean that DistributedDataParallel takes makes of it the gradient that one process would have found.
     """
-    if not _several():
-        return rows
-    from torch.distributed.nn.functional import all_gather
+    return tuple(map(_Gather.apply, rows)) if _several() else rows
 
-    return tuple(torch.cat(all_gather(r)) for r in rows)
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        g = g.contiguous()
+        dist.all_reduce(g)
+        return g.chunk(world())[rank()]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How good frozen features are: a weighted nearest-neighbour vote, a linear probe, and clusters against classes."""
+"""How good frozen features are: nearest neighbours' votes, a linear probe, and clusters against classes."""
 
 from collections.abc import Callable
 
@@ -26,10 +26,10 @@ def evaluate(
     temperature: float = 0.1,
     epochs: int = 100,
 ) -> dict[str, float]:
-    """Scores in [0, 1] (ari from -1) of a method's frozen features, and of its clusters.
+    """Scores of a method's frozen features, and of its clusters.
 
-    knn and linear are accuracies on the test images; nmi, acc and ari are of `clustering_scores`, on the images
-    that config.clustered says. The clusters are those that the method assigns, or else found by k-means.
+    knn and linear are accuracies on the test images; nmi, acc and ari are `clustering_scores` on the images
+    that config.clustered names. The clusters are those that the method assigns, or else found by k-means.
     """
     method.eval()
     return _judge(method.features, load(config), config, k, temperature, epochs, method.assign)
@@ -70,14 +70,12 @@ def _judge(
 
 @torch.no_grad()
 def glance(method: Method, data: datasets.Data) -> dict[str, float]:
-    """What a training run looks at along the way: knn, clusters if it makes some, and softmaxes' entropies."""
+    """What a training run looks at along the way: knn, its clusters' scores, its softmaxes' entropies."""
     method.eval()
     scores = {"knn": knn_accuracy(*(collect(method.features, part) for part in (data.labelled, data.test)))}
     some = data.test[list(range(min(512, len(data.test))))][0]
     if method.assign(some) is not None:
-        scores |= clusters(
-            method.features, method.assign, method.config.clustered(data), len(data.classes)
-        )
+        scores |= clusters(method.features, method.assign, method.config.clustered(data), len(data.classes))
     if method.queue is not None:
         x = method.embed(some)
         for name, temperature in method.temperatures.items():
@@ -120,10 +118,10 @@ def clusters(
 
 
 def clustering_scores(labels: Tensor, found: Tensor) -> dict[str, float]:
-    """How well clusters [N] match classes [N]: nmi, acc and ari, as published for Contrastive Clustering and SACC.
+    """How well clusters [N] match classes [N], as published for Contrastive Clustering and SACC.
 
-    nmi: mutual information over the arithmetic mean of the entropies. acc: the share of images in their class's
-    cluster, under the best pairing of clusters with classes (Hungarian method). ari: adjusted Rand index.
+    nmi: mutual information over the arithmetic mean of the entropies. acc: the share of images in their
+    class's cluster when clusters and classes are paired best (Hungarian method). ari: adjusted Rand index.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score

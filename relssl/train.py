@@ -29,8 +29,8 @@ def train(config: TrainConfig) -> Method:
     """Train a method and return it; checkpoint.pt, metrics.json and TensorBoard events go to config.out.
 
     Raises:
-        ValueError: fewer training images than one batch, a batch that does not divide among the processes, or a
-            checkpoint that is damaged, of another method or of other settings.
+        ValueError: fewer training images than one batch, a batch that does not divide among the processes, or
+            a checkpoint that is damaged, of another method or of other settings.
         FileExistsError: config.out holds a checkpoint and config.resume is off.
     """
     device = config.pick_device()
@@ -43,16 +43,16 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
     if path.exists() and not config.resume:
         raise FileExistsError(f"{path} exists: pass --resume to go on from it, or another --out")
     if config.batch_size % distributed.world():
-        raise ValueError(f"a batch of {config.batch_size} does not divide among {distributed.world()} processes")
+        processes = f"{distributed.world()} processes"
+        raise ValueError(f"a batch of {config.batch_size} does not divide among {processes}")
     data = datasets.load(config.data, config.data_root, config.image_size, config.download, config.classes)
     passes = config.passes(data)
-    for images in passes.values():
-        if len(images) < config.batch_size:
-            raise ValueError(f"batch size {config.batch_size} exceeds the {len(images)} training images")
     smallest = min(map(len, passes.values()))
+    if smallest < config.batch_size:
+        raise ValueError(f"batch size {config.batch_size} exceeds the {smallest} training images")
     if config.queue_size > smallest and distributed.rank() == 0:
         warnings.warn(
-            f"the queue of {config.queue_size} is larger than the {smallest} training images: it holds earlier"
+            f"the queue of {config.queue_size} exceeds the {smallest} training images: it holds earlier"
             " embeddings of the very images that it is compared with",
             stacklevel=2,
         )
@@ -60,7 +60,9 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
     method = config.make(*datasets.channel_statistics(data.train))
     torch.manual_seed(config.seed + distributed.rank())  # The same weights, other augmentations.
     optimizer = optimizer_of(method, config)
-    precision = ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
+    precision = (
+        ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
+    )
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = {"model": method, "optimizer": optimizer, "scaler": scaler}
@@ -70,12 +72,7 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
     history: list[dict[str, float]] = []
     if config.resume and path.exists():
         start, step, sums, history = restore(path, config, run, device)
-    forward: nn.Module = method
-    if distributed.world() > 1:
-        # The queue is the same everywhere, and BatchNorm's statistics are each process's own: no buffer is sent.
-        forward = nn.parallel.DistributedDataParallel(
-            method, broadcast_buffers=False, find_unused_parameters=len(passes) > 1
-        )
+    forward = distributed.parallel(method, unused=len(passes) > 1)
 
     with interruption() as stop, reporting(config, start * steps + step, steps) as (board, bar):
         for epoch in range(start, config.epochs):
@@ -125,7 +122,7 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
 
 
 def optimizer_of(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or Adam over the trainable parameters; those of one dimension (biases, norms) in a group of their own."""
+    """SGD or Adam of the trainable parameters; biases and norms are a group of their own."""
     learned = [p for p in method.parameters() if p.requires_grad]
     flat = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups = [
@@ -173,7 +170,7 @@ def batches(
 
 
 class _Caught:
-    """Images whose errors come as values: raised in a worker, they would come back wrapped in its traceback."""
+    """Images whose errors come as values; raised in a worker, they would come wrapped in its traceback."""
 
     def __init__(self, data: datasets.Images) -> None:
         self.data = data

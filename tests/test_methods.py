@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from relssl.functional import relation_loss
-from relssl.methods.augment import Augment
 from relssl.methods.backbones import SplitBatchNorm2d, build
 from relssl.methods.ressl import PRESETS
 
@@ -17,6 +16,12 @@ HALF, QUARTER = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 def images(count=8, size=16):
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def view(size, strong):
+    """ReSSL's."""
+    method = replace(SMALL, image_size=size, crop_min=0.2, flip=True).build(HALF, QUARTER)
+    return method.strong[0] if strong else method.weak
 
 
 def test_teacher_starts_as_the_student_and_follows_it_in_parameters_only():
@@ -96,7 +101,7 @@ def test_split_batch_norm_is_batch_norm_on_each_part():
 @pytest.mark.parametrize("strong", [False, True])
 def test_augmentation_differs_by_image_and_by_call_and_follows_the_seed(strong):
     same = images(1, 32).expand(6, -1, -1, -1)
-    augment = Augment(32, HALF, QUARTER, strong=strong)
+    augment = view(32, strong)
 
     def draw(seed):
         torch.manual_seed(seed)
@@ -114,7 +119,7 @@ def test_only_the_strong_view_loses_colour():
     colour = images(1, 8).expand(1000, -1, -1, -1)
     grey = {}
     for strong in (False, True):
-        x = Augment(8, HALF, QUARTER, strong=strong)(colour)
+        x = view(8, strong)(colour)
         grey[strong] = int(((x - x[:, :1]).abs().amax((1, 2, 3)) < 1e-5).sum())
     assert grey[False] == 0 and 200 - 63 < grey[True] < 200 + 63
 
@@ -124,7 +129,11 @@ def test_only_the_strong_view_loses_colour():
     [
         ("resnet18", "small", 32, 512, 4),  # CIFAR: 32 px reach the last block as 4 x 4
         ("resnet18", "small-pool", 64, 512, 4),  # STL-10: 64 px as well
+        ("resnet34", "small", 32, 512, 4),
         ("resnet50", "imagenet", 64, 2048, 2),
+        ("mobilenet_v3_large", "imagenet", 64, 960, 2),
+        ("mobilenet_v3_large", "small", 32, 960, 2),
+        ("efficientnet_b0", "small", 32, 1280, 2),
         ("conv4", "small", 32, 128, 2),
     ],
 )
@@ -136,7 +145,7 @@ def test_backbones(arch, stem, size, width, before_pool):
             module.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape[-1]))
     net.eval()
     assert net(torch.randn(2, 3, size, size)).shape == (2, width) and features == width
-    assert shapes == [before_pool]
+    assert shapes[-1] == before_pool  # those before are of squeeze-and-excitation
 
 
 def test_presets_are_the_published_ones():

@@ -58,6 +58,19 @@ class Files(Images):
         return torch.stack(images), torch.tensor(labels)
 
 
+class Subset(Images):
+    """Some images of a set, by their indices."""
+
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.images[[self.indices[i] for i in indices]]
+
+
 class Joined(Images):
     """Several sets of images of one shape, one behind the other."""
 
@@ -212,7 +225,9 @@ def _torchvision(name: str, root: Path, size: int, download: bool) -> Data:
     labels = [s.targets for s in sets]
     if name == "cifar20":  # torchvision, which has checked the files, reads the 100 classes only.
         folder = root / source.base_folder
-        files = [pickle.loads((folder / f).read_bytes(), encoding="latin1") for f in ("train", "test", "meta")]
+        files = [
+            pickle.loads((folder / f).read_bytes(), encoding="latin1") for f in ("train", "test", "meta")
+        ]
         labels, classes = [f["coarse_labels"] for f in files[:2]], files[2]["coarse_label_names"]
     train, test = (at_most(s.data, np.array(y), size) for s, y in zip(sets, labels, strict=True))
     return Data(train, train, test, classes)
@@ -220,10 +235,13 @@ def _torchvision(name: str, root: Path, size: int, download: bool) -> Data:
 
 # Folders of ImageNet that the literature on clustering calls by these names.
 CLASSES = {
-    "imagenet-10": """n02056570 n02085936 n02128757 n02690373 n02692877 n03095699 n04254680 n04285008 n04467665
-        n07747607""",
-    "imagenet-dogs": """n02085936 n02086646 n02088238 n02091467 n02097130 n02099601 n02101388 n02101556 n02102177
-        n02105056 n02105412 n02105855 n02107142 n02110958 n02112137""",
+    "imagenet-10": """
+        n02056570 n02085936 n02128757 n02690373 n02692877 n03095699 n04254680 n04285008 n04467665 n07747607
+    """,
+    "imagenet-dogs": """
+        n02085936 n02086646 n02088238 n02091467 n02097130 n02099601 n02101388 n02101556 n02102177 n02105056
+        n02105412 n02105855 n02107142 n02110958 n02112137
+    """,
 }
 
 
@@ -234,7 +252,9 @@ def class_names(classes: str) -> list[str] | None:
     if classes in CLASSES:
         return CLASSES[classes].split()
     if not Path(classes).is_file():
-        raise FileNotFoundError(f"classes must be {', '.join(CLASSES)} or a text file of names; no file {classes}")
+        raise FileNotFoundError(
+            f"classes must be {', '.join(CLASSES)} or a text file of names; no file {classes}"
+        )
     return Path(classes).read_text().split()
 
 

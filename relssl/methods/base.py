@@ -10,9 +10,15 @@ from torch.nn import functional as F
 
 from relssl.data import Data, Images, Joined
 from relssl.distributed import local_rank
+from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
 
 DataName = Literal["digits", "cifar10", "cifar100", "cifar20", "stl10", "folder", "arrays"]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """For what autocast must not round: norms and softmaxes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass
@@ -28,6 +34,10 @@ class TrainConfig:
     """Let torchvision download cifar10, cifar100 or stl10 into --data-root."""
     classes: str = ""
     """Class folders to use of a folder: imagenet-10, imagenet-dogs, or a text file of names. Default: all."""
+    arch: Arch = "resnet18"
+    """Encoder. [ReSSL: resnet18 on small data sets, resnet50 on ImageNet; SACC: resnet34]"""
+    stem: Stem = "small"
+    """First layers. [ReSSL: 3x3 without pooling at 32 px, with it at 64 px; SACC: imagenet, at 224 px]"""
     image_size: int = 32
     """Side of the square images that the encoder sees, in pixels. [data set]"""
     out: Path = Path("out/train")
@@ -37,7 +47,7 @@ class TrainConfig:
     epochs: int = 200
     """Passes over the training images. [ReSSL, all data sets]"""
     batch_size: int = 256
-    """Images per step, of all processes together; what is left of an epoch is dropped. [ReSSL: 256, SACC: 200]"""
+    """Images per step of all processes; what is left of an epoch is dropped. [ReSSL: 256, SACC: 200]"""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """[ReSSL: sgd, SACC: adam]"""
     lr: float = 0.06

@@ -1,8 +1,8 @@
 """RandAugment as SACC uses it, on batches: every image draws its own operations, on any device.
 
-Fourteen operations and their ranges as in FixMatch (Sohn et al., NeurIPS 2020, table 12, by its published code),
-sampled with replacement, each applied with probability one half at one of nine strengths. Library versions draw
-once for a whole batch, or work on one image at a time.
+Fourteen operations and their ranges as in FixMatch's code (Sohn et al., NeurIPS 2020), sampled with
+replacement, each applied with probability one half at one of nine strengths. What libraries have draws once
+for a whole batch, or works on one image at a time.
 """
 
 from collections.abc import Callable

@@ -3,10 +3,10 @@
 Zheng et al., ReSSL: Relational Self-Supervised Learning with Weak Augmentation, NeurIPS 2021. The steps
 and defaults are those of the authors' code.
 
-The journal version (Weak Augmentation Guided Relational Self-Supervised Learning, 2022, arXiv 2203.08717) adds a
-predictor and an InfoNCE warm-up, of which no code is public. Here the predictor is BYOL's (Grill et al. 2020: linear,
-BatchNorm, ReLU, linear) behind the student's projector, and the loss is w · InfoNCE + (1 - w) · relation with a w that
-falls linearly to zero. InfoNCE's positive is the weak view of the same image.
+The journal version (Weak Augmentation Guided Relational Self-Supervised Learning, 2022, arXiv 2203.08717)
+adds a predictor and an InfoNCE warm-up, of which no code is public. Here the predictor is BYOL's (Grill et
+al. 2020: linear, BatchNorm, ReLU, linear) behind the student's projector, and the loss is w * InfoNCE + (1
+- w) * relation with a w that falls linearly to zero; InfoNCE's positive is the weak view of the same image.
 """
 
 import copy
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from relssl.distributed import gather, rank, shared, world
 from relssl.functional import info_nce, relation_loss
 from relssl.methods.augment import Augment, Standardise
-from relssl.methods.backbones import Arch, Stem, build
-from relssl.methods.base import Method, TrainConfig
+from relssl.methods.backbones import build
+from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.queue import FeatureQueue
 
 # Sides of the student's crops, as parts of the image; the crops' area is at most as large a part.
@@ -32,10 +32,6 @@ CROPS = tuple(side / 224 for side in (224, 192, 160, 128, 96))
 class ReSSLConfig(TrainConfig):
     """Train ReSSL. In brackets: where a default comes from. The defaults shown are those of the preset."""
 
-    arch: Arch = "resnet18"
-    """Encoder. [ReSSL: resnet18 on small data sets, resnet50 on ImageNet]"""
-    stem: Stem = "small"
-    """First layers of a ResNet. [ReSSL: 3x3 without pooling at 32 px, with it at 64 px]"""
     dim: int = 128
     """Width D of the embeddings. [ReSSL: 128 on small data sets, 512 on ImageNet]"""
     hidden: int = 2048
@@ -55,9 +51,9 @@ class ReSSLConfig(TrainConfig):
     crops: Literal[1, 2, 3, 4, 5] = 1
     """Student views of falling size, 224, 192, 160, 128 and 96 parts of 224. [ReSSL: 1 or 5]"""
     predictor: int = 0
-    """Hidden width of a predictor that the student alone has, 0 for none. [ReSSL's journal version has one]"""
+    """Hidden width of a predictor of the student's own, 0 for none. [ReSSL, journal version: has one]"""
     info_nce_epochs: int = 0
-    """Epochs in which InfoNCE takes a share of the loss. [ReSSL's journal version warms up so; relssl's form]"""
+    """Epochs in which InfoNCE has a share of the loss. [ReSSL, journal version: warms up so]"""
     info_nce_weight: float = 1.0
     """That share at the start, from 0 to 1; the relation loss has the rest. [relssl]"""
     info_nce_decay: Literal["linear", "none"] = "linear"
@@ -98,6 +94,8 @@ class ReSSL(Method):
         mean, std: of the training images in [0, 1], by channel, [3].
     """
 
+    queue: FeatureQueue
+
     def __init__(self, config: ReSSLConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.config: ReSSLConfig = config
@@ -118,15 +116,15 @@ class ReSSL(Method):
         )
         self.strong = nn.ModuleList(
             Augment(
-                round(config.image_size * part),
+                round(config.image_size * side),
                 self.standardise,
-                crop=(config.crop_min * part, part),
+                crop=(config.crop_min * side, side),
                 flip=config.flip,
                 jitter=(0.4, 0.4, 0.4, 0.1),
                 grey=0.2,
                 blur=True,
             )
-            for part in CROPS[: config.crops]
+            for side in CROPS[: config.crops]
         )
 
     @property
@@ -163,8 +161,11 @@ class ReSSL(Method):
 
     def info_nce_share(self) -> float:
         """w at the present epoch."""
-        left = 1 - self.epoch / max(self.config.info_nce_epochs, 1e-9)
-        return self.config.info_nce_weight * (max(left, 0.0) if self.config.info_nce_decay == "linear" else left > 0)
+        config = self.config
+        if self.epoch >= config.info_nce_epochs:
+            return 0.0
+        left = 1 - self.epoch / config.info_nce_epochs
+        return config.info_nce_weight * (left if config.info_nce_decay == "linear" else 1.0)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
@@ -200,6 +201,6 @@ def _predictor(dim: int, hidden: int) -> nn.Module:
 
 
 def _embed(encoder: nn.ModuleDict, images: Tensor, predictor: nn.Module | None = None) -> Tensor:
-    """Unit-norm embeddings [B, D], normalised in float32 whatever the autocast dtype."""
+    """Unit-norm embeddings [B, D]."""
     z = encoder["projector"](encoder["backbone"](images))
-    return F.normalize((predictor(z) if predictor else z).float(), dim=1)
+    return F.normalize(at_least_float32(predictor(z) if predictor else z), dim=1)

@@ -1,10 +1,12 @@
 """SACC: contrastive clustering of two weak views and a strong one, by images and by clusters.
 
-Deng et al., Strongly Augmented Contrastive Clustering, 2022 (arXiv 2206.00380), on Contrastive Clustering (Li et al.,
-AAAI 2021). Heads, losses, augmentations and defaults are those of the authors' code.
+Deng et al., Strongly Augmented Contrastive Clustering, 2022 (arXiv 2206.00380), on Contrastive Clustering
+(Li et al., AAAI 2021). Heads, losses, augmentations and defaults are those of the authors' code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,11 +15,10 @@ from torch.nn import functional as F
 
 from relssl.data import Data, Images, Joined
 from relssl.distributed import gather_with_grad
-from relssl.functional import nt_xent
 from relssl.methods.augment import Augment, Standardise
-from relssl.methods.backbones import Arch, Stem, build
-from relssl.methods.base import Method, TrainConfig
-from relssl.nn import ClusterLoss
+from relssl.methods.backbones import build
+from relssl.methods.base import Method, TrainConfig, at_least_float32
+from relssl.nn import ClusterLoss, NTXentLoss
 from relssl.queue import FeatureQueue
 
 IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -27,23 +28,19 @@ IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.22
 class SACCConfig(TrainConfig):
     """Train SACC. In brackets: where a default comes from. The defaults shown are those of the preset."""
 
-    arch: Arch = "resnet34"
-    """Encoder. [SACC]"""
-    stem: Stem = "imagenet"
-    """First layers. [SACC: imagenet, at 224 px for every data set]"""
     clusters: int = 10
     """Clusters M, the classes of the data set. [SACC]"""
     dim: int = 128
     """Width D of the instance embeddings. [SACC]"""
     sigma: float = 1.0
-    """Weight of the cluster losses, σ. [SACC: 1; 0.5 on CIFAR-100]"""
+    """Weight of the cluster losses, sigma. [SACC: 1; 0.5 on CIFAR-100]"""
     instance_temperature: float = 0.5
     """Temperature of the instance loss. [SACC]"""
     cluster_temperature: float = 1.0
     """Temperature of the cluster loss. [SACC]"""
     recipe: Literal["joint", "stl10"] = "joint"
-    """joint: all losses on all images. stl10: in every epoch the instance losses on the unlabelled images, then
-    the cluster losses on the others, of other pairs of views. [SACC: stl10 on STL-10]"""
+    """joint: all losses on all images. stl10: in every epoch the instance losses on the unlabelled images,
+    then the cluster losses on the others, of other pairs of views. [SACC: stl10 on STL-10]"""
     test_images: bool = True
     """Train on the test images, too, without their labels. [SACC: yes; ImageNet subsets have none]"""
     crop_min: float = 0.08
@@ -76,8 +73,8 @@ class SACCConfig(TrainConfig):
 
 
 _PAPER = SACCConfig(
-    image_size=224, epochs=1000, batch_size=200, optimizer="adam", lr=3e-4, schedule="constant", warmup_epochs=0,
-    weight_decay=0.0, queue_size=0,
+    arch="resnet34", stem="imagenet", image_size=224, epochs=1000, batch_size=200, optimizer="adam", lr=3e-4,
+    schedule="constant", warmup_epochs=0, weight_decay=0.0, queue_size=0,
 )  # fmt: skip
 _IMAGENET = replace(_PAPER, data="folder", weak_jitter=1.0, weak_blur=True, test_images=False)
 PRESETS = {
@@ -90,8 +87,8 @@ PRESETS = {
     "folder": _IMAGENET,
     # relssl's own, for minutes on a CPU: 1,797 small grey images.
     "digits": replace(
-        _PAPER, data="digits", image_size=16, arch="conv4", epochs=60, batch_size=128, lr=1e-3, schedule="cosine",
-        crop_min=0.5, flip=False, standardise="all",
+        _PAPER, data="digits", arch="conv4", image_size=16, epochs=60, batch_size=128, lr=1e-3,
+        schedule="cosine", crop_min=0.5, flip=False, standardise="all",
     ),
 }  # fmt: skip
 
@@ -115,6 +112,7 @@ class SACC(Method):
         self.cluster = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.clusters)
         )
+        self.nt_xent = NTXentLoss(temperature=config.instance_temperature, backend=config.backend)
         self.cluster_loss = ClusterLoss(temperature=config.cluster_temperature, backend=config.backend)
         self.queue = None
         if config.queue_size:
@@ -124,22 +122,11 @@ class SACC(Method):
         self.standardise = nn.Identity() if published else Standardise(mean, std)
         strong = Standardise(*IMAGENET) if published else self.standardise
         s = config.weak_jitter
-        both = {"crop": (config.crop_min, 1.0), "flip": config.flip, "grey": 0.2}
-        self.weak = Augment(
-            config.image_size,
-            self.standardise,
-            jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s),
-            blur=config.weak_blur,
-            **both,
-        )
-        self.strong = Augment(
-            config.image_size,
-            strong,
-            jitter=(0.4, 0.4, 0.4, 0.1),
-            blur=True,
-            randaugment=config.randaugment,
-            **both,
-        )
+        view = partial(Augment, config.image_size, crop=(config.crop_min, 1.0), flip=config.flip, grey=0.2)
+        jitter = (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+        self.weak = view(self.standardise, jitter=jitter, blur=config.weak_blur)
+        jitter = (0.4, 0.4, 0.4, 0.1)
+        self.strong = view(strong, jitter=jitter, blur=True, randaugment=config.randaugment)
 
     @property
     def backbone(self) -> nn.Module:
@@ -151,50 +138,43 @@ class SACC(Method):
         A pass called "instance" or "cluster" is one of the recipe for STL-10.
         """
         views = [self.net(view(images)) for view in (self.weak, self.weak, self.strong)]
-        parts = {}
+        logs, loss = {}, torch.zeros((), device=images.device)
         if part != "cluster":
-            parts["instance_loss"] = self.instance_loss(*map(self.embedding, views), part)
+            loss = logs["instance_loss"] = self.instance_loss([self.embedding(v) for v in views], part)
         if part != "instance":
-            parts["cluster_loss"] = self.clusters_loss(*map(self.assignment, views), part)
-        weight = self.config.sigma if part == "joint" else 1.0
-        return parts.get("instance_loss", 0) + weight * parts.get("cluster_loss", 0), parts
+            logs["cluster_loss"] = self.clusters_loss([self.assignment(v) for v in views], part)
+            loss = loss + logs["cluster_loss"] * (self.config.sigma if part == "joint" else 1.0)
+        return loss, logs
 
-    def instance_loss(self, z1: Tensor, z2: Tensor, s: Tensor, part: str = "joint") -> Tensor:
+    def instance_loss(self, views: Sequence[Tensor], part: str = "joint") -> Tensor:
         """L_I(w1, w2) + L_I(w2, s), the latter of (w1, s) in the recipe for STL-10; then the queue moves on.
 
-        Args:
-            z1, z2, s: unit-norm embeddings [B, D] of the weak views and the strong one.
+        views: unit-norm embeddings [B, D] of the weak views and the strong one.
         """
-        own, (z1, z2, s) = z2, gather_with_grad(z1, z2, s)
-        how = {
-            "temperature": self.config.instance_temperature,
-            "queue": self.queue,
-            "backend": self.config.backend,
-        }
-        loss = nt_xent(z1, z2, **how) + nt_xent(z2 if part == "joint" else z1, s, **how)
+        w1, w2, s = gather_with_grad(*views)
+        loss = self.nt_xent(w1, w2, self.queue) + self.nt_xent(w2 if part == "joint" else w1, s, self.queue)
         if self.queue is not None:
-            self.queue.enqueue(own.detach())
+            self.queue.enqueue(views[1].detach())
         return loss
 
-    def clusters_loss(self, p1: Tensor, p2: Tensor, s: Tensor, part: str = "joint") -> Tensor:
+    def clusters_loss(self, views: Sequence[Tensor], part: str = "joint") -> Tensor:
         """L_C(w1, w2) + L_C(w1, s) + L_C(w2, s), without the last in the recipe for STL-10.
 
         Each L_C brings the entropy terms of its two views.
 
-        Args:
-            p1, p2, s: soft assignments [B, M] of the weak views and the strong one.
+        views: soft assignments [B, M] of the weak views and the strong one.
         """
-        p1, p2, s = gather_with_grad(p1, p2, s)
-        loss = self.cluster_loss(p1, p2) + self.cluster_loss(p1, s)
-        return loss + self.cluster_loss(p2, s) if part == "joint" else loss
+        w1, w2, s = gather_with_grad(*views)
+        loss = self.cluster_loss(w1, w2) + self.cluster_loss(w1, s)
+        return loss + self.cluster_loss(w2, s) if part == "joint" else loss
 
     def embedding(self, features: Tensor) -> Tensor:
-        """Unit-norm instance embeddings [B, D], normalised in float32 whatever the autocast dtype."""
-        return F.normalize(self.instance(features).float(), dim=1)
+        """Unit-norm instance embeddings [B, D]."""
+        return F.normalize(at_least_float32(self.instance(features)), dim=1)
 
     def assignment(self, features: Tensor) -> Tensor:
-        """Soft assignments [B, M], in float32 whatever the autocast dtype."""
-        return self.cluster(features).float().softmax(1)
+        """Soft assignments [B, M]."""
+        return at_least_float32(self.cluster(features)).softmax(1)
 
     def prepare(self, images: Tensor) -> Tensor:
         return self.standardise(super().prepare(images))

@@ -1,0 +1,145 @@
+"""Pictures of a trained method: its features, what its embeddings relate to, and how training went."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from relssl import data as datasets
+from relssl.evaluate import collect
+from relssl.methods.base import Method
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+INK, GREY = ("#1f5fa8", "#c8553d", "#4a8c5c", "#8a5fa8", "#c9a227"), "#9a9a9a"
+
+
+def features(
+    method: Method,
+    data: datasets.Data,
+    path: Path,
+    projection: Literal["tsne", "pca"] = "tsne",
+    count: int = 2000,
+) -> None:
+    """At most `count` test images as points, by two coordinates of their features, coloured by class."""
+    some = datasets.Subset(data.test, range(0, len(data.test), -(-len(data.test) // count)))
+    x, labels = (t.cpu().numpy() for t in collect(method.features, some))
+    if projection == "pca":
+        from sklearn.decomposition import PCA
+
+        points = PCA(2, random_state=0).fit_transform(x)
+    else:
+        from sklearn.manifold import TSNE
+
+        points = TSNE(2, init="pca", perplexity=min(30, len(x) / 4), random_state=0).fit_transform(x)
+    figure, axis = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    colours = plt.get_cmap("tab10" if len(data.classes) <= 10 else "tab20")
+    for label in np.unique(labels):
+        name = data.classes[label] if label < 20 else None  # A longer legend would hide the picture.
+        colour = colours(label % colours.N)
+        at = points[labels == label]
+        axis.scatter(at[:, 0], at[:, 1], s=7, color=colour, label=name, linewidths=0)
+    name = {"tsne": "t-SNE", "pca": "PCA"}[projection]
+    axis.set(xticks=[], yticks=[], title=f"{name} of {len(x):,} test images' features, by class")
+    axis.set_aspect("equal", "datalim")
+    figure.legend(loc="outside right center", frameon=False, markerscale=2.5, fontsize="small")
+    _write(figure, path)
+
+
+@torch.no_grad()
+def neighbours(
+    method: Method, data: datasets.Data, path: Path, queries: int = 6, shown: int = 8, size: int = 8192
+) -> None:
+    """Test images, and the entries of a queue that their softmax weighs most: what "relation" means.
+
+    The queue holds embeddings of at most `size` training images, as the method's own does after a while; the
+    temperature is the one that the method's targets come from.
+    """
+    everything = torch.randperm(len(data.labelled), generator=torch.Generator().manual_seed(0))
+    entries = everything[:size].tolist()
+    queue, labels = collect(method.embed, datasets.Subset(data.labelled, entries))
+    classes = data.test[list(range(min(len(data.test), 1000)))][1]
+    asked = np.unique(classes.numpy(), return_index=True)[1].tolist()[:queries]
+    images, asked_labels = data.test[asked]
+    name, temperature = next(iter(method.temperatures.items()))
+    share = (method.embed(images) @ queue.T / temperature).softmax(1)
+    weight, best = share.topk(min(shown, len(queue)), 1)
+    figure, axes = plt.subplots(
+        len(asked), 1 + best.shape[1], figsize=(1.0 * (1 + best.shape[1]), 1.3 * len(asked)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for row in range(len(asked)):
+        _show(axes[row, 0], images[row], data.classes[asked_labels[row]], "black")
+        for column, entry in enumerate(best[row].tolist()):
+            colour = INK[0] if labels[entry] == asked_labels[row] else INK[1]
+            picture = data.labelled[[entries[entry]]][0][0]
+            _show(axes[row, 1 + column], picture, f"{float(weight[row, column]):.2g}", colour)
+    figure.suptitle(
+        f"left: test images; then: heaviest of {len(queue):,} queue entries, their weight at the {name}'s\n"
+        f"temperature {temperature} (blue: the same class, red: another; all weights add up to 1)",
+        fontsize="small",
+    )
+    _write(figure, path)
+
+
+def _show(axis: plt.Axes, image: Tensor, title: str, colour: str) -> None:
+    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_title(title, fontsize="x-small", color=colour, pad=2)
+    axis.set(xticks=[], yticks=[])
+    for side in axis.spines.values():
+        side.set(color=colour, linewidth=1.5)
+
+
+def curves(state: dict[str, Any], path: Path) -> None:
+    """Loss, entropies and accuracies against epochs, of what checkpoint.read returns."""
+    epochs = state["history"]
+    names = dict.fromkeys(name for entry in epochs for name in entry)
+    panels = {
+        "loss (nats)": [n for n in names if n in ("loss", "info_nce") or n.endswith("_loss")],
+        "entropy (nats)": [n for n in names if "entropy" in n],
+        "accuracy and scores": [n for n in names if n in ("knn", "acc", "nmi", "ari")],
+    }
+    panels = {label: found for label, found in panels.items() if found}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False
+    )
+    for axis, (label, found) in zip(axes[0], panels.items(), strict=True):
+        for name, colour in zip(found, (*INK, GREY), strict=False):
+            points = [(e["epoch"], e[name]) for e in epochs if name in e]
+            marker = "o" if len(points) < len(epochs) or len(points) == 1 else None
+            text = LABELS.get(name, name)
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3, label=text)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, fontsize="small")
+        if label.startswith("entropy"):
+            axis.set_ylim(bottom=0)
+    config = state["config"]
+    figure.suptitle(f"{state['method']} on {config['data']}, {config['arch']}")
+    _write(figure, path)
+
+
+LABELS = {
+    "loss": "loss, all terms",
+    "instance_loss": "instance loss",
+    "cluster_loss": "cluster loss",
+    "info_nce": "InfoNCE",
+    "teacher_entropy": "teacher, in training",
+    "entropy_at_teacher_temperature": "test images at the teacher's temperature",
+    "entropy_at_student_temperature": "test images at the student's temperature",
+    "entropy_at_instance_temperature": "test images at the instance temperature",
+    "knn": "200-NN accuracy",
+    "acc": "clustering ACC",
+    "nmi": "clustering NMI",
+    "ari": "clustering ARI",
+}
+
+
+def _write(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
