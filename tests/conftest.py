@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,26 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """The command line in this process, from an empty folder: command("info").returncode, stdout, stderr."""
+    from relssl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["relssl", *map(str, arguments)])
+        status = message = None
+        try:
+            main()
+        except SystemExit as stop:
+            status, message = (stop.code, "") if isinstance(stop.code, int) else (1, stop.code)
+        stdout, stderr = capsys.readouterr()
+        return SimpleNamespace(returncode=status or 0, stdout=stdout, stderr=stderr + (message or ""))
+
+    return run
 
 
 def pytest_runtest_setup(item):

@@ -1,6 +1,8 @@
 """Data sets by name, and the command line as a user types it."""
 
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from relssl import data as datasets
-
-SCRIPT = [sys.executable, "-c", "from relssl.cli import main; main()"]
-
-
-def relssl(*arguments, cwd):
-    return subprocess.run([*SCRIPT, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+from relssl.checkpoint import read
 
 
 @pytest.fixture
@@ -54,14 +52,12 @@ def test_arrays(archive):
 
 
 def test_folder(tmp_path):
-    from PIL import Image
-
     for part in ("train", "val"):
         for name, value in (("cat", 10), ("dog", 200)):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (50, 40), (value, 0, 0)).save(tmp_path / part / name / "0.png")
     data = datasets.load("folder", tmp_path, 28)
-    assert data.classes == ["cat", "dog"]
+    assert data.classes == ["cat", "dog"] and datasets.reads_files(data.train)
     assert data.train[[0, 1]][0].shape == (2, 3, 32, 32)  # 8/7 of the size, to be cropped
     images, labels = data.test[[1]]
     assert images.shape == (1, 3, 28, 28) and int(images[0, 0, 5, 5]) == 200 and labels.tolist() == [1]
@@ -86,9 +82,9 @@ def test_missing_data(tmp_path, name, root, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_x": np.zeros((4, 8, 8, 3))}, r"train_x must be uint8 \[N, H, W, 3\], got float64"),
-        ({"test_y": np.zeros(3, dtype=int)}, r"test_y must be integers \[4\]"),
-        ({"test_x": None}, "lacks test_x"),
+        ({"train_x": np.zeros((4, 8, 8, 3))}, r"bad.npz: train_x must be uint8 \[N, H, W, 3\], got float64"),
+        ({"test_y": np.zeros(3, dtype=int)}, r"bad.npz: test_y must be integers \[4\]"),
+        ({"test_x": None}, "bad.npz lacks test_x"),
     ],
 )
 def test_bad_arrays(tmp_path, change, message):
@@ -99,27 +95,124 @@ def test_bad_arrays(tmp_path, change, message):
         datasets.load("arrays", tmp_path / "bad.npz", 8)
 
 
-def test_train_and_evaluate(archive, tmp_path):
+@pytest.mark.parametrize("keep", [0, 100, -30])
+def test_damaged_archive_is_named(archive, keep):
+    archive.write_bytes(archive.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cannot read .*mine\.npz as an \.npz"):
+        datasets.load("arrays", archive, 12)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 2 x 20 training and 2 x 2 test images of two classes."""
+    for part, count in (("train", 20), ("val", 2)):
+        for name, value in (("cat", 10), ("dog", 200)):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", (40, 40), (value, 5 * number, 0))
+                image.save(tmp_path / "pets" / part / name / f"{number:02}.png")
+    return tmp_path / "pets"
+
+
+def train_on(command, folder, *more):
+    settings = "--data folder --arch conv4 --image-size 16 --epochs 1 --batch-size 20 --clusters 2"
+    where = "--workers", 1, "--data-root", folder, "--out", "run"
+    return command("train", "sacc", *settings.split(), *where, *more)
+
+
+def test_images_of_files_with_a_class_list(command, folder):
+    """A list of names chooses and orders the classes; loading is in a process of its own."""
+    assert train_on(command, folder).returncode == 0
+    (folder / "chosen.txt").write_text("dog\n")
+    data = datasets.load("folder", folder, 16, classes=str(folder / "chosen.txt"))
+    assert data.classes == ["dog"] and (len(data.train), len(data.test)) == (20, 2)
+    assert data.test[[0, 1]][1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no image", None])
+def test_an_unreadable_image_is_named_before_training(command, folder, damage):
+    """Of a small data set all images are looked at first."""
+    path = folder / "train/dog/13.png"
+    path.write_bytes(path.read_bytes()[:60] if damage is None else damage)
+    run = train_on(command, folder)
+    assert run.returncode == 1 and f"relssl train: cannot read {path}" in run.stderr
+    assert "Traceback" not in run.stderr and not (folder.parent / "run").exists()
+
+
+def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
+    """Of a large data set it turns up on the way; what has been trained is not lost."""
+    monkeypatch.setattr(datasets, "channel_statistics", lambda data: (torch.zeros(3), torch.ones(3)))
+    assert train_on(command, folder, "--judge-every", 0).returncode == 0
+    path = folder / "train/dog/13.png"
+    path.write_bytes(b"no image")
+    run = train_on(command, folder, "--judge-every", 0, "--epochs", 2, "--resume")
+    assert run.returncode == 1 and len(run.stderr.split("relssl train: ")[1].splitlines()) == 1
+    assert f"relssl train: cannot read {path}" in run.stderr
+    assert read(folder.parent / "run/checkpoint.pt")["epoch"] == 1
+
+
+def test_missing_class_folders_are_named(command, folder):
+    shutil.rmtree(folder / "val/dog")
+    run = train_on(command, folder)
+    assert run.returncode == 1 and f"no class folder {folder / 'val/dog'}" in run.stderr
+    run = train_on(command, folder, "--classes", "imagenet-10")
+    first = folder / "train/n02056570"
+    assert run.returncode == 1 and f"no class folder {first} and 9 others" in run.stderr
+    run = train_on(command, folder, "--classes", "imagenet-11")
+    assert run.returncode == 1 and "imagenet-10, imagenet-dogs or a text file" in run.stderr
+
+
+def test_joined_sets_and_subsets_keep_order():
+    parts = [datasets.Arrays(torch.full((n, 1), v), torch.arange(n)) for n, v in ((3, 7), (2, 8), (4, 9))]
+    joined = datasets.Joined(*parts)
+    everything = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
+    rows = torch.randperm(9).tolist()
+    for found, expected in zip(joined[rows], everything, strict=True):
+        assert torch.equal(found, expected[rows])
+    assert len(joined) == 9 and joined[[4]][0].tolist() == [[8]]
+    assert datasets.Subset(joined, [8, 0])[[1, 0]][0].flatten().tolist() == [7, 9]
+
+
+def test_cifar20_has_the_superclasses(tmp_path, monkeypatch):
+    """A made-up CIFAR-100 in the format of the original's files."""
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 30), ("test", 10)):
+        fine = generator.integers(0, 100, count).tolist()
+        pixels = generator.integers(0, 256, (count, 3072)).astype(np.uint8)
+        file = {"data": pixels, "fine_labels": fine, "coarse_labels": [f // 5 for f in fine]}
+        (folder / name).write_bytes(pickle.dumps(file))
+    names = {"fine_label_names": [f"f{i}" for i in range(100)]}
+    names["coarse_label_names"] = [f"c{i}" for i in range(20)]
+    (folder / "meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    fine, coarse = (datasets.load(name, tmp_path, 32) for name in ("cifar100", "cifar20"))
+    for one, other in ((fine.train, coarse.train), (fine.test, coarse.test)):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels // 5, other.labels)
+    assert coarse.classes == names["coarse_label_names"]
+
+
+def test_train_and_evaluate(archive, command):
     settings = "--data arrays --arch conv4 --image-size 16 --epochs 2 --warmup-epochs 1 --batch-size 16"
     more = "--bn-splits 1 --queue-size 64 --dim 16 --hidden 32 --out run"
-    run = relssl(
-        "train", "ressl", *settings.split(), *more.split(), "--data-root", str(archive), cwd=tmp_path
-    )
+    run = command("train", "ressl", *settings.split(), *more.split(), "--data-root", str(archive))
     assert run.returncode == 0, run.stderr
     trained = json.loads(run.stdout)["trained encoder"]
     assert 0.9 <= trained["linear"] <= 1  # the classes differ in colour alone
-    again = relssl("evaluate", "run/checkpoint.pt", "--baselines", cwd=tmp_path)
+    again = command("evaluate", "run/checkpoint.pt", "--baselines")
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert scores["trained encoder"] == trained
     assert scores.keys() == {"trained encoder", "raw pixels", "untrained encoder"}
-    refused = relssl("train", "ressl", *settings.split(), *more.split(), cwd=tmp_path)
+    refused = command("train", "ressl", *settings.split(), *more.split())
     assert refused.returncode == 1 and "run/checkpoint.pt exists" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
-def test_help_shows_defaults_of_the_preset_and_their_sources(tmp_path):
-    text = relssl("train", "ressl", "--data", "stl10", "--help", cwd=tmp_path).stdout
+def test_help_shows_defaults_of_the_preset_and_their_sources(command):
+    text = command("train", "ressl", "--data", "stl10", "--help").stdout
     words = " ".join(text.replace("│", " ").split())
     assert "16384" in words and "0.996" in words
     for option in [
@@ -141,13 +234,14 @@ def test_help_shows_defaults_of_the_preset_and_their_sources(tmp_path):
     ("arguments", "status", "message"),
     [
         (["fly"], 2, "usage: relssl COMMAND"),
-        (["train", "magic"], 2, "usage: relssl train {ressl}"),
+        (["train", "magic"], 2, "usage: relssl train {ressl,sacc}"),
         (["train", "ressl", "--data", "cifar10"], 1, "relssl train: data 'cifar10' needs a data root"),
-        (["evaluate", "nowhere.pt"], 1, "nowhere.pt"),
+        (["evaluate", "nowhere.pt"], 1, "relssl evaluate: no file nowhere.pt"),
+        (["export", "nowhere.pt", "out.pt"], 1, "relssl export: no file nowhere.pt"),
     ],
 )
-def test_bad_usage(tmp_path, arguments, status, message):
-    run = relssl(*arguments, cwd=tmp_path)
+def test_bad_usage(command, arguments, status, message):
+    run = command(*arguments)
     assert run.returncode == status and message in run.stderr and "Traceback" not in run.stderr
 
 
