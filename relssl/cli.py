@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ commands:
 
 def main() -> None:
     """Bad usage exits with status 2; a bad setting or a missing file with 1 and a line that says which."""
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)

@@ -28,8 +28,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores of a method's frozen features, and of its clusters.
 
-    knn and linear are accuracies on the test images; nmi, acc and ari are `clustering_scores` on the images
-    that config.clustered names. The clusters are those that the method assigns, or else found by k-means.
+    knn and linear are accuracies on the test images; nmi, acc and ari are `clustering_scores` on training
+    and test images (config.clusters_test_images). The clusters are those that the method assigns, or else
+    found by k-means.
     """
     method.eval()
     return _judge(method.features, load(config), config, k, temperature, epochs, method.assign)
@@ -38,7 +39,7 @@ def evaluate(
 def baselines(
     config: TrainConfig, k: int = 200, temperature: float = 0.1, epochs: int = 100
 ) -> dict[str, dict[str, float]]:
-    """The same of what training starts from: raw pixels (less their mean), and the untrained encoder."""
+    """The same, with clusters by k-means, of raw pixels (less their mean) and of the untrained encoder."""
     data = load(config)
     mean, std = datasets.channel_statistics(data.train)
     torch.manual_seed(config.seed)
@@ -58,13 +59,14 @@ def _judge(
     k: int,
     temperature: float,
     epochs: int,
-    assign: Callable[[Tensor], Tensor | None] = lambda images: None,
+    assign: Callable[[Tensor], Tensor | None] = lambda features: None,
 ) -> dict[str, float]:
     train, test = (collect(encode, part) for part in (data.labelled, data.test))
+    found, labels = clusters(train, test, config, len(data.classes), assign)
     return {
         "knn": knn_accuracy(train, test, k=k, temperature=temperature),
         "linear": linear_accuracy(train, test, epochs=epochs),
-        **clusters(encode, assign, config.clustered(data), len(data.classes)),
+        **clustering_scores(labels, found),
     }
 
 
@@ -72,15 +74,38 @@ def _judge(
 def glance(method: Method, data: datasets.Data) -> dict[str, float]:
     """What a training run looks at along the way: knn, its clusters' scores, its softmaxes' entropies."""
     method.eval()
-    scores = {"knn": knn_accuracy(*(collect(method.features, part) for part in (data.labelled, data.test)))}
-    some = data.test[list(range(min(512, len(data.test))))][0]
-    if method.assign(some) is not None:
-        scores |= clusters(method.features, method.assign, method.config.clustered(data), len(data.classes))
+    train, test = (collect(method.features, part) for part in (data.labelled, data.test))
+    scores = {"knn": knn_accuracy(train, test)}
+    if method.assign(test[0][:1]) is not None:
+        found, labels = clusters(train, test, method.config, len(data.classes), method.assign)
+        scores |= clustering_scores(labels, found)
     if method.queue is not None:
-        x = method.embed(some)
+        x = method.embed(data.test[list(range(min(512, len(data.test))))][0])
         for name, temperature in method.temperatures.items():
             scores[f"entropy_at_{name}_temperature"] = float(entropy(x, method.queue.rows, temperature))
     return scores
+
+
+@torch.no_grad()
+def clusters(
+    train: Features,
+    test: Features,
+    config: TrainConfig,
+    count: int,
+    assign: Callable[[Tensor], Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Clusters [N] and labels [N] of the images: as assigned, or else `count` of them by k-means."""
+    parts = (train, test) if config.clusters_test_images else (train,)
+    features, labels = (torch.cat(t) for t in zip(*parts, strict=True))
+    assigned = assign(features)
+    if assigned is not None:
+        return assigned.argmax(1), labels
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    # Above that, Lloyd's iterations over all images would take hours.
+    kind = KMeans if len(features) <= 100_000 else MiniBatchKMeans
+    found = kind(count, n_init=10, random_state=0).fit_predict(features.cpu().numpy())
+    return torch.from_numpy(found), labels
 
 
 def entropy(x: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -98,23 +123,6 @@ def collect(encode: Callable[[Tensor], Tensor], data: datasets.Images, batch: in
         features.append(encode(images).float())
         labels.append(y.to(features[-1].device))
     return torch.cat(features), torch.cat(labels)
-
-
-def clusters(
-    encode: Callable[[Tensor], Tensor],
-    assign: Callable[[Tensor], Tensor | None],
-    data: datasets.Images,
-    count: int,
-) -> dict[str, float]:
-    """`clustering_scores` of the clusters that images are assigned to, or of k-means on their features."""
-    if assign(data[[0, 1]][0]) is not None:
-        found, labels = collect(assign, data)  # type: ignore[arg-type]
-        return clustering_scores(labels, found.argmax(1))
-    from sklearn.cluster import KMeans
-
-    features, labels = collect(encode, data)
-    means = KMeans(count, n_init=10, random_state=0)
-    return clustering_scores(labels, torch.from_numpy(means.fit_predict(features.cpu().numpy())))
 
 
 def clustering_scores(labels: Tensor, found: Tensor) -> dict[str, float]:

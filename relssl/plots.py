@@ -79,8 +79,9 @@ def neighbours(
             picture = data.labelled[[entries[entry]]][0][0]
             _show(axes[row, 1 + column], picture, f"{float(weight[row, column]):.2g}", colour)
     figure.suptitle(
-        f"left: test images; then: heaviest of {len(queue):,} queue entries, their weight at the {name}'s\n"
-        f"temperature {temperature} (blue: the same class, red: another; all weights add up to 1)",
+        "Test images (left), and the queue entries that weigh most for them (blue: same class, red: other).\n"
+        f"Weights: softmax over {len(queue):,} entries at the {name} temperature, {temperature};"
+        f" evenly shared, {1 / len(queue):.2g} each.",
         fontsize="small",
     )
     _write(figure, path)

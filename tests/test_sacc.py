@@ -109,7 +109,7 @@ def test_what_an_epoch_goes_through():
     assert passes["cifar10"] == passes["digits"] == {"joint": 8}  # training and test images, as published
     assert passes["stl10"] == {"instance": 7, "cluster": 8}
     assert passes["imagenet-10"] == {"joint": 12}  # the training images
-    assert len(PRESETS["cifar10"].clustered(data)) == 8 and len(PRESETS["imagenet-10"].clustered(data)) == 5
+    assert PRESETS["cifar10"].clusters_test_images and not PRESETS["imagenet-10"].clusters_test_images
     data.unlabelled = None
     with pytest.raises(ValueError, match="needs unlabelled images"):
         PRESETS["stl10"].passes(data)

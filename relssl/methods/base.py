@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.data import Data, Images, Joined
+from relssl.data import Data, Images
 from relssl.distributed import local_rank
 from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
@@ -98,9 +98,10 @@ class TrainConfig:
         """What an epoch goes through, in turn: image sets by the name that `Method.forward` is told."""
         return {"train": data.train}
 
-    def clustered(self, data: Data) -> Images:
-        """The labelled images that clusterings are judged on: training and test images, as published."""
-        return Joined(data.labelled, data.test)
+    @property
+    def clusters_test_images(self) -> bool:
+        """Whether clusters are judged on training and test images, as published, or on the former alone."""
+        return True
 
 
 class Method(nn.Module):
@@ -146,6 +147,6 @@ class Method(nn.Module):
         """Unit-norm embeddings [B, D] of uint8 images [B, 3, H, W], as a queue would hold them."""
         raise NotImplementedError
 
-    def assign(self, images: Tensor) -> Tensor | None:
-        """Soft assignments [B, M] of uint8 images to clusters, None from a method that makes none."""
+    def assign(self, features: Tensor) -> Tensor | None:
+        """Soft assignments [B, M] of features [B, width] to clusters, None from a method that makes none."""
         return None

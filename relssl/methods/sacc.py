@@ -68,8 +68,9 @@ class SACCConfig(TrainConfig):
             raise ValueError(f"recipe stl10 needs unlabelled images, which data {self.data!r} has not")
         return {"instance": data.unlabelled, "cluster": everything if self.test_images else data.labelled}
 
-    def clustered(self, data: Data) -> Images:
-        return Joined(data.labelled, data.test) if self.test_images else data.labelled
+    @property
+    def clusters_test_images(self) -> bool:
+        return self.test_images
 
 
 _PAPER = SACCConfig(
@@ -142,7 +143,7 @@ class SACC(Method):
         if part != "cluster":
             loss = logs["instance_loss"] = self.instance_loss([self.embedding(v) for v in views], part)
         if part != "instance":
-            logs["cluster_loss"] = self.clusters_loss([self.assignment(v) for v in views], part)
+            logs["cluster_loss"] = self.clusters_loss([self.assign(v) for v in views], part)
             loss = loss + logs["cluster_loss"] * (self.config.sigma if part == "joint" else 1.0)
         return loss, logs
 
@@ -172,8 +173,7 @@ class SACC(Method):
         """Unit-norm instance embeddings [B, D]."""
         return F.normalize(at_least_float32(self.instance(features)), dim=1)
 
-    def assignment(self, features: Tensor) -> Tensor:
-        """Soft assignments [B, M]."""
+    def assign(self, features: Tensor) -> Tensor:
         return at_least_float32(self.cluster(features)).softmax(1)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -182,7 +182,3 @@ class SACC(Method):
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         return self.embedding(self.features(images))
-
-    @torch.no_grad()
-    def assign(self, images: Tensor) -> Tensor:
-        return self.assignment(self.features(images))
