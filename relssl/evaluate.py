@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl import data as datasets
+from relssl.data.loading import channel_statistics, load_batches, spread
 from relssl.functional import queue_logsumexp
 from relssl.methods.base import Method, TrainConfig
 
@@ -41,7 +42,7 @@ def baselines(
 ) -> dict[str, dict[str, float]]:
     """The same, with clusters by k-means, of raw pixels (less their mean) and of the untrained encoder."""
     data = load(config)
-    mean, std = datasets.channel_statistics(data.train)
+    mean, std = channel_statistics(data.train)
     torch.manual_seed(config.seed)
     method = config.make(mean, std)
     method.eval()
@@ -72,9 +73,13 @@ def _judge(
 
 @torch.no_grad()
 def glance(method: Method, data: datasets.Data) -> dict[str, float]:
-    """What a training run looks at along the way: knn, its clusters' scores, its softmaxes' entropies."""
+    """What a training run looks at along the way: knn, its clusters' scores, its softmaxes' entropies.
+
+    Of at most 10,000 training and test images each.
+    """
     method.eval()
-    train, test = (collect(method.features, part) for part in (data.labelled, data.test))
+    parts = [datasets.Subset(part, spread(len(part), 10_000)) for part in (data.labelled, data.test)]
+    train, test = (collect(method.features, part) for part in parts)
     scores = {"knn": knn_accuracy(train, test)}
     if method.assign(test[0][:1]) is not None:
         found, labels = clusters(train, test, method.config, len(data.classes), method.assign)
@@ -118,8 +123,7 @@ def entropy(x: Tensor, queue: Tensor, temperature: float) -> Tensor:
 def collect(encode: Callable[[Tensor], Tensor], data: datasets.Images, batch: int = 512) -> Features:
     """Features [N, d] (float32) and labels [N] of a data set, where the encoder puts them."""
     features, labels = [], []
-    for rows in torch.arange(len(data)).split(batch):
-        images, y = data[rows.tolist()]
+    for images, y in load_batches(data, [rows.tolist() for rows in torch.arange(len(data)).split(batch)]):
         features.append(encode(images).float())
         labels.append(y.to(features[-1].device))
     return torch.cat(features), torch.cat(labels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from relssl import data as datasets
+from relssl.data.loading import spread
 from relssl.evaluate import collect
 from relssl.methods.base import Method
 
@@ -26,7 +27,7 @@ def features(
     count: int = 2000,
 ) -> None:
     """At most `count` test images as points, by two coordinates of their features, coloured by class."""
-    some = datasets.Subset(data.test, range(0, len(data.test), -(-len(data.test) // count)))
+    some = datasets.Subset(data.test, spread(len(data.test), count))
     x, labels = (t.cpu().numpy() for t in collect(method.features, some))
     if projection == "pca":
         from sklearn.decomposition import PCA

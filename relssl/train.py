@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from relssl import data as datasets
 from relssl import distributed
 from relssl.checkpoint import restore, save
+from relssl.data.loading import channel_statistics, load_batches
 from relssl.evaluate import glance
 from relssl.methods.base import Method, TrainConfig
 
@@ -57,7 +57,7 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
             stacklevel=2,
         )
     torch.manual_seed(config.seed)
-    method = config.make(*datasets.channel_statistics(data.train))
+    method = config.make(*channel_statistics(data.train))
     torch.manual_seed(config.seed + distributed.rank())  # The same weights, other augmentations.
     optimizer = optimizer_of(method, config)
     precision = (
@@ -158,32 +158,8 @@ def batches(
         order = torch.randperm(len(data), generator=generator).split(config.batch_size)
         full = [rows[mine].tolist() for rows in order if len(rows) == config.batch_size]
         todo, start = full[start:], max(0, start - len(full))
-        loader: DataLoader = DataLoader(
-            _Caught(data), sampler=todo, batch_size=None, generator=generator,  # type: ignore[arg-type]
-            num_workers=config.workers if datasets.reads_files(data) else 0,
-            worker_init_fn=_ignore_interrupts, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-        for found in loader:
-            if isinstance(found, ValueError):
-                raise found
-            yield name, found[0]
-
-
-class _Caught:
-    """Images whose errors come as values; raised in a worker, they would come wrapped in its traceback."""
-
-    def __init__(self, data: datasets.Images) -> None:
-        self.data = data
-
-    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor] | ValueError:
-        try:
-            return self.data[rows]
-        except ValueError as error:
-            return error
-
-
-def _ignore_interrupts(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for images, _ in load_batches(data, todo, config.workers):
+            yield name, images
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from PIL import Image
 
 from relssl import data as datasets
 from relssl.checkpoint import read
+from relssl.data.loading import channel_statistics, spread
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_arrays(archive):
     assert np.array_equal(images.numpy(), raw["train_x"][[3, 4]].transpose(0, 3, 1, 2))
     assert labels.tolist() == raw["train_y"][[3, 4]].tolist()
     assert datasets.load("arrays", archive, 8).train[[0]][0].shape == (1, 3, 8, 8)
-    mean, std = datasets.channel_statistics(data.train)
+    mean, std = channel_statistics(data.train)
     pixels = raw["train_x"] / 255
     np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(std, pixels.std((0, 1, 2)), rtol=1e-4)
@@ -141,7 +142,7 @@ def test_an_unreadable_image_is_named_before_training(command, folder, damage):
 
 def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
     """Of a large data set it turns up on the way; what has been trained is not lost."""
-    monkeypatch.setattr(datasets, "channel_statistics", lambda data: (torch.zeros(3), torch.ones(3)))
+    monkeypatch.setattr("relssl.train.channel_statistics", lambda data: (torch.zeros(3), torch.ones(3)))
     assert train_on(command, folder, "--judge-every", 0).returncode == 0
     path = folder / "train/dog/13.png"
     path.write_bytes(b"no image")
@@ -171,6 +172,12 @@ def test_joined_sets_and_subsets_keep_order():
         assert torch.equal(found, expected[rows])
     assert len(joined) == 9 and joined[[4]][0].tolist() == [[8]]
     assert datasets.Subset(joined, [8, 0])[[1, 0]][0].flatten().tolist() == [7, 9]
+
+
+def test_spread_reaches_both_ends_without_repeating():
+    for count, most in ((5, 9), (9, 9), (10, 9), (1000, 7), (1, 1)):
+        rows = spread(count, most)
+        assert len(rows) == len(set(rows)) == min(count, most) and (rows[0], rows[-1]) == (0, count - 1)
 
 
 def test_cifar20_has_the_superclasses(tmp_path, monkeypatch):

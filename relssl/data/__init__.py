@@ -96,6 +96,8 @@ class Joined(Images):
 
 def reads_files(images: Images) -> bool:
     """Whether loading a batch is work, for processes of its own."""
+    if isinstance(images, Subset):
+        return reads_files(images.images)
     return isinstance(images, Files) or (isinstance(images, Joined) and any(map(reads_files, images.parts)))
 
 
@@ -139,19 +141,6 @@ def load(name: str, root: Path | None, size: int, download: bool = False, classe
         return _torchvision(name, Path(root), size, download)
     known = "digits, cifar10, cifar100, cifar20, stl10, folder or arrays"
     raise ValueError(f"data must be {known}; got {name!r}")
-
-
-def channel_statistics(data: Images) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [3] by channel, in [0, 1], of at most 10,000 images spread over the set."""
-    some = range(0, len(data), max(1, len(data) // 10_000))
-    total = torch.zeros(2, 3, dtype=torch.float64)
-    pixels = 0
-    for start in range(0, len(some), 512):
-        x = data[list(some[start : start + 512])][0].double() / 255
-        total += torch.stack((x.sum((0, 2, 3)), x.square().sum((0, 2, 3))))
-        pixels += x.numel() // 3
-    mean, square = total / pixels
-    return mean.float(), (square - mean**2).clamp_min(1e-6).sqrt().float()
 
 
 def at_most(images: np.ndarray, labels: np.ndarray, size: int) -> Arrays:
