@@ -17,11 +17,9 @@ FREE = {"resume", "out", "data_root", "download", "device", "workers", "backend"
 
 
 def _randomness() -> dict[str, Any]:
-    """torch's generators: a training step draws from no others."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """torch's generators, of this process's GPU if it has one: a training step draws from no others."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": gpu}
 
 
 def save(
@@ -51,6 +49,7 @@ def save(
         "sums": sums,
         "history": history,
         "randomness": randomness,
+        "device": next(run["model"].parameters()).device.type,
     }
     _replace(path, lambda file: torch.save(state, file))
     metrics = {"method": name, "config": settings, "epochs": history}
@@ -67,8 +66,8 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     os.replace(temporary, path)
 
 
-def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """What `save` wrote.
+def read(path: Path) -> dict[str, Any]:
+    """What `save` wrote, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,8 +76,8 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        state["method"], state["config"], state["model"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["method"], state["config"], state["model"], state["device"]
     except Exception as error:  # torch and pickle raise nearly anything over a damaged file.
         raise ValueError(f"{path} is damaged, or no checkpoint of relssl ({type(error).__name__})") from error
     if state["method"] not in methods.CONFIGS:
@@ -90,24 +89,25 @@ def restore(
     path: Path, config: TrainConfig, run: dict[str, Any], device: torch.device
 ) -> tuple[int, int, dict, list]:
     """Put everything back as `save` found it; returns epoch, step, sums and history."""
-    state = read(path, device)
+    state = read(path)
     if methods.CONFIGS[state["method"]] is not type(config):
         raise ValueError(f"{path} is of method {state['method']}: give --out another folder")
     now = json.loads(json.dumps(asdict(config), default=str))
     changed = [f"{k} was {v}" for k, v in state["config"].items() if k not in FREE and now.get(k) != v]
     if changed:
         raise ValueError(f"{path} is of other settings ({', '.join(changed)}): they cannot change on the way")
-    if len(state["randomness"]) != distributed.world():
-        raise ValueError(
-            f"{path} is of {len(state['randomness'])} processes, this run of {distributed.world()}"
-        )
+    then, here = (len(state["randomness"]), state["device"]), (distributed.world(), device.type)
+    if then != here:
+        which = "{} is of {} processes on {}, this run of {} on {}"
+        raise ValueError(which.format(path, *then, *here))
     for key, part in run.items():
         part.load_state_dict(state[key])
     randomness = state["randomness"][distributed.rank()]
-    torch.set_rng_state(randomness["cpu"].cpu())
-    if randomness["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in randomness["cuda"]])
-    return state["epoch"], state["step"], state["sums"], state["history"]
+    torch.set_rng_state(randomness["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(randomness["cuda"], device)
+    sums = {name: total.to(device) for name, total in state["sums"].items()}
+    return state["epoch"], state["step"], sums, state["history"]
 
 
 def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
@@ -116,7 +116,10 @@ def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
     settings: dict[str, Any] = state["config"] | {"device": device}
     for name in ("out", "data_root"):
         settings[name] = settings[name] and Path(settings[name])
-    config = methods.CONFIGS[state["method"]](**settings)
+    try:
+        config = methods.CONFIGS[state["method"]](**settings)
+    except TypeError as error:
+        raise ValueError(f"{path} is of another version of relssl: {error}") from error
     unknown = torch.ones(3)  # The statistics are buffers and come with the state.
     method = config.make(unknown, unknown)
     method.load_state_dict(state["model"])

@@ -71,8 +71,8 @@ def _train(arguments: list[str]) -> None:
         prog=f"relssl train {name} [--preset {{{','.join(presets)}}}]",
     )
     method = train(config)
-    if distributed.first():
-        print(json.dumps({"trained encoder": evaluate(method, config)}))
+    if distributed.first() and method.epoch == config.epochs:
+        print(json.dumps({"trained encoder": evaluate(method, method.config)}))
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -150,6 +150,7 @@ def _export(arguments: list[str]) -> None:
     method, config = load_method(options.checkpoint, "cpu")
     state = {name: tensor.contiguous() for name, tensor in method.backbone.state_dict().items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, options.out)
+    with options.out.open("wb") as file:
+        torch.save(state, file)
     size = sum(t.numel() for t in state.values())
     print(f"{options.out}: {config.arch}, stem {config.stem}, {len(state)} tensors, {size:,} numbers")

@@ -5,13 +5,15 @@ Everything here is the identity where there is one process.
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -100,7 +102,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        g = g.contiguous()
+        g = g.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
         return g.chunk(world())[rank()]
 
@@ -113,6 +115,15 @@ def mean(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= world()
     return value
+
+
+def first_ahead(run: Callable[[], T]) -> T:
+    """What run() returns in each process; the first one's is over before the others begin."""
+    if rank() == 0:
+        result = run()
+    if _several():
+        dist.barrier()
+    return result if rank() == 0 else run()
 
 
 def anyone(flag: bool, device: torch.device) -> bool:

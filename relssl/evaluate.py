@@ -40,7 +40,10 @@ def evaluate(
 def baselines(
     config: TrainConfig, k: int = 200, temperature: float = 0.1, epochs: int = 100
 ) -> dict[str, dict[str, float]]:
-    """The same, with clusters by k-means, of raw pixels (less their mean) and of the untrained encoder."""
+    """The same, with clusters by k-means, of the untrained encoder and of raw pixels less their mean.
+
+    Pixels of images larger than 32 x 32 are of the image at that size.
+    """
     data = load(config)
     mean, std = channel_statistics(data.train)
     torch.manual_seed(config.seed)
@@ -48,9 +51,17 @@ def baselines(
     method.eval()
     how = data, config, k, temperature, epochs
     return {
-        "raw pixels": _judge(lambda x: (x / 255 - mean.view(3, 1, 1)).flatten(1), *how),
+        "raw pixels": _judge(lambda x: (_shrink(x) - mean.view(3, 1, 1)).flatten(1), *how),
         "untrained encoder": _judge(method.features, *how),
     }
+
+
+def _shrink(images: Tensor, most: int = 32) -> Tensor:
+    """To [0, 1], and to at most 32 pixels a side: 224 would make rows of 150,000 numbers."""
+    x = images / 255
+    if max(x.shape[-2:]) <= most:
+        return x
+    return F.interpolate(x, (most, most), mode="bilinear", antialias=True)
 
 
 def _judge(
@@ -101,15 +112,16 @@ def clusters(
 ) -> tuple[Tensor, Tensor]:
     """Clusters [N] and labels [N] of the images: as assigned, or else `count` of them by k-means."""
     parts = (train, test) if config.clusters_test_images else (train,)
-    features, labels = (torch.cat(t) for t in zip(*parts, strict=True))
-    assigned = assign(features)
-    if assigned is not None:
-        return assigned.argmax(1), labels
+    labels = torch.cat([y for _, y in parts])
+    assigned = [assign(x) for x, _ in parts]
+    if assigned[0] is not None:
+        return torch.cat([p.argmax(1) for p in assigned if p is not None]), labels
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     # Above that, Lloyd's iterations over all images would take hours.
+    features = np.concatenate([x.cpu().numpy() for x, _ in parts])
     kind = KMeans if len(features) <= 100_000 else MiniBatchKMeans
-    found = kind(count, n_init=10, random_state=0).fit_predict(features.cpu().numpy())
+    found = kind(count, n_init=10, random_state=0).fit_predict(features)
     return torch.from_numpy(found), labels
 
 

@@ -63,8 +63,9 @@ def neighbours(
     everything = torch.randperm(len(data.labelled), generator=torch.Generator().manual_seed(0))
     entries = everything[:size].tolist()
     queue, labels = collect(method.embed, datasets.Subset(data.labelled, entries))
-    classes = data.test[list(range(min(len(data.test), 1000)))][1]
-    asked = np.unique(classes.numpy(), return_index=True)[1].tolist()[:queries]
+    some = spread(len(data.test), 1000)
+    classes = data.test[some][1].numpy()
+    asked = [some[i] for i in np.unique(classes, return_index=True)[1][:queries]]
     images, asked_labels = data.test[asked]
     name, temperature = next(iter(method.temperatures.items()))
     share = (method.embed(images) @ queue.T / temperature).softmax(1)
@@ -99,6 +100,8 @@ def _show(axis: plt.Axes, image: Tensor, title: str, colour: str) -> None:
 def curves(state: dict[str, Any], path: Path) -> None:
     """Loss, entropies and accuracies against epochs, of what checkpoint.read returns."""
     epochs = state["history"]
+    if not epochs:
+        raise ValueError("no epoch is complete yet: there is nothing to draw curves of")
     names = dict.fromkeys(name for entry in epochs for name in entry)
     panels = {
         "loss (nats)": [n for n in names if n in ("loss", "info_nce") or n.endswith("_loss")],

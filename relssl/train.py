@@ -45,7 +45,9 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
     if config.batch_size % distributed.world():
         processes = f"{distributed.world()} processes"
         raise ValueError(f"a batch of {config.batch_size} does not divide among {processes}")
-    data = datasets.load(config.data, config.data_root, config.image_size, config.download, config.classes)
+    where = config.data, config.data_root, config.image_size, config.download, config.classes
+    data = distributed.first_ahead(lambda: datasets.load(*where))  # Which may download.
+    config = config.fit(data)
     passes = config.passes(data)
     smallest = min(map(len, passes.values()))
     if smallest < config.batch_size:
@@ -72,6 +74,7 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
     history: list[dict[str, float]] = []
     if config.resume and path.exists():
         start, step, sums, history = restore(path, config, run, device)
+    method.epoch = start + step / steps
     forward = distributed.parallel(method, unused=len(passes) > 1)
 
     with interruption() as stop, reporting(config, start * steps + step, steps) as (board, bar):
@@ -99,24 +102,28 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
                     bar.set_postfix(
                         epoch=f"{epoch + 1}/{config.epochs}", loss=f"{loss.item():.4f}", refresh=False
                     )
-                # Several processes hear of Ctrl-C at different steps, and agree at the epoch's end.
-                if stop.pressed and step < steps and distributed.world() == 1:
+                if step < steps and stop.agreed(step, device):
+                    sums = {name: distributed.mean(total) for name, total in sums.items()}
                     save(path, config, run, epoch, step, sums, history)
                     bar.write(f"stopped and saved {path}; --resume goes on from here")
-                    return method
+                    return method.eval()
             seconds = time.perf_counter() - began
             totals = {name: distributed.mean(total) for name, total in sums.items()}
             entry = {name: float(total / count) for name, (total, count) in totals.items()}
             entry |= {"lr": lr, "images_per_second": (steps - first) * config.batch_size / seconds}
-            every, last = config.judge_every, epoch + 1 == config.epochs
-            if every and (last or (epoch + 1) % every == 0) and distributed.rank() == 0:
-                entry |= glance(method, data)
-            for name, value in entry.items():
-                board.add_scalar(name, value, (epoch + 1) * steps)
+            method.epoch = epoch + 1
             history.append({"epoch": epoch + 1, **entry})
             step, sums = 0, {}
             save(path, config, run, epoch + 1, step, sums, history)
-            if distributed.anyone(stop.pressed, device):
+            every, last = config.judge_every, epoch + 1 == config.epochs
+            if every and (last or (epoch + 1) % every == 0):  # After saving, lest it fail.
+                if distributed.rank() == 0:
+                    entry |= glance(method, data)
+                    history[-1] |= entry
+                save(path, config, run, epoch + 1, step, sums, history)
+            for name, value in entry.items():
+                board.add_scalar(name, value, (epoch + 1) * steps)
+            if stop.agreed(step, device):
                 break
     return method.eval()
 
@@ -176,7 +183,7 @@ def reporting(config: TrainConfig, step: int, steps_per_epoch: int) -> Iterator[
         yield _Silent(), bar
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    with SummaryWriter(str(config.out / "tensorboard"), purge_step=step) as board, bar:
+    with SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1) as board, bar:
         yield board, bar
 
 
@@ -187,6 +194,12 @@ class _Silent:
 
 class _Stop:
     pressed = False
+
+    def agreed(self, step: int, device: torch.device) -> bool:
+        """Whether to stop now. Processes hear of Ctrl-C at different steps; at every tenth they agree."""
+        if distributed.world() == 1:
+            return self.pressed
+        return step % 10 == 0 and distributed.anyone(self.pressed, device)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ CASES = {
     "ressl": replace(
         PRESETS["ressl"]["digits"], dim=16, hidden=32, queue_size=40, crops=2, info_nce_epochs=1
     ),
-    "sacc": replace(PRESETS["sacc"]["digits"], dim=16, queue_size=0),
-    "sacc with a queue": replace(PRESETS["sacc"]["digits"], dim=16, queue_size=40, sigma=0.5),
+    "sacc": replace(PRESETS["sacc"]["digits"], dim=16, clusters=10),
+    "sacc with a queue": replace(PRESETS["sacc"]["digits"], dim=16, clusters=10, queue_size=40, sigma=0.5),
 }
 STEPS, BATCH = 2, 16
 

@@ -86,11 +86,13 @@ def test_missing_data(tmp_path, name, root, error, message):
         ({"train_x": np.zeros((4, 8, 8, 3))}, r"bad.npz: train_x must be uint8 \[N, H, W, 3\], got float64"),
         ({"test_y": np.zeros(3, dtype=int)}, r"bad.npz: test_y must be integers \[4\]"),
         ({"test_x": None}, "bad.npz lacks test_x"),
+        ({"train_y": np.array([0, 1, -1, 0])}, "bad.npz: train_y must be from 0 to 1, got -1 to 1"),
+        ({"test_y": np.full(4, 2), "classes": ["a", "b"]}, "bad.npz: test_y must be from 0 to 1, got 2 to 2"),
     ],
 )
 def test_bad_arrays(tmp_path, change, message):
     good = {f"{p}_x": np.zeros((4, 8, 8, 3), np.uint8) for p in ("train", "test")}
-    good |= {f"{p}_y": np.zeros(4, dtype=int) for p in ("train", "test")}
+    good |= {f"{p}_y": np.arange(4) % 2 for p in ("train", "test")}
     np.savez(tmp_path / "bad.npz", **{k: v for k, v in (good | change).items() if v is not None})
     with pytest.raises(ValueError, match=message):
         datasets.load("arrays", tmp_path / "bad.npz", 8)
@@ -116,7 +118,7 @@ def folder(tmp_path):
 
 
 def train_on(command, folder, *more):
-    settings = "--data folder --arch conv4 --image-size 16 --epochs 1 --batch-size 20 --clusters 2"
+    settings = "--data folder --arch conv4 --image-size 16 --epochs 1 --batch-size 20"
     where = "--workers", 1, "--data-root", folder, "--out", "run"
     return command("train", "sacc", *settings.split(), *where, *more)
 
@@ -126,6 +128,7 @@ def test_images_of_files_with_a_class_list(command, folder):
     assert train_on(command, folder).returncode == 0
     (folder / "chosen.txt").write_text("dog\n")
     data = datasets.load("folder", folder, 16, classes=str(folder / "chosen.txt"))
+    pickle.dumps(data.train)  # for workers that are not forked
     assert data.classes == ["dog"] and (len(data.train), len(data.test)) == (20, 2)
     assert data.test[[0, 1]][1].tolist() == [0, 0]
 
@@ -161,6 +164,13 @@ def test_missing_class_folders_are_named(command, folder):
     assert run.returncode == 1 and f"no class folder {first} and 9 others" in run.stderr
     run = train_on(command, folder, "--classes", "imagenet-11")
     assert run.returncode == 1 and "imagenet-10, imagenet-dogs or a text file" in run.stderr
+
+
+def test_arrays_of_two_sizes_become_one(tmp_path):
+    arrays = {"train_x": np.zeros((4, 12, 10, 3), np.uint8), "test_x": np.zeros((3, 16, 16, 3), np.uint8)}
+    np.savez(tmp_path / "two.npz", **arrays, train_y=np.arange(4), test_y=np.arange(3))
+    data = datasets.load("arrays", tmp_path / "two.npz", 16)
+    assert datasets.Joined(data.train, data.test)[[0, 5]][0].shape == (2, 3, 10, 10)
 
 
 def test_joined_sets_and_subsets_keep_order():
@@ -244,6 +254,7 @@ def test_help_shows_defaults_of_the_preset_and_their_sources(command):
         (["train", "magic"], 2, "usage: relssl train {ressl,sacc}"),
         (["train", "ressl", "--data", "cifar10"], 1, "relssl train: data 'cifar10' needs a data root"),
         (["evaluate", "nowhere.pt"], 1, "relssl evaluate: no file nowhere.pt"),
+        (["train", "sacc", "--data", "digits", "--device", "abacus"], 1, "relssl train: no device 'abacus'"),
         (["export", "nowhere.pt", "out.pt"], 1, "relssl export: no file nowhere.pt"),
     ],
 )

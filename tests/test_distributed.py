@@ -42,4 +42,4 @@ def test_torchrun(tmp_path):
     first, second = (r["cpu"] for r in state["randomness"])
     assert not torch.equal(first, second)  # the processes augment differently
     alone = subprocess.run([sys.executable, "-m", "relssl", *settings.split(), "--resume"], **how)
-    assert alone.returncode == 1 and "is of 2 processes, this run of 1" in alone.stderr
+    assert alone.returncode == 1 and "is of 2 processes on cpu, this run of 1 on cpu" in alone.stderr

@@ -16,7 +16,9 @@ from relssl.methods import PRESETS
 from relssl.methods.backbones import build, torchvision
 from relssl.train import train
 
-SACC = replace(PRESETS["sacc"]["digits"], epochs=2, batch_size=256, queue_size=300, judge_every=1)
+SACC = replace(
+    PRESETS["sacc"]["digits"], clusters=10, epochs=2, batch_size=256, queue_size=300, judge_every=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,16 @@ def test_plots(trained, command):
     for name in ("features", "neighbours", "curves"):
         pixels = np.asarray(Image.open(trained.parent / f"{name}.png").convert("L"))
         assert min(pixels.shape) > 400 and 0.02 < (pixels < 250).mean() < 0.8
+
+
+def test_nothing_to_draw_yet_is_said(trained, command, tmp_path):
+    """After Ctrl-C in the first epoch; an export onto a folder is an error of its own."""
+    state = torch.load(trained, weights_only=True)
+    torch.save(state | {"history": []}, tmp_path / "checkpoint.pt")
+    run = command("evaluate", "checkpoint.pt", "--plots", "--projection", "pca", "--epochs", 1)
+    assert run.returncode == 1 and "no epoch is complete yet" in run.stderr
+    run = command("export", "checkpoint.pt", ".")
+    assert run.returncode == 1 and "relssl export: " in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from relssl import data as datasets
 from relssl.checkpoint import load_method, read
@@ -102,7 +103,9 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, case, stop_at
     with monkeypatch.context() as patch:
         interrupt = after(stop_at, lambda: os.kill(os.getpid(), signal.SIGINT), method)
         patch.setattr(method, "forward", interrupt)
-        train(part)  # Returns instead of raising KeyboardInterrupt.
+        stopped = train(part)  # Returns instead of raising KeyboardInterrupt.
+    steps_an_epoch = {"ressl": 5, "ressl whole": 5, "sacc, stl10": 12}.get(case, 7)
+    assert stopped.epoch == pytest.approx((stop_at - (stop_at % steps_an_epoch > 0)) / steps_an_epoch)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     torch.manual_seed(99)  # A new process would not have the old one's generator.
     resumed = state(train(replace(part, resume=True)))
@@ -112,6 +115,8 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, case, stop_at
         json.loads((config.out / name / "metrics.json").read_text())["epochs"] for name in ("whole", "part")
     ]
     assert len(records[0]) == config.epochs
+    points = EventAccumulator(str(config.out / "part/tensorboard")).Reload().Scalars("loss")
+    assert [p.step for p in points] == [e * steps_an_epoch for e in range(1, config.epochs + 1)]
     for one, other in zip(*records, strict=True):
         del one["images_per_second"], other["images_per_second"]
         assert one == other
@@ -156,6 +161,15 @@ def test_checkpoints_that_do_not_fit_are_refused():
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
             train(replace(TINY, resume=True))
+    (TINY.out / "checkpoint.pt").unlink()
+    train(replace(TINY, epochs=1))
+    state = read(path)
+    torch.save(state | {"device": "cuda"}, path)
+    with pytest.raises(ValueError, match="is of 1 processes on cuda, this run of 1 on cpu"):
+        train(replace(TINY, resume=True))
+    torch.save(state | {"config": state["config"] | {"warp": 9}}, path)
+    with pytest.raises(ValueError, match=r"another version of relssl: .*warp"):
+        load_method(path, "cpu")
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match=r"no checkpoint of relssl"):
         load_method(path, "cpu")

@@ -6,7 +6,7 @@ Augmentation is not done here but by the methods, on the batch and on its device
 import pickle
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,23 +39,27 @@ class Arrays(Images):
 
 
 class Files(Images):
-    """Images read from files one by one; one that cannot be read raises ValueError with its path."""
+    """Images read from files one by one; one that cannot be read raises ValueError with its path.
 
-    def __init__(self, samples: Any) -> None:
-        self.samples = samples
+    Args:
+        samples: paths and labels.
+        read: a path to uint8 [3, H, W], of one shape.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], read: Callable[[str], Tensor]) -> None:
+        self.samples, self.read = samples, read
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def _read(self, index: int) -> tuple[Tensor, int]:
-        try:
-            return self.samples[index]
-        except (OSError, SyntaxError, ValueError) as error:  # What PIL raises, by format.
-            raise ValueError(f"cannot read {self.samples.samples[index][0]}: {error}") from error
-
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images, labels = zip(*map(self._read, indices), strict=True)
-        return torch.stack(images), torch.tensor(labels)
+        images = []
+        for path, _ in (self.samples[i] for i in indices):
+            try:
+                images.append(self.read(path))
+            except (OSError, SyntaxError, ValueError) as error:  # What PIL raises, by format.
+                raise ValueError(f"cannot read {path}: {error}") from error
+        return torch.stack(images), torch.tensor([self.samples[i][1] for i in indices])
 
 
 class Subset(Images):
@@ -189,10 +193,15 @@ def _arrays(path: Path, size: int) -> Data:
             raise ValueError(f"{path}: {part}_x must be uint8 [N, H, W, 3], got {x.dtype} {x.shape}")
         if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
             raise ValueError(f"{path}: {part}_y must be integers [{len(x)}], got {y.dtype} {y.shape}")
-        sets.append(at_most(x, y, size))
-    count = int(max(s.labels.max() for s in sets)) + 1
-    names = [str(c) for c in arrays.get("classes", range(count))]
-    return Data(sets[0], sets[0], sets[1], names)
+        sets.append((x, y))
+    names = [str(c) for c in arrays.get("classes", range(max(int(y.max()) for _, y in sets) + 1))]
+    for part, (_, y) in zip(("train", "test"), sets, strict=True):
+        if y.min() < 0 or y.max() >= len(names):
+            found = f"{y.min()} to {y.max()}"
+            raise ValueError(f"{path}: {part}_y must be from 0 to {len(names) - 1}, got {found}")
+    size = min(size, *(side for x, _ in sets for side in x.shape[1:3]))
+    train, test = (in_memory(x, y, size) for x, y in sets)
+    return Data(train, train, test, names)
 
 
 def _torchvision(name: str, root: Path, size: int, download: bool) -> Data:
@@ -253,8 +262,9 @@ def _folder(root: Path, size: int, classes: list[str] | None) -> Data:
     Images must share a shape to be augmented as a batch, so each is first cut to its central square of
     8/7 of `size`, as in ImageNet evaluation; the random crops of training are taken out of that.
     """
-    from relssl.data.torchvision_import import torchvision  # isort: skip
-    from torchvision.transforms import v2  # which the import above makes possible
+    from relssl.data.torchvision_import import torchvision  # noqa: F401  isort: skip
+    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
+    from torchvision.transforms import v2  # which the first import makes possible
 
     test = next((root / n for n in ("val", "test") if (root / n).is_dir()), root / "val")
     for folder in (root / "train", test):
@@ -268,14 +278,12 @@ def _folder(root: Path, size: int, classes: list[str] | None) -> Data:
             more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
             raise FileNotFoundError(f"no class folder {folder / lacking[0]}{more}")
 
-    class Chosen(torchvision.datasets.ImageFolder):
-        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            return names, {name: label for label, name in enumerate(names)}
-
+    labels = {name: label for label, name in enumerate(names)}
     side = round(size * 8 / 7)
 
-    def read(folder: Path, crop: int) -> Files:
-        transform = v2.Compose([v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()])
-        return Files(Chosen(str(folder), transform))
+    def files(folder: Path, crop: int) -> Files:
+        samples = make_dataset(str(folder), labels, IMG_EXTENSIONS)
+        cut = v2.Compose([default_loader, v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()])
+        return Files(samples, cut)
 
-    return Data(read(root / "train", side), read(root / "train", size), read(test, size), names)
+    return Data(files(root / "train", side), files(root / "train", size), files(test, size), names)

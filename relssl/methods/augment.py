@@ -56,7 +56,9 @@ class Augment(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return self.standardise(self.randaugment(self.steps(images.float() / 255)))
+        # In float32: coordinates that autocast rounds to 8 bits would fetch other pixels.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.standardise(self.randaugment(self.steps(images.float() / 255)))
 
 
 class Standardise(nn.Module):

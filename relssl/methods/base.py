@@ -80,10 +80,13 @@ class TrainConfig:
     """Of weights, batches and augmentations. [relssl]"""
 
     def pick_device(self) -> torch.device:
-        """Of a process of torchrun, the GPU of its local rank."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device(*("cuda", local_rank()) if torch.cuda.is_available() else ("cpu",))
+        """Of a process of torchrun, the GPU of its local rank. ValueError where there is no such device."""
+        if self.device == "auto":
+            return torch.device(*("cuda", local_rank()) if torch.cuda.is_available() else ("cpu",))
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:  # The latter from builds without CUDA.
+            raise ValueError(f"no device {self.device!r}: {str(error).splitlines()[0]}") from error
 
     def make(self, mean: Tensor, std: Tensor) -> "Method":
         """`build`, on the device, in channels_last, the layout tensor cores want."""
@@ -93,6 +96,10 @@ class TrainConfig:
     def build(self, mean: Tensor, std: Tensor) -> "Method":
         """The method, for training images of this mean and standard deviation [3] (of [0, 1], by channel)."""
         raise NotImplementedError
+
+    def fit(self, data: Data) -> "TrainConfig":
+        """The config with what depends on the data set filled in."""
+        return self
 
     def passes(self, data: Data) -> dict[str, Images]:
         """What an epoch goes through, in turn: image sets by the name that `Method.forward` is told."""

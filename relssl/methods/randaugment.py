@@ -110,6 +110,6 @@ class RandAugment(nn.Module):
                 value = strength[rows] * span
                 value = (value + 1e-4).floor() if whole else value
                 value = (value + offset) * (sign[rows] if signed else 1.0)
-                rows, value = rows.to(images.device), value.to(images.device)
+                rows, value = (t.to(images.device, non_blocking=True) for t in (rows, value))
                 images[rows] = operation(images[rows], value.view(-1, 1, 1, 1))
         return images

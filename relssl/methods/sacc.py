@@ -28,8 +28,8 @@ IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.22
 class SACCConfig(TrainConfig):
     """Train SACC. In brackets: where a default comes from. The defaults shown are those of the preset."""
 
-    clusters: int = 10
-    """Clusters M, the classes of the data set. [SACC]"""
+    clusters: int = 0
+    """Clusters M; 0: as many as the data set has classes. [SACC: as many]"""
     dim: int = 128
     """Width D of the instance embeddings. [SACC]"""
     sigma: float = 1.0
@@ -40,7 +40,7 @@ class SACCConfig(TrainConfig):
     """Temperature of the cluster loss. [SACC]"""
     recipe: Literal["joint", "stl10"] = "joint"
     """joint: all losses on all images. stl10: in every epoch the instance losses on the unlabelled images,
-    then the cluster losses on the others, of other pairs of views. [SACC: stl10 on STL-10]"""
+    then instance and cluster losses on the others, of other pairs of views. [SACC: stl10 on STL-10]"""
     test_images: bool = True
     """Train on the test images, too, without their labels. [SACC: yes; ImageNet subsets have none]"""
     crop_min: float = 0.08
@@ -59,6 +59,9 @@ class SACCConfig(TrainConfig):
 
     def build(self, mean: Tensor, std: Tensor) -> "SACC":
         return SACC(self, mean, std)
+
+    def fit(self, data: Data) -> "SACCConfig":
+        return replace(self, clusters=self.clusters or len(data.classes))
 
     def passes(self, data: Data) -> dict[str, Images]:
         everything = Joined(data.labelled, data.test)
@@ -80,10 +83,10 @@ _PAPER = SACCConfig(
 _IMAGENET = replace(_PAPER, data="folder", weak_jitter=1.0, weak_blur=True, test_images=False)
 PRESETS = {
     "cifar10": _PAPER,
-    "cifar20": replace(_PAPER, data="cifar20", clusters=20, sigma=0.5),
+    "cifar20": replace(_PAPER, data="cifar20", sigma=0.5),
     "stl10": replace(_PAPER, data="stl10", recipe="stl10", weak_jitter=1.0),
     "imagenet-10": replace(_IMAGENET, classes="imagenet-10"),
-    "imagenet-dogs": replace(_IMAGENET, classes="imagenet-dogs", clusters=15),
+    "imagenet-dogs": replace(_IMAGENET, classes="imagenet-dogs"),
     "arrays": replace(_PAPER, data="arrays"),
     "folder": _IMAGENET,
     # relssl's own, for minutes on a CPU: 1,797 small grey images.
@@ -104,6 +107,8 @@ class SACC(Method):
 
     def __init__(self, config: SACCConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__()
+        if config.clusters < 2:
+            raise ValueError(f"clusters must be at least 2, got {config.clusters}")
         self.config: SACCConfig = config
         self.temperatures = {"instance": config.instance_temperature}
         self.net, width = build(config.arch, config.stem)
@@ -136,12 +141,12 @@ class SACC(Method):
     def forward(self, images: Tensor, part: str = "joint") -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of uint8 images [B, 3, H, W], and its instance and cluster shares.
 
-        A pass called "instance" or "cluster" is one of the recipe for STL-10.
+        A part called "instance" or "cluster" is a pass of the recipe for STL-10; the former has no cluster
+        loss.
         """
         views = [self.net(view(images)) for view in (self.weak, self.weak, self.strong)]
-        logs, loss = {}, torch.zeros((), device=images.device)
-        if part != "cluster":
-            loss = logs["instance_loss"] = self.instance_loss([self.embedding(v) for v in views], part)
+        loss = self.instance_loss([self.embedding(v) for v in views], part)
+        logs = {"instance_loss": loss}
         if part != "instance":
             logs["cluster_loss"] = self.clusters_loss([self.assign(v) for v in views], part)
             loss = loss + logs["cluster_loss"] * (self.config.sigma if part == "joint" else 1.0)
