@@ -1,8 +1,8 @@
 """The training loop: any method whose forward gives a loss and what to log, and nothing of a method's own.
 
-A checkpoint holds everything that a step depends on, so a resumed run continues bit for bit, from the end
-of an epoch or from the step at which Ctrl-C was pressed. Under torchrun each process takes its share of every
-batch, and DistributedDataParallel averages the gradients.
+A checkpoint holds everything that a step depends on, so a resumed run continues bit for bit (on a GPU as
+far as cuDNN's kernels repeat), from the end of an epoch or from the step at which Ctrl-C was pressed. Under
+torchrun each process takes its share of every batch, and DistributedDataParallel averages the gradients.
 """
 
 import math

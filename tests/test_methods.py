@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from relssl.functional import relation_loss
+from relssl.functional import info_nce, relation_loss
 from relssl.methods.backbones import SplitBatchNorm2d, build
 from relssl.methods.ressl import PRESETS
 
@@ -72,6 +72,71 @@ def test_step_moves_the_teacher_first_sees_the_old_queue_and_enqueues(monkeypatc
     assert (seen["student_temperature"], seen["teacher_temperature"]) == (0.1, 0.04)
     assert logs["teacher_entropy"] > 0
     assert all(p.grad is not None for p in method.student.parameters())
+
+
+def test_predictor_starts_as_the_identity_and_is_the_students_alone():
+    torch.manual_seed(0)
+    plain = SMALL.build(HALF, QUARTER).train()
+    method = replace(SMALL, predictor=24).build(HALF, QUARTER).train()
+    method.student.load_state_dict(plain.student.state_dict())
+    method.teacher.load_state_dict(plain.teacher.state_dict())
+    losses = []
+    for m in (plain, method):
+        torch.manual_seed(1)
+        losses.append(m(images())[0])
+    torch.testing.assert_close(*losses)
+    losses[1].backward()
+    assert method.predictor.mlp[-1].weight.grad.norm() > 0
+    assert not any("predictor" in name for name, _ in method.teacher.named_parameters())
+
+
+def test_multi_crop_shrinks_views_and_runs_the_teacher_once(monkeypatch):
+    """224, 192, 160, 128 and 96 of 224, here of 32 px; each crop's loss has the same weight."""
+    method = replace(SMALL, image_size=32, crops=5).build(HALF, QUARTER).train()
+    batch = images(8, 40)
+    assert [view(batch).shape[-1] for view in method.strong] == [32, 27, 23, 18, 14]
+    seen, calls = {}, []
+
+    def spy(q, k, queue, **settings):
+        seen.update(q=q.detach(), k=k, queue=queue.rows.clone(), settings=settings)
+        return relation_loss(q, k, queue, **settings)
+
+    keys = method.keys
+    monkeypatch.setattr(method, "keys", lambda x: calls.append(1) or keys(x))
+    monkeypatch.setattr("relssl.methods.ressl.relation_loss", spy)
+    loss, _ = method(batch)
+    assert seen["q"].shape == (5, 8, 16) and len(calls) == 1
+    each = [relation_loss(q, seen["k"], seen["queue"], student_temperature=0.1) for q in seen["q"]]
+    torch.testing.assert_close(loss, torch.stack(each).mean())
+
+
+@pytest.mark.parametrize(
+    ("decay", "weight", "shares"),
+    [("linear", 1.0, [1, 0.75, 0.5, 0, 0]), ("none", 0.6, [0.6, 0.6, 0.6, 0, 0])],
+)
+def test_info_nce_warm_up(monkeypatch, decay, weight, shares):
+    """The shares at epochs 0, 1, 2, 4 and 5 of a warm-up of 4, and the loss that they make."""
+    config = replace(SMALL, info_nce_epochs=4, info_nce_weight=weight, info_nce_decay=decay)
+    method = config.build(HALF, QUARTER).train()
+    parts = {}
+
+    def spy(name, function):
+        def run(*arguments, **settings):
+            found = function(*arguments, **settings)
+            parts[name] = found[0] if isinstance(found, tuple) else found
+            return found
+
+        return run
+
+    monkeypatch.setattr("relssl.methods.ressl.relation_loss", spy("relation", relation_loss))
+    monkeypatch.setattr("relssl.methods.ressl.info_nce", spy("info_nce", info_nce))
+    for epoch, share in zip((0, 1, 2, 4, 5), shares, strict=True):
+        method.epoch = epoch
+        parts.clear()
+        loss, logs = method(images())
+        assert ("info_nce" in logs) == (share > 0) == ("info_nce" in parts)
+        expected = share * parts.get("info_nce", 0) + (1 - share) * parts["relation"]
+        torch.testing.assert_close(loss, expected)
 
 
 def test_shuffled_keys_come_back_in_order():

@@ -4,9 +4,10 @@ Zheng et al., ReSSL: Relational Self-Supervised Learning with Weak Augmentation,
 and defaults are those of the authors' code.
 
 The journal version (Weak Augmentation Guided Relational Self-Supervised Learning, 2022, arXiv 2203.08717)
-adds a predictor and an InfoNCE warm-up, of which no code is public. Here the predictor is BYOL's (Grill et
-al. 2020: linear, BatchNorm, ReLU, linear) behind the student's projector, and the loss is w * InfoNCE + (1
-- w) * relation with a w that falls linearly to zero; InfoNCE's positive is the weak view of the same image.
+adds a predictor and an InfoNCE warm-up, of which no code is public. Here the predictor, behind the
+student's projector, is BYOL's (Grill et al. 2020: linear, BatchNorm, ReLU, linear) added to its input, and
+the loss is w * InfoNCE + (1 - w) * relation with a w that falls linearly to zero; InfoNCE's positive is the
+weak view of the same image.
 """
 
 import copy
@@ -108,7 +109,7 @@ class ReSSL(Method):
         )
         self.student = nn.ModuleDict({"backbone": backbone, "projector": projector})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.predictor = _predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
+        self.predictor = Predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
         self.queue = FeatureQueue(config.queue_size, config.dim, dtype=getattr(torch, config.queue_dtype))
         self.standardise = Standardise(mean, std)
         self.weak = Augment(
@@ -194,10 +195,23 @@ class ReSSL(Method):
         return _embed(self.teacher, self.prepare(images))
 
 
-def _predictor(dim: int, hidden: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
-    )
+class Predictor(nn.Module):
+    """z + mlp(z) of unit-norm z [B, D]: BYOL's layers, beside a path that leaves z as it is.
+
+    The last layer starts at zero, so training starts as without a predictor. Without the path the teacher,
+    which has no predictor, is free to map all images to one point, and does (docs/results.md).
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        last = nn.Linear(hidden, dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), last)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = F.normalize(z, dim=1)
+        return z + self.mlp(z)
 
 
 def _embed(encoder: nn.ModuleDict, images: Tensor, predictor: nn.Module | None = None) -> Tensor:
