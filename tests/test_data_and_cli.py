@@ -126,10 +126,12 @@ def train_on(command, folder, *more):
 def test_images_of_files_with_a_class_list(command, folder):
     """A list of names chooses and orders the classes; loading is in a process of its own."""
     assert train_on(command, folder).returncode == 0
-    (folder / "chosen.txt").write_text("dog\n")
+    for part in ("train", "val"):
+        (folder / part / "dog").rename(folder / part / "big dog")
+    (folder / "chosen.txt").write_text("\n big dog\n")
     data = datasets.load("folder", folder, 16, classes=str(folder / "chosen.txt"))
     pickle.dumps(data.train)  # for workers that are not forked
-    assert data.classes == ["dog"] and (len(data.train), len(data.test)) == (20, 2)
+    assert data.classes == ["big dog"] and (len(data.train), len(data.test)) == (20, 2)
     assert data.test[[0, 1]][1].tolist() == [0, 0]
 
 

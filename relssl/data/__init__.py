@@ -253,7 +253,7 @@ def class_names(classes: str) -> list[str] | None:
         raise FileNotFoundError(
             f"classes must be {', '.join(CLASSES)} or a text file of names; no file {classes}"
         )
-    return Path(classes).read_text().split()
+    return [line.strip() for line in Path(classes).read_text().splitlines() if line.strip()]
 
 
 def _folder(root: Path, size: int, classes: list[str] | None) -> Data:
