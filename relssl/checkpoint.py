@@ -16,6 +16,11 @@ from relssl.methods.base import Method, TrainConfig
 FREE = {"resume", "out", "data_root", "download", "device", "workers", "backend", "epochs", "judge_every"}
 
 
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """A config as JSON has it: paths as strings."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
 def _randomness() -> dict[str, Any]:
     """torch's generators, of this process's GPU if it has one: a training step draws from no others."""
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
@@ -38,7 +43,7 @@ def save(
     randomness = distributed.collect(_randomness())
     if distributed.rank():
         return
-    settings = json.loads(json.dumps(asdict(config), default=str))
+    settings = _settings(config)
     name = next(n for n, c in methods.CONFIGS.items() if type(config) is c)
     state = {key: part.state_dict() for key, part in run.items()}
     state |= {
@@ -92,7 +97,7 @@ def restore(
     state = read(path)
     if methods.CONFIGS[state["method"]] is not type(config):
         raise ValueError(f"{path} is of method {state['method']}: give --out another folder")
-    now = json.loads(json.dumps(asdict(config), default=str))
+    now = _settings(config)
     changed = [f"{k} was {v}" for k, v in state["config"].items() if k not in FREE and now.get(k) != v]
     if changed:
         raise ValueError(f"{path} is of other settings ({', '.join(changed)}): they cannot change on the way")

@@ -118,8 +118,8 @@ def clusters(
         return torch.cat([p.argmax(1) for p in assigned if p is not None]), labels
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
-    # Above that, Lloyd's iterations over all images would take hours.
     features = np.concatenate([x.cpu().numpy() for x, _ in parts])
+    # Above that, Lloyd's iterations over all images would take hours.
     kind = KMeans if len(features) <= 100_000 else MiniBatchKMeans
     found = kind(count, n_init=10, random_state=0).fit_predict(features)
     return torch.from_numpy(found), labels

@@ -18,10 +18,6 @@ from torchvision.transforms.v2 import functional as tv  # which the import above
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 
-def _grey(x: Tensor) -> Tensor:
-    return tv.rgb_to_grayscale(x)
-
-
 def _smooth(x: Tensor) -> Tensor:
     """PIL's SMOOTH filter, (1 1 1; 1 5 1; 1 1 1) / 13, which leaves the border as it is."""
     kernel = x.new_ones(3, 1, 3, 3)
@@ -29,6 +25,10 @@ def _smooth(x: Tensor) -> Tensor:
     y = x.clone()
     y[..., 1:-1, 1:-1] = F.conv2d(x, kernel / 13, groups=3)
     return y
+
+
+def _mean_grey(x: Tensor) -> Tensor:
+    return tv.rgb_to_grayscale(x).mean((2, 3), keepdim=True)
 
 
 def _posterize(x: Tensor, bits: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ def _blend(degenerate: Callable[[Tensor], Tensor]) -> Operation:
 OPERATIONS: dict[str, tuple[Operation, float, float, bool, bool]] = {
     "autocontrast": (lambda x, _: tv.autocontrast(x), 0, 0, False, False),
     "brightness": (_blend(lambda x: x.new_zeros(1)), 0.9, 0.05, False, False),
-    "colour": (_blend(_grey), 0.9, 0.05, False, False),
-    "contrast": (_blend(lambda x: _grey(x).mean((2, 3), keepdim=True)), 0.9, 0.05, False, False),
+    "colour": (_blend(tv.rgb_to_grayscale), 0.9, 0.05, False, False),
+    "contrast": (_blend(_mean_grey), 0.9, 0.05, False, False),
     "equalize": (_equalize, 0, 0, False, False),
     "identity": (lambda x, _: x, 0, 0, False, False),
     "posterize": (_posterize, 4, 4, False, True),
