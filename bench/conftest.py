@@ -1,43 +1,59 @@
-"""The table that a benchmark run ends with."""
+"""What a benchmark run is asked, what it keeps, and the table that it ends with."""
 
 import sys
+import time
 from pathlib import Path
-from statistics import median
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-
-class Table:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def add(self, what: str, seconds: list[float], ratios: dict, rates: dict) -> None:
-        """ratios: (median, low, high) of a peer's time to ours; rates: of our flop rate to another."""
-        self.lines.append(f"{what}: {1e3 * median(seconds):.1f} ms")
-        for told, values in (("x as fast as", ratios), ("of the rate of", rates)):
-            for name, (mid, low, high) in values.items():
-                self.lines.append(f"  {mid:7.2f} {told} {name:<14} ({low:.2f} to {high:.2f})")
+import machine
+import report
 
 
-_table = Table()
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("relssl")
+    group.addoption("--full", action="store_true", help="the large grid; on a GPU it is what runs anyway")
+    group.addoption("--record", type=Path, help="write the results to this JSON file, after each of them")
+    group.addoption("--seconds", type=float, help="leave out what has not begun by then")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config) -> None:
+    config.stash[_RESULTS] = report.Results(config.getoption("--record"))
+    if config.option.verbose < 1:
+        config.option.benchmark_quiet = True  # Its table is ours, without ratios, errors and memory.
+
+
+_RESULTS = pytest.StashKey[report.Results]()
+_BEGAN = time.monotonic()
+
+
+def full(config) -> bool:
+    return config.getoption("--full") or machine.DEVICE == "cuda"
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore"))  # They are other packages' own.
+        if item.get_closest_marker("large") and not full(config):
+            item.add_marker(pytest.mark.skip(reason="of the large grid: --full"))
+
+
+def pytest_runtest_setup(item) -> None:
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - _BEGAN > limit:
+        pytest.skip(f"not begun within {limit:.0f} s")
 
 
 @pytest.fixture
-def table() -> Table:
-    return _table
+def results(request) -> report.Results:
+    return request.config.stash[_RESULTS]
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not _table.lines:
-        return
-    terminalreporter.section("relssl's CPU kernel against its peers: median of ratios, quartiles in brackets")
-    from relssl import _cpu
-
-    terminalreporter.write_line(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_cpu.instruction_set()}"
-    )
-    for line in _table.lines:
-        terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    results = config.stash[_RESULTS]
+    if results.entries:
+        terminalreporter.section("relssl and its peers")
+        report.show(results.document(), width=terminalreporter._tw.fullwidth)

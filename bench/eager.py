@@ -1,6 +1,6 @@
-"""The relation loss as training code has it today: plain PyTorch, with the steps of ReSSL's published code.
+"""The losses and the queue as training code has them today: plain PyTorch, step by step as in published code.
 
-The queue lies as [D, K]; both products take a clone of it, since enqueueing writes into it in place.
+The queue lies as [D, K] there; products take a clone of it, since enqueueing writes into it in place.
 """
 
 import torch
@@ -9,8 +9,58 @@ from torch.nn import functional as F
 
 
 def relation_loss(q: Tensor, k: Tensor, queue: Tensor, tau_s: float = 0.1, tau_t: float = 0.04) -> Tensor:
-    """Mean cross-entropy of q [B, D] against k [B, D] over queue [D, K]."""
+    """ReSSL: mean cross-entropy of q [B, D] against k [B, D] over queue [D, K]."""
     logits_q = torch.mm(q, queue.clone().detach())
     logits_k = torch.mm(k, queue.clone().detach())
     target = F.softmax(logits_k.detach() / tau_t, dim=1)
     return -torch.sum(target * F.log_softmax(logits_q / tau_s, dim=1), dim=1).mean()
+
+
+def multi_crop(q: Tensor, k: Tensor, queue: Tensor, tau_s: float = 0.1, tau_t: float = 0.04) -> Tensor:
+    """ReSSL with several student views: q [V, B, D]. The teacher's logits are repeated for each view."""
+    logits_q = torch.mm(q.flatten(0, 1), queue.clone().detach())
+    logits_k = torch.mm(k, queue.clone().detach()).repeat(len(q), 1)
+    target = F.softmax(logits_k.detach() / tau_t, dim=1)
+    return -torch.sum(target * F.log_softmax(logits_q / tau_s, dim=1), dim=1).mean()
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
+    """MoCo: class 0 of [positive, negatives], negatives [D, K]."""
+    positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+    negative = torch.einsum("nc,ck->nk", q, queue.clone().detach())
+    logits = torch.cat((positive, negative), dim=1) / tau
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def bank_cross_entropy(q: Tensor, bank: Tensor, targets: Tensor, tau: float) -> Tensor:
+    """Each query's own key is one of the rows of the bank [K, D], the one that `targets` names."""
+    return F.cross_entropy(q @ bank.T / tau, targets)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, tau: float) -> Tensor:
+    """CC and SACC: the positive beside the 2N - 2 negatives that a mask picks from the similarities."""
+    n = 2 * len(z1)
+    z = torch.cat((z1, z2))
+    similarity = z @ z.T / tau
+    positive = torch.cat((similarity.diag(len(z1)), similarity.diag(-len(z1)))).reshape(n, 1)
+    mask = ~torch.eye(n, dtype=torch.bool, device=z.device)
+    rows = torch.arange(len(z1), device=z.device)
+    mask[rows, rows + len(z1)] = mask[rows + len(z1), rows] = False
+    logits = torch.cat((positive, similarity[mask].reshape(n, -1)), dim=1)
+    return F.cross_entropy(logits, torch.zeros(n, dtype=torch.long, device=z.device), reduction="sum") / n
+
+
+class Queue:
+    """ReSSL's and MoCo's: columns [D, K], and a pointer that is read back for every batch."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.columns = rows.T.contiguous()
+        self.pointer = torch.zeros(1, dtype=torch.long, device=rows.device)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        size, first = self.columns.shape[1], int(self.pointer)
+        if size % len(keys):
+            raise ValueError(f"a queue of {size} is not a multiple of {len(keys)}")
+        self.columns[:, first : first + len(keys)] = keys.T
+        self.pointer[0] = (first + len(keys)) % size

@@ -1,9 +1,10 @@
-"""Peak memory of a piece of code on the CPU: what a child process needs beyond what it already has.
+"""Peak memory of a piece of code: on the CPU what a child process needs beyond what it already has.
 
-    python bench/memory.py      relation_loss at a million queue rows, beside eager code
+    python bench/memory.py      the relation loss at up to a million queue rows, by relssl and by eager code
 
 Resident memory is what the system sees, whoever allocated it: torch, BLAS or a kernel of ours. Linux
-keeps its high-water mark (VmHWM in /proc/self/status) and resets it on request.
+keeps its high-water mark (VmHWM in /proc/self/status) and resets it on request. Children are forked from a
+server that has imported everything and computed nothing, so each starts in no time and with a clean heap.
 """
 
 import json
@@ -11,24 +12,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
 
-_CHILD = """
-import json, sys
-setup, warm_up, statement = json.load(sys.stdin)
-scope = {}
-exec(setup, scope)
-exec(warm_up, scope)
+import torch
+from peers import find
+from work import Case, Problem
 
-def status(name):
-    with open("/proc/self/status") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
-
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the high-water mark starts again from what is resident now
-before = status("VmRSS")
-exec(statement, scope)
-print(status("VmHWM") - before)
-"""
+COMPILES = ("torch.compile", "liger-kernel", "cut-cross-entropy")  # Whose warm-up must have the same size.
 
 
 def measurable() -> bool:
@@ -36,64 +30,100 @@ def measurable() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK) and os.access("/proc/self/status", os.R_OK)
 
 
+def runner(problem: Problem, name: str) -> Callable[[], tuple]:
+    """A peer's function that gives the loss and, where the case says so, its gradients."""
+    loss, leaves = find(problem.case.work, name).make(problem), problem.leaves
+
+    def forward() -> tuple:
+        with torch.no_grad():
+            return loss(), ()
+
+    def both() -> tuple:
+        value = loss()
+        return value, torch.autograd.grad(value, leaves)
+
+    return both if problem.case.grad else forward
+
+
+def case_memory(case: Case, name: str) -> int:
+    """Bytes that a peer needs on the CPU for a case, beyond inputs and queue. Raises RuntimeError if it fails."""
+    small = case if name in COMPILES else replace(case, rows=8, size=min(case.size, 1024))
+    code = "from memory import Case, Problem, runner\nrun = runner(Problem(Case(**{}), 'cpu'), {!r})"
+    setup, warm_up = (code.format(asdict(c), name) for c in (case, small))
+    return peak_extra_memory("result = run()", setup=setup, warm_up=warm_up.replace("run =", "small =") + "\nsmall()")
+
+
 def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> int:
-    """Bytes by which `statement` raises the resident memory of a fresh Python process at its peak.
+    """Bytes by which `statement` raises the resident memory of a fresh process at its peak.
 
     `setup` makes the inputs, `warm_up` runs the same code small, so that thread pools and lazily
     loaded libraries are not counted. What setup and warm_up freed may be used again uncounted:
     keep their temporaries small. What statement leaves behind, such as gradients, counts.
 
-    Raises subprocess.CalledProcessError if the code fails; its message is on stderr.
+    Raises RuntimeError with its message if the code fails.
     """
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD],
-        input=json.dumps([setup, warm_up, statement]),
-        cwd=tempfile.gettempdir(),  # never the source folder, which would stand in for the package
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return int(child.stdout.split()[-1])
+    server, lock = _server()
+    with lock:
+        print(json.dumps([setup, warm_up, statement]), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return answer
 
 
-RELATION = """
-import sys, torch
-from relssl.functional import relation_loss
-sys.path.insert(0, {folder!r})
-import eager
-
-def inputs(B, K, D=128):
-    q, k, queue = (torch.empty(n, D).normal_() for n in (B, B, K))
-    for rows in (q, k, *queue.split(4096)):
-        rows /= rows.norm(dim=1, keepdim=True)
-    return q.requires_grad_(), k, queue
-
-def run_relssl(q, k, queue):
-    relation_loss(q, k, queue).backward()
-
-def run_chunked(q, k, queue):
-    relation_loss(q, k, queue, backend="chunked").backward()
-
-def run_eager(q, k, queue):
-    eager.relation_loss(q, k, queue.T).backward()
-
-small, large = inputs(8, 1024), inputs({rows}, {size})
-"""
+@cache
+def _server() -> tuple[subprocess.Popen, threading.Lock]:
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory; memory._serve()"]
+    # Never in the source folder, which would stand in for the package. It ends with its standard input.
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, cwd=tempfile.gettempdir(), text=True, **pipes)
+    return server, threading.Lock()
 
 
-def relation_memory(rows: int, size: int, code: str = "relssl") -> int:
-    """Bytes that a forward and backward of the relation loss needs, D = 128, float32.
+def _serve() -> None:
+    import torch._inductor.compile_fx  # noqa: F401
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What the code prints must not stand among the answers.
+    for line in sys.stdin:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                answer: int | str = _measure(*json.loads(line))
+            except BaseException as error:
+                answer = f"{type(error).__name__}: {error}"
+            os.write(write, json.dumps(answer).encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            told = pipe.read()
+        os.waitpid(child, 0)
+        print(told or json.dumps("the process was killed"), file=out, flush=True)
 
-    code is "relssl" (the default backend), "chunked" or "eager" (bench/eager.py).
-    """
-    setup = RELATION.format(folder=os.path.dirname(os.path.abspath(__file__)), rows=rows, size=size)
-    return peak_extra_memory(f"run_{code}(*large)", setup=setup, warm_up=f"run_{code}(*small)")
+
+def _measure(setup: str, warm_up: str, statement: str) -> int:
+    import ctypes
+
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: freed tensors go back to the system at once.
+    scope: dict = {}
+    exec(setup, scope)
+    exec(warm_up, scope)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts again from what is resident now
+    before = _status("VmRSS")
+    exec(statement, scope)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
 
 
 if __name__ == "__main__":
     for size in (2**17, 2**20):
-        for code in ("relssl", "chunked", "eager"):
+        for code in ("relssl cpu", "relssl chunked", "eager"):
             if code == "eager" and size == 2**20:
                 continue  # some 5 GiB
-            mib = relation_memory(256, size, code) / 2**20
-            print(f"B = 256, K = {size:>9,}: {code:7} {mib:9,.1f} MiB")
+            mib = case_memory(Case("relation", 256, size, 128), code) / 2**20
+            print(f"B = 256, K = {size:>9,}: {code:14} {mib:9,.1f} MiB")

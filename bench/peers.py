@@ -1,21 +1,172 @@
-"""The relation loss, forward and backward, as it can be had today; and by relssl.
+"""Who is timed: relssl's backends, plain PyTorch, and other packages, each running its own code.
 
-Each peer is a function of (q, k, queue) that gives a scalar loss, of which only q wants a gradient: the
-cross-entropy form that ReSSL's published code has, at its temperatures.
+A peer makes, from a Problem, a function without arguments that gives the mean loss. What it needs beyond the
+inputs (a queue that lies otherwise, a compiled function) it prepares beforehand. Whoever cannot take part says why
+by raising Unfit. relation_loss of relssl is asked for the cross-entropy form, the value that published code has.
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import eager
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from work import INFO_NCE, NT_XENT, STUDENT, TEACHER, Case, Problem
 
-from relssl import backends
-from relssl.functional import relation_loss
+from relssl import FeatureQueue, backends
+from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
 
-STUDENT, TEACHER = 0.1, 0.04
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[], Tensor]
+
+
+class Unfit(Exception):
+    """Why a peer takes no part."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    make: Callable[[Problem], Loss]
+    form: str = "ce"  # of the relation loss
+    normalises: bool = False  # its rows, so that gradients have no part along them
+    keeps: Callable[[Case], int] = lambda case: 0  # bytes that must fit into memory, roughly
+
+
+PEERS: dict[str, dict[str, Peer]] = {}
+
+
+def peer(work: str, name: str, **traits):
+    def register(make: Callable[[Problem], Loss]) -> Callable[[Problem], Loss]:
+        PEERS.setdefault(work, {})[name] = Peer(make, **traits)
+        return make
+
+    return register
+
+
+def matrices(case: Case) -> int:
+    """Eager code keeps some five matrices of similarities, and has as many again in passing."""
+    return 40 * case.pairs
+
+
+def package(name: str, module: str) -> ModuleType:
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        raise Unfit(f"{name} is not installed")
+    return importlib.import_module(module)
+
+
+def solo(module: str) -> ModuleType:
+    """A file of solo-learn's losses, which need torch alone; its package would import Lightning and more."""
+    spec = importlib.util.find_spec("solo")
+    if spec is None:
+        raise Unfit("solo-learn is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "losses" / f"{module}.py"
+    spec = importlib.util.spec_from_file_location(f"solo_losses_{module}", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def lightly(module: str) -> ModuleType:
+    importlib.import_module("relssl.data.torchvision_import")  # Which lightly imports, and may be broken.
+    return package("lightly", module)
+
+
+def needs_gpu(p: Problem, name: str) -> None:
+    if p.device == "cpu":
+        raise Unfit(f"{name}: its kernels need a GPU")
+
+
+# ------------------------------------------------------------------------------------------------ relssl
+
+
+def fitting(p: Problem, backend: str) -> str:
+    if backend != "auto":
+        why = backends.MODULES[backend].supports(p.device, p.q.dtype, p.case.dim)
+        if why is not None:
+            raise Unfit(why)
+    return backend
+
+
+def ours(p: Problem, backend: str, kernel: str = "") -> Loss:
+    """relssl's loss, by one of its backends; "auto" is what a user gets who does not ask."""
+    name, case = fitting(p, backend), p.case
+    if case.work == "nt_xent":
+        return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
+    if case.work == "info_nce":
+        return lambda: info_nce(p.q, p.k, p.queue, temperature=INFO_NCE, backend=name)
+    if case.work == "bank":
+
+        def bank() -> Tensor:
+            lse, _ = queue_logsumexp(p.q, p.queue, INFO_NCE, backend=name)
+            return (lse - (p.q * p.k).sum(1) / INFO_NCE).mean()
+
+        return bank
+
+    def relation() -> Tensor:
+        os.environ["RELSSL_CUDA_KERNEL"] = kernel
+        return relation_loss(p.q, p.k, p.queue, form="ce", backend=name)
+
+    return relation
+
+
+def sm_90a(p: Problem) -> Loss:
+    if fitting(p, "cuda") and torch.cuda.get_device_capability() != (9, 0):
+        raise Unfit("the kernel of sm_90a needs a Hopper GPU")
+    return ours(p, "cuda", "sm_90a")
+
+
+def stored(name: str) -> Callable[[Case], int]:
+    return matrices if name == "reference" else lambda case: 0
+
+
+for _work in ("relation", "multi_crop", "info_nce", "bank", "nt_xent"):
+    for _name in backends.MODULES:
+        PEERS.setdefault(_work, {})[f"relssl {_name}"] = Peer(
+            lambda p, name=_name: ours(p, name), keeps=stored(_name)
+        )
+PEERS["relation"]["relssl cuda, sm_90a"] = Peer(sm_90a)
+
+
+def find(work: str, name: str) -> Peer:
+    """A peer by name; "relssl" is relssl's backend "auto"."""
+    return Peer(lambda p: ours(p, "auto")) if name == "relssl" else PEERS[work][name]
+
+
+# ------------------------------------------------------------------------------------------------ PyTorch
+
+EAGER: dict[str, Callable[[Problem], tuple]] = {
+    "relation": lambda p: (eager.relation_loss, p.q, p.k, p.columns, STUDENT, TEACHER),
+    "multi_crop": lambda p: (eager.multi_crop, p.q, p.k, p.columns, STUDENT, TEACHER),
+    "info_nce": lambda p: (eager.info_nce, p.q, p.k, p.columns, INFO_NCE),
+    "bank": lambda p: (eager.bank_cross_entropy, p.q, p.queue, p.targets, INFO_NCE),
+    "nt_xent": lambda p: (eager.nt_xent, p.q, p.k, NT_XENT),
+}
+
+
+def plain(p: Problem) -> Loss:
+    loss, *arguments = EAGER[p.case.work](p)
+    return lambda: loss(*arguments)
+
+
+compile_once = cache(torch.compile)
+
+
+def compiled(p: Problem) -> Loss:
+    """As by default: the first shape on its own, which is the yardstick; at the next, once for all others."""
+    loss, *arguments = EAGER[p.case.work](p)
+    fast = compile_once(loss)
+    return lambda: fast(*arguments)
+
+
+for _work in EAGER:
+    peer(_work, "eager", keeps=matrices)(plain)
+    peer(_work, "torch.compile", keeps=matrices)(compiled)
 
 
 class _Attention(torch.autograd.Function):
@@ -27,71 +178,214 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, queue, splits):
-        bank = queue.view(1, splits, -1, queue.shape[1])
-
-        def attend(x, tau):
-            rows = x.expand(1, splits, *x.shape)
-            if queue.is_cuda:
-                mean, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-                    rows, bank, bank, scale=1 / tau
-                )
-            else:
-                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-                mean, lse = flash(rows, bank, bank, scale=1 / tau)
-            if splits == 1:
-                return mean[0, 0].float(), lse.view(-1).float()
-            whole = lse[0].logsumexp(0)
-            return torch.einsum("sb,sbd->bd", (lse[0] - whole).exp(), mean[0].float()), whole
-
-        mean_s, lse_s = attend(q, STUDENT)
-        mean_t, _ = attend(k, TEACHER)
-        ctx.save_for_backward((mean_s - mean_t) / (STUDENT * len(q)))
-        ctx.dtype = q.dtype
-        return (lse_s - (q.float() * mean_t).sum(1) / STUDENT).mean()
+    def forward(ctx, q, p, splits):
+        x, case = q.flatten(0, -2), p.case
+        if case.work in ("relation", "multi_crop"):
+            mean, lse = attend(x, p.queue, STUDENT, splits)
+            target, _ = attend(p.k, p.queue, TEACHER, splits)
+            target = target.repeat(case.views, 1)
+            tau = STUDENT
+        else:
+            mean, lse = attend(x, p.queue, INFO_NCE, splits)
+            target, tau = p.k.float(), INFO_NCE
+        similarity = (x.float() * target).sum(1) / tau
+        if case.work == "info_nce":
+            surprise = lse - similarity
+            ctx.save_for_backward((surprise.sigmoid() / (tau * len(x)))[:, None] * (mean - target))
+            loss = F.softplus(surprise)
+        else:
+            ctx.save_for_backward((mean - target) / (tau * len(x)))
+            loss = lse - similarity
+        ctx.like = q
+        return loss.mean()
 
     @staticmethod
     def backward(ctx, g):
-        return (g * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
+        return (g * ctx.saved_tensors[0]).to(ctx.like.dtype).view_as(ctx.like), None, None
 
 
-def attention(splits: int = 1) -> Loss:
-    return lambda q, k, queue: _Attention.apply(q, k, queue, splits)
+def attend(x: Tensor, queue: Tensor, tau: float, splits: int) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted mean of the queue, and log-sum-exp, of rows x / tau; in float32."""
+    bank = queue.view(1, splits, -1, queue.shape[1])
+    rows = x.expand(1, splits, *x.shape)
+    if queue.is_cuda:
+        mean, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(rows, bank, bank, scale=1 / tau)
+    else:
+        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, bank, bank, scale=1 / tau)
+    if splits == 1:
+        return mean[0, 0].float(), lse.view(-1).float()
+    whole = lse[0].logsumexp(0)
+    return torch.einsum("sb,sbd->bd", (lse[0] - whole).exp(), mean[0].float()), whole
 
 
-def published(q: Tensor, k: Tensor, columns: Tensor) -> Tensor:
-    return eager.relation_loss(q, k, columns, STUDENT, TEACHER)
+def attention(p: Problem) -> Loss:
+    if p.device != "cpu" and (p.case.dim > 256 or p.q.dtype == torch.float32):
+        raise Unfit("torch's flash attention takes 16-bit rows up to 256 wide")
+    return lambda: _Attention.apply(p.q, p, 1)
 
 
-def relssl(backend: str, kernel: str = "") -> Loss:
-    def loss(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-        os.environ["RELSSL_CUDA_KERNEL"] = kernel
-        return relation_loss(q, k, queue, form="ce", backend=backend)
+def split_attention(p: Problem) -> Loss:
+    """With as many pieces, of equal size, as fill the device's processors with blocks of 128 rows."""
+    attention(p)
+    rows, size = p.q.flatten(0, -2).shape[0], p.case.size
+    if p.device == "cpu":
+        processors = torch.get_num_threads()
+    else:
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+    splits = 1
+    while splits * -(-rows // 128) < processors and size % (2 * splits) == 0:
+        splits *= 2
+    if splits == 1:
+        raise Unfit("its rows fill the device without splitting the queue")
+    return lambda: _Attention.apply(p.q, p, splits)
 
-    return loss
+
+for _work in ("relation", "multi_crop", "info_nce", "bank"):
+    peer(_work, "attention")(attention)
+    peer(_work, "attention, split queue")(split_attention)
 
 
-def peers(queue: Tensor, rows: int, tuned: bool = False) -> dict[str, Loss]:
-    """Name -> loss(q, k, queue). The published code keeps its queue as columns [D, K]: here they are."""
-    columns = queue.T.contiguous()
-    mode = "max-autotune-no-cudagraphs" if tuned else None
-    compiled = torch.compile(published, dynamic=False, mode=mode)
-    losses: dict[str, Loss] = {
-        "eager": lambda q, k, _: published(q, k, columns),
-        "torch.compile": lambda q, k, _: compiled(q, k, columns),
-        "chunked": relssl("chunked"),
-    }
-    if not queue.is_cuda:
-        return losses | {"attention": attention(), "cpu": relssl("cpu")}
-    if queue.shape[1] <= 256 and queue.dtype != torch.float32:  # what the flash kernel takes
-        processors = torch.cuda.get_device_properties(queue.device).multi_processor_count
-        splits = 1  # of equal size, so that blocks of 128 rows fill the chip
-        while splits * -(-rows // 128) < processors and queue.shape[0] % (2 * splits) == 0:
-            splits *= 2
-        losses |= {"attention": attention(), f"attention in {splits}": attention(splits)}
-    losses["triton"] = relssl("triton")
-    if backends.MODULES["cuda"].supports("cuda", queue.dtype, queue.shape[1]) is None:
-        losses["cuda"] = relssl("cuda")
-        if torch.cuda.get_device_capability() == (9, 0):
-            losses["cuda sm_90a"] = relssl("cuda", "sm_90a")
-    return losses
+@peer("bank", "torch linear_cross_entropy, chunked")
+def _(p: Problem) -> Loss:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unfit(f"torch {torch.__version__} has no linear_cross_entropy")
+    # Its own choice is a row at a time, where K is much larger than B D, and takes 16 times as long.
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64, chunking_method=None)
+    return lambda: F.linear_cross_entropy(p.q / INFO_NCE, p.queue, p.targets, options=options)
+
+
+# ------------------------------------------------------------------------------------------------ packages
+
+
+@peer("relation", "liger-kernel", form="kl")
+def _(p: Problem) -> Loss:
+    """Distillation of one linear head by another, in chunks of rows, by PyTorch; takes the head's gradient too."""
+    jsd = package("liger-kernel", "liger_kernel.chunked_loss.jsd_loss")
+    loss = jsd.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue, p.targets)
+
+
+@peer("relation", "liger-kernel, Triton", form="kl")
+def _(p: Problem) -> Loss:
+    needs_gpu(p, "liger-kernel, Triton")
+    jsd = package("liger-kernel", "liger_kernel.transformers.fused_linear_jsd")
+    loss = jsd.LigerFusedLinearJSD(jsd_beta=0.0)
+    return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue)
+
+
+@peer("bank", "liger-kernel")
+def _(p: Problem) -> Loss:
+    needs_gpu(p, "liger-kernel's linear cross-entropy")
+    module = package("liger-kernel", "liger_kernel.transformers.fused_linear_cross_entropy")
+    loss = module.LigerFusedLinearCrossEntropyLoss()
+    return lambda: loss(p.queue, p.q / INFO_NCE, p.targets)
+
+
+@peer("bank", "cut-cross-entropy")
+def _(p: Problem) -> Loss:
+    """Its Triton kernels on a GPU, its torch.compile implementation elsewhere."""
+    loss = package("cut-cross-entropy", "cut_cross_entropy").linear_cross_entropy
+    kind = "torch_compile" if p.device == "cpu" else "cce"
+    return lambda: loss(p.q / INFO_NCE, p.queue, p.targets, impl=kind)
+
+
+@peer("bank", "inf-cl")
+def _(p: Problem) -> Loss:
+    needs_gpu(p, "inf-cl")
+    loss, head = package("inf-cl", "inf_cl").cal_flash_loss, min(p.case.dim, 256)
+    return lambda: loss(p.q, p.queue, p.targets, 1 / INFO_NCE, head).mean()
+
+
+@peer("relation", "solo-learn", keeps=matrices)
+def _(p: Problem) -> Loss:
+    """Its training step clones the queue for it, as it does for enqueueing into it."""
+    loss = solo("ressl").ressl_loss_func
+    return lambda: loss(p.q, p.k, p.queue.clone().detach(), STUDENT, TEACHER)
+
+
+@peer("info_nce", "solo-learn", keeps=matrices)
+def _(p: Problem) -> Loss:
+    loss = solo("moco").moco_loss_func
+    return lambda: loss(p.q, p.k, p.columns.clone().detach(), INFO_NCE)
+
+
+@peer("nt_xent", "solo-learn", normalises=True, keeps=matrices)
+def _(p: Problem) -> Loss:
+    loss = solo("simclr").simclr_loss_func
+    return lambda: loss(p.q, p.k, NT_XENT)
+
+
+@peer("info_nce", "lightly", normalises=True, keeps=matrices)
+def _(p: Problem) -> Loss:
+    """With its memory bank, which it clones for every batch and then moves on: enqueueing is in its time."""
+    module = lightly("lightly.loss.ntx_ent_loss")
+    loss = module.NTXentLoss(temperature=INFO_NCE, memory_bank_size=(p.case.size, p.case.dim)).to(p.device)
+    loss.memory_bank.bank = p.queue.clone()
+    return lambda: loss(p.q, p.k)
+
+
+@peer("nt_xent", "lightly", normalises=True, keeps=matrices)
+def _(p: Problem) -> Loss:
+    loss = lightly("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=NT_XENT)
+    return lambda: loss(p.q, p.k)
+
+
+@peer(
+    "nt_xent",
+    "pytorch-metric-learning",
+    normalises=True,
+    keeps=lambda case: 24 * case.pairs * 2 * case.rows,  # Each positive beside all pairs of the batch.
+)
+def _(p: Problem) -> Loss:
+    losses = package("pytorch-metric-learning", "pytorch_metric_learning.losses")
+    loss = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=NT_XENT))
+    return lambda: loss(p.q, p.k)
+
+
+# ------------------------------------------------------------------------------------------------ queues
+# These make a function that enqueues keys; `rows` is what then lies in the queue, [K, D].
+
+
+class Enqueue:
+    def __init__(self, enqueue: Callable[[Tensor], object], rows: Callable[[], Tensor]) -> None:
+        self.enqueue, self.rows = enqueue, rows
+
+
+def _relssl_queue(rows: Tensor) -> Enqueue:
+    queue = FeatureQueue(*rows.shape, dtype=rows.dtype, device=rows.device)
+    queue.rows.copy_(rows)
+    return Enqueue(queue.enqueue, lambda: queue.rows)
+
+
+def _eager_queue(rows: Tensor) -> Enqueue:
+    queue = eager.Queue(rows)
+    return Enqueue(queue.enqueue, lambda: queue.columns.T)
+
+
+def _lightly_queue(rows: Tensor) -> Enqueue:
+    """Its memory bank gives a clone of itself back with every batch."""
+    bank = lightly("lightly.models.modules.memory_bank").MemoryBankModule(size=tuple(rows.shape))
+    bank = bank.to(rows.device)
+    bank.bank = rows.clone()
+    return Enqueue(lambda keys: bank(keys, update=True), lambda: bank.bank)
+
+
+def _metric_learning_queue(rows: Tensor) -> Enqueue:
+    losses = package("pytorch-metric-learning", "pytorch_metric_learning.losses")
+    memory = losses.CrossBatchMemory(losses.NTXentLoss(), rows.shape[1], memory_size=len(rows)).to(rows.device)
+    memory.embedding_memory = rows.clone()
+    labels: dict[int, Tensor] = {}
+
+    def enqueue(keys: Tensor) -> None:
+        own = labels.setdefault(len(keys), torch.arange(len(keys), device=keys.device))
+        memory.add_to_memory(keys, own, len(keys))
+
+    return Enqueue(enqueue, lambda: memory.embedding_memory)
+
+
+QUEUES: dict[str, Callable[[Tensor], Enqueue]] = {
+    "relssl": _relssl_queue,
+    "eager": _eager_queue,
+    "lightly": _lightly_queue,
+    "pytorch-metric-learning": _metric_learning_queue,
+}

@@ -1,0 +1,60 @@
+"""The sizes: what runs by default on two cores in minutes, and what --full and a GPU add."""
+
+from itertools import product
+
+from machine import DEVICE
+from peers import PEERS
+from work import Case
+
+SWEEP = (4_096, 16_384, 65_536, 262_144)  # K, for the plots of time and memory
+
+# The yardstick, then a large one; small batches, where a queue counts most; and one whose work is nothing.
+SMALL = [
+    Case("relation", 256, 65_536, 128),
+    Case("relation", 256, 65_536, 128, grad=False),
+    Case("relation", 1024, 65_536, 256),
+    *(Case("relation", 64, size, 128) for size in SWEEP),
+    Case("relation", 8, 64, 32),
+    Case("info_nce", 256, 65_536, 128),
+    Case("bank", 256, 65_536, 128),
+    Case("multi_crop", 64, 16_384, 128, views=5),  # ReSSL's five crops
+    Case("nt_xent", 64, 0, 128),
+    Case("nt_xent", 1024, 0, 128),
+]
+# ReSSL's own on ImageNet, per GPU; few rows; 16 bits; a million rows.
+LARGE = [
+    Case("relation", 32, 131_072, 512),
+    Case("relation", 4, 65_536, 128),
+    Case("relation", 256, 65_536, 128, "bfloat16"),
+    *(Case("relation", 256, size, 128) for size in (4_096, 16_384, 262_144, 1_048_576)),
+    Case("info_nce", 256, 262_144, 128),
+    Case("multi_crop", 32, 131_072, 512, views=5),
+]
+# The two of the plots first, whole; then whatever the time allows.
+GPU = [
+    *(Case("relation", 256, size, 128, "bfloat16") for size in (65_536, *SWEEP[:2], 262_144, 1_048_576)),
+    *(Case("relation", 1024, size, 128, "bfloat16") for size in (262_144, 65_536, 1_048_576)),
+    Case("relation", 256, 65_536, 128, "bfloat16", grad=False),
+    Case("relation", 256, 65_536, 128),
+    Case("relation", 8, 64, 32, "bfloat16"),
+    *(Case(work, 256, 65_536, 128, "bfloat16") for work in ("info_nce", "bank")),
+    Case("multi_crop", 256, 65_536, 128, "bfloat16", views=5),
+    Case("nt_xent", 64, 0, 128, "bfloat16"),
+    Case("nt_xent", 4096, 0, 128, "bfloat16"),
+]
+GPU += [
+    case
+    for rows, size, dim in product((256, 1024, 4096, 32), (65_536, 262_144, 1_048_576), (128, 256, 512))
+    if (case := Case("relation", rows, size, dim, "bfloat16")) not in GPU
+]
+DEFAULT, MORE = (SMALL, LARGE) if DEVICE == "cpu" else (GPU, [])
+# Who waits for --full: at the large size all but two, at most sizes who does what eager code does, and
+# who compiles for long to little end.
+ALIKE = {"relssl reference", "solo-learn"}
+SLOW = {
+    Case("relation", 256, 65_536, 128, grad=False): ALIKE | {"liger-kernel"},
+    Case("relation", 1024, 65_536, 256): {*PEERS["relation"]} - {"relssl cpu", "eager"},
+    **{Case("relation", 64, size, 128): ALIKE for size in SWEEP},
+    Case("relation", 8, 64, 32): {"torch.compile", "liger-kernel"},
+    Case("nt_xent", 64, 0, 128): {"torch.compile"},
+}

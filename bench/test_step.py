@@ -1,0 +1,136 @@
+"""A whole step of training, augmentation to optimizer, and the share of the losses in it.
+
+The same step with relssl's losses and with eager ones; beside it the losses alone, forward, backward and enqueueing.
+"""
+
+from dataclasses import replace
+from statistics import median
+
+import eager
+import pytest
+import torch
+from machine import DEVICE
+from timing import alternate
+from torch import Tensor, nn
+from torch.nn import functional as F
+from work import Case
+
+from relssl.methods import ressl, sacc
+from relssl.train import optimizer_of
+
+# A small encoder on a CPU, where the published one takes ten seconds a step.
+ARCH, ROWS = ("conv4", 128) if DEVICE == "cpu" else ("resnet18", 256)
+SIZE, DIM = 32, 128  # pixels; width of embeddings
+
+
+class Columns(nn.Module):
+    """ReSSL's queue as published, [D, K], in place of relssl's."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.queue = eager.Queue(rows)
+        self.enqueue = self.queue.enqueue
+
+
+class EagerNTXent(nn.Module):
+    def forward(self, z1: Tensor, z2: Tensor, queue: None) -> Tensor:
+        return eager.nt_xent(z1, z2, 0.5)
+
+
+def eager_relation(q, k, queue, *, student_temperature, teacher_temperature, **_) -> tuple[Tensor, Tensor]:
+    loss = eager.relation_loss(q, k, queue.queue.columns, student_temperature, teacher_temperature)
+    return loss, torch.zeros(())
+
+
+class ReSSL:
+    config = replace(ressl.PRESETS["cifar10"], arch=ARCH, bn_splits=1)
+
+    def __init__(self, size: int, kind: str) -> None:
+        self.relation = eager_relation if kind == "eager" else ressl.relation_loss
+        method = ressl.ReSSL(replace(self.config, queue_size=size), torch.zeros(3), torch.ones(3))
+        self.method = prepared(method)
+        if kind == "eager":
+            self.method.queue = Columns(self.method.queue.rows)
+
+    def loss(self, images: Tensor) -> Tensor:
+        own, ressl.relation_loss = ressl.relation_loss, self.relation
+        try:
+            return self.method(images)[0]
+        finally:
+            ressl.relation_loss = own
+
+    def losses(self, views: Tensor) -> Tensor:
+        """Of unit-norm embeddings in place of the encoder's; and what else the step does with the queue."""
+        q, k = views[0], views[1].detach()
+        queue = self.method.queue
+        loss, _ = self.relation(
+            q, k, queue, student_temperature=0.1, teacher_temperature=0.04, **{"return_entropy": True}
+        )
+        queue.enqueue(k)
+        return loss
+
+
+class SACC:
+    config = replace(sacc.PRESETS["cifar10"], arch=ARCH, stem="small", image_size=SIZE, clusters=10)
+
+    def __init__(self, size: int, kind: str) -> None:
+        self.method = prepared(sacc.SACC(self.config, torch.zeros(3), torch.ones(3)))
+        if kind == "eager":
+            self.method.nt_xent = EagerNTXent()
+
+    def loss(self, images: Tensor) -> Tensor:
+        return self.method(images)[0]
+
+    def losses(self, views: Tensor) -> Tensor:
+        assigned = (views[:, :, : self.config.clusters] * 10).softmax(2)
+        return self.method.instance_loss(views) + self.method.clusters_loss(assigned)
+
+
+def prepared(method):
+    return method.to(DEVICE, memory_format=torch.channels_last).train()
+
+
+METHODS = {"ReSSL": ReSSL, "SACC": SACC}
+CASES = [("ReSSL", size) for size in (4_096, 65_536, 262_144)] + [("SACC", 0)]
+
+
+@pytest.mark.parametrize("kind", ["relssl", "eager"])
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_step(name, size, kind, benchmark, results):
+    case = Case(f"{name.lower()}_step", ROWS, size, DIM)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    images = torch.randint(
+        256, (ROWS, 3, SIZE, SIZE), dtype=torch.uint8, device=DEVICE, generator=generator
+    )
+    views = F.normalize(torch.randn(3, ROWS, DIM, device=DEVICE, generator=generator), dim=2).requires_grad_()
+    sides = {side: METHODS[name](size, side) for side in ("relssl", kind)}
+
+    def losses(side) -> Tensor:
+        return torch.autograd.grad(side.losses(views), views)[0]
+
+    gradients = [losses(side) for side in sides.values()]
+    error = ((gradients[-1] - gradients[0]).norm() / gradients[0].norm()).item()
+    assert error < 1e-4
+
+    def step(side):
+        optimizer = optimizer_of(side.method, side.config)
+
+        def run() -> None:
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+                loss = side.loss(images)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    ours, theirs = step(sides["relssl"]), step(sides[kind])
+    benchmark.group = str(case)
+    seconds = alternate(benchmark, DEVICE, ours, theirs, lambda: losses(sides[kind]), 3.0)
+    alone = median(seconds["between"])
+    extra = {
+        "title": f"{case.title}, {ARCH} at {SIZE} px",
+        "loss_ms": 1e3 * alone,
+        "loss_share": alone / median(seconds["peer"]),
+    }
+    results.timed(case, kind, seconds, None, None, extra=extra)
