@@ -60,7 +60,9 @@ def _processor() -> str:
 def _commit() -> str:
     """The checkout's commit, with a + if files that count are not as committed."""
     commit = _told("git", "rev-parse", "--short", "HEAD")
-    changed = _told("git", "status", "--porcelain", "--", "relssl", "kernels", "csrc", "bench/*.py", "setup.py")
+    changed = _told(
+        "git", "status", "--porcelain", "--", "relssl", "kernels", "csrc", "bench/*.py", "setup.py"
+    )
     return commit + ("+" if changed else "")
 
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from peers import find
+from peers import GRAPH, find
 from work import Case, Problem
 
 COMPILES = ("torch.compile", "liger-kernel", "cut-cross-entropy")  # Whose warm-up must have the same size.
@@ -32,6 +32,8 @@ def measurable() -> bool:
 
 def runner(problem: Problem, name: str) -> Callable[[], tuple]:
     """A peer's function that gives the loss and, where the case says so, its gradients."""
+    if name.endswith(GRAPH):
+        return replayed(runner(problem, name.removesuffix(GRAPH)))
     loss, leaves = find(problem.case.work, name).make(problem), problem.leaves
 
     def forward() -> tuple:
@@ -45,12 +47,32 @@ def runner(problem: Problem, name: str) -> Callable[[], tuple]:
     return both if problem.case.grad else forward
 
 
+def replayed(run: Callable[[], tuple]) -> Callable[[], tuple]:
+    """The same as a CUDA graph, which has no launches to wait for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def replay() -> tuple:
+        graph.replay()
+        return results
+
+    return replay
+
+
 def case_memory(case: Case, name: str) -> int:
-    """Bytes that a peer needs on the CPU for a case, beyond inputs and queue. Raises RuntimeError if it fails."""
+    """Bytes that a peer needs on the CPU beyond inputs and queue. RuntimeError if it fails."""
     small = case if name in COMPILES else replace(case, rows=8, size=min(case.size, 1024))
     code = "from memory import Case, Problem, runner\nrun = runner(Problem(Case(**{}), 'cpu'), {!r})"
     setup, warm_up = (code.format(asdict(c), name) for c in (case, small))
-    return peak_extra_memory("result = run()", setup=setup, warm_up=warm_up.replace("run =", "small =") + "\nsmall()")
+    return peak_extra_memory(
+        "result = run()", setup=setup, warm_up=warm_up.replace("run =", "small =") + "\nsmall()"
+    )
 
 
 def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> int:
@@ -73,7 +95,11 @@ def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> 
 
 @cache
 def _server() -> tuple[subprocess.Popen, threading.Lock]:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory; memory._serve()"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory; memory._serve()",
+    ]
     # Never in the source folder, which would stand in for the package. It ends with its standard input.
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen(command, cwd=tempfile.gettempdir(), text=True, **pipes)
@@ -82,6 +108,7 @@ def _server() -> tuple[subprocess.Popen, threading.Lock]:
 
 def _serve() -> None:
     import torch._inductor.compile_fx  # noqa: F401
+
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What the code prints must not stand among the answers.
     for line in sys.stdin:

@@ -1,8 +1,8 @@
 """Who is timed: relssl's backends, plain PyTorch, and other packages, each running its own code.
 
-A peer makes, from a Problem, a function without arguments that gives the mean loss. What it needs beyond the
-inputs (a queue that lies otherwise, a compiled function) it prepares beforehand. Whoever cannot take part says why
-by raising Unfit. relation_loss of relssl is asked for the cross-entropy form, the value that published code has.
+A peer makes, from a Problem, a function without arguments that gives the mean loss. What it needs beyond
+the inputs (a queue that lies otherwise, a compiled function) it prepares beforehand. Whoever cannot take part
+says why by raising Unfit. relssl is asked for the cross-entropy form, the value that published code has.
 """
 
 import importlib
@@ -24,6 +24,7 @@ from relssl import FeatureQueue, backends
 from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
 
 Loss = Callable[[], Tensor]
+GRAPH = ", graph"  # How the name of a peer ends that is replayed as a CUDA graph.
 
 
 class Unfit(Exception):
@@ -131,6 +132,7 @@ for _work in ("relation", "multi_crop", "info_nce", "bank", "nt_xent"):
             lambda p, name=_name: ours(p, name), keeps=stored(_name)
         )
 PEERS["relation"]["relssl cuda, sm_90a"] = Peer(sm_90a)
+PEERS["relation"]["relssl triton" + GRAPH] = Peer(lambda p: ours(p, "triton"))
 
 
 def find(work: str, name: str) -> Peer:
@@ -211,7 +213,9 @@ def attend(x: Tensor, queue: Tensor, tau: float, splits: int) -> tuple[Tensor, T
     if queue.is_cuda:
         mean, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(rows, bank, bank, scale=1 / tau)
     else:
-        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, bank, bank, scale=1 / tau)
+        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, bank, bank, scale=1 / tau
+        )
     if splits == 1:
         return mean[0, 0].float(), lse.view(-1).float()
     whole = lse[0].logsumexp(0)
@@ -259,7 +263,7 @@ def _(p: Problem) -> Loss:
 
 @peer("relation", "liger-kernel", form="kl")
 def _(p: Problem) -> Loss:
-    """Distillation of one linear head by another, in chunks of rows, by PyTorch; takes the head's gradient too."""
+    """Distillation of a linear head, in chunks of rows, by PyTorch; computes the head's gradient, too."""
     jsd = package("liger-kernel", "liger_kernel.chunked_loss.jsd_loss")
     loss = jsd.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
     return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue, p.targets)
@@ -372,7 +376,9 @@ def _lightly_queue(rows: Tensor) -> Enqueue:
 
 def _metric_learning_queue(rows: Tensor) -> Enqueue:
     losses = package("pytorch-metric-learning", "pytorch_metric_learning.losses")
-    memory = losses.CrossBatchMemory(losses.NTXentLoss(), rows.shape[1], memory_size=len(rows)).to(rows.device)
+    memory = losses.CrossBatchMemory(losses.NTXentLoss(), rows.shape[1], memory_size=len(rows)).to(
+        rows.device
+    )
     memory.embedding_memory = rows.clone()
     labels: dict[int, Tensor] = {}
 

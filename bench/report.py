@@ -1,6 +1,7 @@
 """What a run found: kept as JSON, shown as a table."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -11,12 +12,13 @@ from work import Case
 
 
 class Results:
-    """An entry for each peer of each case; written anew after each, so that a run cut short keeps what it has."""
+    """An entry for each peer of each case, written as soon as it is there, if there is a folder for it."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, folder: Path | None) -> None:
         self.entries: list[dict] = []
         self.about = machine.about()
+        name = re.sub(r"[^a-z0-9]+", "-", self.about["device"].lower()).strip("-")
+        self.path = folder / f"{name}.json" if folder else None
 
     def document(self) -> dict:
         return {**self.about, "results": self.entries}
@@ -55,7 +57,7 @@ class Results:
             entry["bytes"] = peak
         if product:
             rate = product / median(seconds["between"])
-            entry["of_matmul_rate"] = rounded([case.flop / median(took) / rate])[0]
+            entry["flop_rate"], entry["matmul_rate"] = rounded([case.flop / median(took), rate])
         self.add(entry | (extra or {}))
 
 
@@ -67,22 +69,25 @@ def rounded(values) -> list[float]:
     return [float(f"{v:.4g}") for v in values]
 
 
+LEGEND = """\
+ms: the median of rounds in which a peer and relssl's default backend take turns.
+times: how many times as long as that backend the peer takes; in brackets lowest and highest of the rounds.
+error: of loss and gradients, relative, against float64. MiB: peak memory beyond inputs and queue.
+of mm: the rate at which the least work that suffices is done, as a part of torch.mm's in the same rounds."""
+
+
 def show(document: dict, width: int) -> None:
     """The table in the terminal: a part for each case, fastest first, absent peers last."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=max(width, 100), highlight=False)
+    console = Console(width=max(width, 100), highlight=False, soft_wrap=True)
     console.print(", ".join(f"{name} {document[name]}" for name in document if name != "results"))
-    console.print(
-        "Times are medians of rounds taken in turn with relssl's default backend; × is how many times as long as that\n"
-        "a peer takes, with the lowest and highest of the rounds. The error is against float64, the memory beyond\n"
-        "inputs and queue, the rate that of the least work, as a part of torch.mm's rate in the same rounds."
-    )
+    console.print(LEGEND)
     for title, entries in groups(document):
         table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
         table.add_column("peer", min_width=26)
-        for name in ("ms", "×", "(rounds)", "error", "MiB", "of mm"):
+        for name in ("ms", "times", "(rounds)", "error", "MiB", "of mm"):
             table.add_column(name, justify="right")
         for entry in entries:
             table.add_row(*cells(entry), style="bold" if entry["peer"].startswith("relssl") else None)
@@ -90,6 +95,12 @@ def show(document: dict, width: int) -> None:
         for entry in entries:
             if "absent" in entry:
                 console.print(f"  without {entry['peer']}: {entry['absent']}", style="dim")
+            if "of_fma_rate" in entry:
+                told = f"{entry['of_fma_rate']:.2f} of the rate of multiply-adds in registers"
+                console.print(f"  {entry['peer']}: {told}", style="dim")
+            if "loss_share" in entry:
+                told = f"{number(entry['loss_ms'])} ms, {entry['loss_share']:.0%} of the step"
+                console.print(f"  of {entry['peer']}'s, the losses are {told}", style="dim")
 
 
 def groups(document: dict) -> list[tuple[str, list[dict]]]:
@@ -101,7 +112,7 @@ def groups(document: dict) -> list[tuple[str, list[dict]]]:
 
 def cells(entry: dict) -> list[str]:
     if "absent" in entry:
-        return [entry["peer"], "absent", "", "", "", "", ""]
+        return [entry["peer"], "absent"]
     mid, low, high = entry["times_ours"]
     return [
         entry["peer"],
@@ -110,7 +121,7 @@ def cells(entry: dict) -> list[str]:
         f"{low:.2f} to {high:.2f}",
         f"{entry['error']:.0e}" if "error" in entry else "",
         number(entry["bytes"] / 2**20) if "bytes" in entry else "",
-        f"{entry['of_matmul_rate']:.2f}" if entry.get("of_matmul_rate") else "",
+        f"{entry['flop_rate'] / entry['matmul_rate']:.2f}" if "flop_rate" in entry else "",
     ]
 
 

@@ -52,7 +52,7 @@ class Clock:
 
 
 def interleave(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, one a round, on the CPU, after a call that warms up; each round starts with another."""
+    """Seconds of each run, one a round, on the CPU, after a warm-up; each round starts with another run."""
     names, clock = list(runs), Clock()
     for run in runs.values():
         run()
@@ -71,16 +71,18 @@ def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
 def alternate(
     benchmark, device: str, ours: Callable, peer: Callable, between: Callable, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of "ours", "peer" and "between", which comes before each of the two: same caches, same idle threads.
+    """Seconds of "ours", "peer" and "between", which comes before each of the two: same caches, same threads.
 
-    In so many rounds as take the given seconds, but at least three and at most eleven. The rounds are those
-    of pytest-benchmark, whose statistics get the peer's seconds.
+    In so many rounds as take the given seconds, within limits. The rounds are those of pytest-benchmark,
+    whose statistics get the peer's seconds.
     """
     clock = Clock(device)
     for name, run in {"ours": ours, "peer": peer}.items():
         clock.time(name, run)
-    # What is short is timed several times over: a first call after a pause says little.
-    calls = {name: max(1, int(0.01 / took[-1])) for name, took in clock.seconds().items()}
+    # What is short is called several times: on a CPU a first call after a pause says little. On a GPU there
+    # is no pause, and a second call would find the queue in the cache.
+    shortest, most = (0.01, 11) if device == "cpu" else (0.0, 30)
+    calls = {name: max(1, int(shortest / took[-1])) for name, took in clock.seconds().items()}
     round_ = sum(calls[name] * took[-1] + 0.02 for name, took in clock.seconds().items())
     clock.taken.clear()
 
@@ -92,7 +94,7 @@ def alternate(
     benchmark.pedantic(
         lambda: clock.time("peer", peer, calls["peer"]),
         setup=before,
-        rounds=min(max(round(seconds / round_), 3), 11),
+        rounds=min(max(round(seconds / round_), 3), most),
     )
     found = clock.seconds()
     if benchmark.stats:  # Not with --benchmark-disable.

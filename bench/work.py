@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 STUDENT, TEACHER = 0.1, 0.04  # ReSSL
 INFO_NCE, NT_XENT = 0.2, 0.5  # MoCo v2; SimCLR, CC and SACC
-BLOCK = 2**22  # similarities that the oracle holds at a time
+BLOCK = 2**21  # similarities that the oracle holds at a time
 
 TITLES = {
     "relation": "relation loss",
@@ -89,7 +89,10 @@ class Problem:
 
         views = (case.views,) if case.views > 1 else ()
         k = unit(case.rows)
-        q = F.normalize(k + 0.5 * torch.randn(*views, *k.shape, device=device, generator=generator) / case.dim**0.5, dim=-1)
+        q = F.normalize(
+            k + 0.5 * torch.randn(*views, *k.shape, device=device, generator=generator) / case.dim**0.5,
+            dim=-1,
+        )
         self.q, self.k = q.to(dtype).requires_grad_(), k.to(dtype)
         if case.work == "nt_xent":
             self.k.requires_grad_()
@@ -114,7 +117,9 @@ class Problem:
             z = [t.detach().double().requires_grad_() for t in self.leaves]
             both = torch.cat(z)
             logits = both @ both.T / NT_XENT
-            logits = logits.masked_fill(torch.eye(len(both), dtype=torch.bool, device=both.device), -torch.inf)
+            logits = logits.masked_fill(
+                torch.eye(len(both), dtype=torch.bool, device=both.device), -torch.inf
+            )
             partner = torch.arange(len(both), device=both.device).roll(len(z[0]))
             loss = F.cross_entropy(logits, partner)
             return {"ce": loss.item()}, list(torch.autograd.grad(loss, z))
@@ -155,4 +160,3 @@ class Problem:
                 away, true = (g - (g * unit).sum(-1, keepdim=True) * unit for g in (away, true))
             worst = max(worst, (away.norm() / true.norm()).item())
         return worst
-
