@@ -1,6 +1,7 @@
 # make demo      train on real images, and time the loss against eager PyTorch: under two minutes of CPU
 # make test      the test suite                  make check   lint, format and types
-# make bench     time the loss against its peers: four minutes
+# make bench     time everything against its peers: five minutes; ARGS=--full for the large grid
+# make figures   draw bench/results/*.json anew and write the README's tables from them
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 	$(shell find relssl kernels csrc -type f -not -name '*.pyc' -not -name '* *')
 
-.PHONY: demo test check bench fuzz sanitize clean
+.PHONY: demo test check bench figures fuzz sanitize clean
 
 demo: .venv/installed
 	$(BIN)/python bench/demo.py --out out/demo
@@ -32,8 +33,13 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed
-	$(BIN)/pytest bench $(ARGS)
+# To keep a result: make bench RECORD=bench/results, then make figures.
+RECORD ?= out/bench
+bench: .venv/peers
+	$(BIN)/pytest bench --record $(RECORD) $(ARGS)
+
+figures: .venv/installed
+	$(BIN)/python bench/figures.py
 
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz.py $(ARGS)
@@ -57,4 +63,9 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) '.[train,dev,bench,triton]'
+	touch $@
+
+# Without what they would bring along: all need torch, and their losses nothing more.
+.venv/peers: .venv/installed bench/peers.txt
+	$(PIP) --no-deps -r bench/peers.txt
 	touch $@

@@ -14,9 +14,10 @@ from time import perf_counter
 import eager
 import matplotlib
 import torch
-from interleave import interleave, ratio
-from memory import measurable, relation_memory
+from memory import case_memory, measurable
+from timing import interleave, ratio
 from torch.nn import functional as F
+from work import Case
 
 from relssl import backends
 from relssl.evaluate import baselines, evaluate
@@ -64,7 +65,8 @@ def time_loss(rounds: int = 7) -> dict:
     both = {name: (lambda run=run: torch.autograd.grad(run(), q)) for name, run in runs.items()}
     seconds = interleave(both, rounds)
     times_faster, low, high = ratio(seconds["eager"], seconds["relssl"])
-    memory = {name: relation_memory(SHAPE["B"], SHAPE["K"], name) for name in runs if measurable()}
+    case = Case("relation", *SHAPE.values())
+    memory = {name: case_memory(case, name) for name in runs if measurable()}
     return {
         "shape": SHAPE,
         "dtype": "float32",
@@ -73,7 +75,7 @@ def time_loss(rounds: int = 7) -> dict:
         "loss": losses,
         "seconds": {name: median(times) for name, times in seconds.items()},
         "ratio": times_faster,
-        "ratio_quartiles": [low, high],
+        "ratio_range": [low, high],
         "peak_extra_bytes": memory,
     }
 
@@ -128,8 +130,8 @@ def main() -> None:
         memory = loss["peak_extra_bytes"].get(name)
         told = f"{memory / 2**20:>8.0f} MiB extra at its peak" if memory is not None else ""
         print(f"  {name:<8}{1e3 * seconds:>8.0f} ms{told}   loss {loss['loss'][name]:.6f}")
-    low, high = loss["ratio_quartiles"]
-    told = f"{loss['ratio']:.1f} times as fast (quartiles {low:.1f} to {high:.1f})"
+    low, high = loss["ratio_range"]
+    told = f"{loss['ratio']:.1f} times as fast ({low:.1f} to {high:.1f} over the rounds)"
     print(f"  relssl ({loss['backend']}) is {told}")
     print(f"\nwritten: {', '.join(sorted(str(p) for p in out.glob('*.*')))}")
 

@@ -3,10 +3,12 @@
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
+from timing import Clock
 
 import relssl
 
@@ -71,3 +73,37 @@ def _told(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     except OSError:
         return ""
+
+
+def limits() -> dict[str, float]:
+    """Rates of the device that bound the work: flop of products, bytes read, exponentials; per second.
+
+    Products are of float32, on a GPU of bfloat16. Exponentials of a GPU are not measured: they are what its
+    special function units could do, 16 a clock and processor.
+    """
+    side, kind = (1024, torch.float32) if DEVICE == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(side, side, device=DEVICE, dtype=kind)
+    far = torch.ones(2**26, device=DEVICE)  # 256 MiB, more than caches hold
+    rates = {
+        "matmul": 2 * side**3 / _seconds(lambda: a @ a),
+        "bandwidth": 4 * far.numel() / _seconds(far.sum),
+    }
+    if DEVICE == "cpu":
+        near = torch.zeros(2**17)  # In the cache.
+        out = torch.empty_like(near)
+        rates["exponentials"] = near.numel() / _seconds(lambda: torch.exp(near, out=out))
+    else:
+        about = torch.cuda.get_device_properties(0)
+        if clock := getattr(about, "clock_rate", 0):  # kHz
+            rates["exponentials"] = 16e3 * clock * about.multi_processor_count
+    return {name: float(f"{rate:.3g}") for name, rate in rates.items()}
+
+
+def _seconds(run: Callable) -> float:
+    """Of a call, the best of ten times as many as take 10 ms."""
+    clock = Clock(DEVICE)
+    clock.time("warm", run)
+    calls = max(1, int(0.01 / clock.seconds()["warm"][0]))
+    for _ in range(10):
+        clock.time("run", run, calls)
+    return min(clock.seconds()["run"])

@@ -7,6 +7,7 @@ keeps its high-water mark (VmHWM in /proc/self/status) and resets it on request.
 server that has imported everything and computed nothing, so each starts in no time and with a clean heap.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -103,6 +104,7 @@ def _server() -> tuple[subprocess.Popen, threading.Lock]:
     # Never in the source folder, which would stand in for the package. It ends with its standard input.
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen(command, cwd=tempfile.gettempdir(), text=True, **pipes)
+    atexit.register(server.communicate)  # Closes its input.
     return server, threading.Lock()
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +22,11 @@ class Results:
         self.path = folder / f"{name}.json" if folder else None
 
     def document(self) -> dict:
-        return {**self.about, "results": self.entries}
+        return {**self.about, "limits": self.limits, "results": self.entries}
+
+    @cached_property
+    def limits(self) -> dict[str, float]:
+        return machine.limits()
 
     def add(self, entry: dict) -> None:
         self.entries.append(entry)
@@ -78,11 +83,17 @@ of mm: the rate at which the least work that suffices is done, as a part of torc
 
 def show(document: dict, width: int) -> None:
     """The table in the terminal: a part for each case, fastest first, absent peers last."""
-    from rich.console import Console
-    from rich.table import Table
-
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for title, entries in groups(document):
+            print(title, *("  ".join(cells(entry)) for entry in entries), sep="\n  ")
+        return
     console = Console(width=max(width, 100), highlight=False, soft_wrap=True)
-    console.print(", ".join(f"{name} {document[name]}" for name in document if name != "results"))
+    console.print(
+        ", ".join(f"{name} {document[name]}" for name in document if isinstance(document[name], str))
+    )
     console.print(LEGEND)
     for title, entries in groups(document):
         table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
@@ -108,6 +119,11 @@ def groups(document: dict) -> list[tuple[str, list[dict]]]:
     for entry in document["results"]:
         found.setdefault(f"{entry['title']}, {entry['shape']}", []).append(entry)
     return [(t, sorted(e, key=lambda x: x["ms"][0] if "ms" in x else float("inf"))) for t, e in found.items()]
+
+
+def own(name: str) -> bool:
+    """Whether a peer is one of relssl's kernels: not its PyTorch code."""
+    return name.startswith("relssl") and name not in ("relssl chunked", "relssl reference")
 
 
 def cells(entry: dict) -> list[str]:

@@ -10,8 +10,8 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# --import-mode=importlib leaves sys.path alone; helpers (oracle.py) lie beside the tests.
-sys.path.insert(0, str(Path(__file__).parent))
+# --import-mode=importlib leaves sys.path alone; helpers (oracle.py) lie beside the tests and in bench/.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "bench")]
 
 
 @pytest.fixture(autouse=INTERPRETED, scope="session")

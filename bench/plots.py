@@ -1,0 +1,203 @@
+"""Plots of recorded results, and the README's part that shows them.
+
+python bench/figures.py        draws bench/results/*.json anew and writes README.md's table (make figures)
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
+from report import own
+
+OURS, GREY = "#1f5fa8", "#8a8a8a"
+COLOURS = {
+    "eager": "#b3442e",
+    "torch.compile": "#d98a2b",
+    "attention": "#3f8f5f",
+    "attention, split queue": "#8cc5a2",
+    "relssl chunked": "#7fa9d8",
+    "relssl reference": "#c9c9c9",
+    "liger-kernel": "#8a5aa8",
+    "liger-kernel, Triton": "#b891cf",
+    "solo-learn": "#c77fa0",
+}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
+
+
+def draw(path: Path) -> list[Path]:
+    """The plots of a JSON file, beside it. Each says in its metadata which file it was drawn from."""
+    document = json.loads(path.read_text())
+    drawn = []
+    for name, plot in {"size": by_size, "rate": rates, "roofline": roofline, "step": steps}.items():
+        with plt.rc_context(STYLE):
+            figure = plot(document)
+            if figure is None:
+                continue
+            target = path.with_name(f"{path.stem}-{name}.png")
+            figure.savefig(target, metadata={"Source": digest(path)})
+            plt.close(figure)
+            drawn.append(target)
+    return drawn
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def timed(document: dict, work: str) -> list[dict]:
+    return [e for e in document["results"] if e["work"] == work and "ms" in e]
+
+
+def by_size(document: dict):
+    """Time and memory against K, a line for each peer, at the batch that was run with most sizes."""
+    entries = [e for e in timed(document, "relation") if e["grad"]]
+    kinds: dict[tuple, set] = {}
+    for e in entries:
+        kinds.setdefault((e["rows"], e["dim"], e["dtype"]), set()).add(e["size"])
+    if not kinds:
+        return None
+    kind = max(kinds, key=lambda k: len(kinds[k]))
+    if len(kinds[kind]) < 2:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.6), layout="constrained")
+    names = list(dict.fromkeys(e["peer"] for e in entries))
+    for name in sorted(names, key=own):  # Ours last, above the others.
+        line = {"color": OURS if own(name) else COLOURS.get(name, GREY), "marker": "o", "markersize": 3.5}
+        line |= {"linewidth": 2.6, "zorder": 5} if own(name) else {"linewidth": 1.4}
+        mine = [e for e in entries if e["peer"] == name and (e["rows"], e["dim"], e["dtype"]) == kind]
+        if not mine:
+            continue
+        mine.sort(key=lambda e: e["size"])
+        axes[0].plot([e["size"] for e in mine], [e["ms"][0] for e in mine], label=name, **line)
+        kept = [e for e in mine if "bytes" in e]
+        axes[1].plot([e["size"] for e in kept], [e["bytes"] / 2**20 for e in kept], **line)
+    sizes = sorted(kinds[kind])
+    for axis, label in zip(
+        axes, ("time, forward + backward (ms)", "peak memory beyond inputs (MiB)"), strict=True
+    ):
+        axis.set(xscale="log", yscale="log", xlabel="queue rows K", ylabel=label)
+        axis.set_xticks(sizes, [f"{k // 1024}k" if k < 2**20 else f"{k // 2**20}M" for k in sizes])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axis.grid(alpha=0.25)
+    rows, dim, dtype = kind
+    figure.suptitle(f"relation loss, B {rows:,}, D {dim}, {dtype}\n{document['device']}")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def rates(document: dict):
+    """The flop rate of each peer at the yardstick, as a part of torch.mm's in the same rounds."""
+    entries = [e for e in timed(document, "relation") if e["grad"]]
+    entries = [e for e in entries if e["shape"] == entries[0]["shape"]]
+    if not entries:
+        return None
+    entries.sort(key=lambda e: -e["ms"][0])
+    figure, axis = plt.subplots(figsize=(8.4, 0.6 + 0.34 * len(entries) + 0.8), layout="constrained")
+    parts = [e["flop_rate"] / e["matmul_rate"] for e in entries]
+    names = [e["peer"] for e in entries]
+    bars = axis.barh(names, parts, color=[OURS if own(n) else GREY for n in names], height=0.68)
+    axis.bar_label(bars, [f"{p:.2f}" for p in parts], padding=3)
+    axis.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    axis.text(
+        1.0, 1.0, "torch.mm ", ha="right", va="bottom", transform=axis.get_xaxis_transform(), fontsize=9
+    )
+    axis.margins(x=0.09)
+    axis.set(xlabel="rate of the least flop that suffice, as a part of torch.mm's")
+    figure.suptitle(f"relation loss, forward + backward, {entries[0]['shape']}\n{document['device']}")
+    return figure
+
+
+def roofline(document: dict):
+    """What bounds the work, and where relssl's kernels are: the rate against the flop per byte of the queue.
+
+    Of the queue alone, read once: B rows make 8 B D flop of each of its rows. What several blocks of rows
+    read again comes from a cache.
+    """
+    limits, dim = document["limits"], 128
+    bytes_each = 2 if "driver" in document else 4
+    entries = [
+        e for e in timed(document, "relation") if e["grad"] and own(e["peer"]) and "graph" not in e["peer"]
+    ]
+    entries = [
+        e
+        for e in entries
+        if e["size"] >= 65_536 and e["dtype"] == ("float32" if bytes_each == 4 else "bfloat16")
+    ]
+    if not entries:
+        return None
+    figure, axis = plt.subplots(figsize=(8.4, 4.2), layout="constrained")
+    intensity = [2.0**n for n in range(1, 14)]
+    scale = 1e9 if limits["matmul"] < 1e13 else 1e12
+    tops = {"products of matrices": limits["matmul"]}
+    if "exponentials" in limits:  # Two for 8 D flop.
+        tops[f"exponentials, D {dim}"] = 4 * dim * limits["exponentials"]
+    for (name, top), line in zip(tops.items(), ("-", ":"), strict=False):
+        axis.axhline(top / scale, color="black", linestyle=line, linewidth=1.2)
+        axis.text(intensity[-1], top / scale, name, ha="right", va="bottom", fontsize=9)
+    axis.plot(
+        intensity,
+        [x * limits["bandwidth"] / scale for x in intensity],
+        color="black",
+        linestyle="--",
+        linewidth=1.2,
+    )
+    axis.text(
+        intensity[0], intensity[0] * limits["bandwidth"] / scale * 1.5, "memory", rotation=30, fontsize=9
+    )
+    for name in dict.fromkeys(e["peer"] for e in entries):
+        mine = list({(e["rows"], e["dim"]): e for e in reversed(entries) if e["peer"] == name}.values())
+        at = [8 * e["rows"] / bytes_each for e in mine]
+        axis.plot(at, [e["flop_rate"] / scale for e in mine], "o", color=OURS, label=name, markersize=5)
+        for e, x in zip(mine, at, strict=True):
+            told = f"B {e['rows']}" + (f", D {e['dim']}" if e["dim"] != dim else "")
+            axis.annotate(
+                told,
+                (x, e["flop_rate"] / scale),
+                (0, -13),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+    axis.set(xscale="log", yscale="log", xlabel="flop for a byte of the queue (8 B / bytes of a value)")
+    axis.set(ylabel=f"{'TFlop' if scale == 1e12 else 'GFlop'}/s")
+    axis.set_xscale("log", base=2)
+    axis.grid(alpha=0.25)
+    figure.suptitle(f"relation loss, forward + backward, K 65,536 and more\n{document['device']}")
+    return figure
+
+
+def steps(document: dict):
+    """A step of training and the losses in it, by relssl and by eager code."""
+    entries = timed(document, "ressl_step")
+    if not entries:
+        return None
+    names = list(dict.fromkeys(e["title"].removeprefix("a training step of ") for e in entries))
+    figure, axes = plt.subplots(1, len(names), figsize=(8.4, 3.6), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [e for e in entries if e["title"].endswith(name)]
+        sizes = sorted({e["size"] for e in mine})
+        for e in mine:
+            fast = e["peer"] == "relssl"
+            at, colour = (
+                sizes.index(e["size"]) + (0.2 if not fast else -0.2),
+                OURS if fast else COLOURS["eager"],
+            )
+            loss = min(e["loss_ms"], e["ms"][0])
+            axis.bar(at, e["ms"][0] - loss, 0.36, color="#d9d9d9")
+            axis.bar(at, loss, 0.36, bottom=e["ms"][0] - loss, color=colour)
+            told = f"{e['loss_share']:.0%}"
+            axis.text(at, e["ms"][0], told, ha="center", va="bottom", fontsize=9, color=colour)
+        axis.set_xticks(range(len(sizes)), [f"{k:,}" for k in sizes])
+        axis.set(xlabel="queue rows K", ylabel="one step (ms)", title=f"{name}, B {mine[0]['rows']}")
+        axis.margins(y=0.12)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (OURS, COLOURS["eager"], "#d9d9d9")]
+    told = ["relation loss by relssl", "by eager code", "augmentation, encoders, optimizer"]
+    figure.legend(handles, told, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle(f"one training step and the loss's share of it\n{document['device']}")
+    return figure

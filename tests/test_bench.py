@@ -1,0 +1,153 @@
+"""The benchmark: its yardsticks are right, its peers agree, and README.md says what is recorded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import figures
+import memory
+import oracle
+import peers
+import plots
+import pytest
+import timing
+import torch
+import work
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted(figures.RESULTS.glob("*.json"))
+SMALL = {
+    "relation": work.Case("relation", 6, 64, 16),
+    "multi_crop": work.Case("multi_crop", 6, 64, 16, views=3),
+    "info_nce": work.Case("info_nce", 6, 64, 16),
+    "bank": work.Case("bank", 6, 64, 16),
+    "nt_xent": work.Case("nt_xent", 6, 0, 16),
+}
+
+
+def test_readme_says_what_is_recorded():
+    text = (ROOT / "README.md").read_text()
+    assert figures.readme(text) == text, "run make figures"
+    assert RESULTS and all(f"**{json.loads(p.read_text())['device']}**" in text for p in RESULTS)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_plots_are_of_what_is_recorded(path):
+    drawn = sorted(path.parent.glob(f"{path.stem}-*.png"))
+    assert drawn
+    for plot in drawn:
+        assert Image.open(plot).text["Source"] == plots.digest(path), f"run make figures: {plot.name}"
+
+
+def formula(p):
+    """The mean loss by tests/oracle.py, and the gradients of p.leaves."""
+    leaves = [t.detach().double().requires_grad_() for t in p.leaves]
+    q, k, queue = leaves[0], p.k.detach().double(), p.queue.double()
+    if p.case.work in ("relation", "multi_crop"):
+        loss, _ = oracle.relation(q, k, queue, work.STUDENT, work.TEACHER, "ce")
+    elif p.case.work == "info_nce":
+        loss = oracle.info_nce(q, k, queue, work.INFO_NCE)
+    elif p.case.work == "bank":  # The row's own key is the positive and in the bank: all else is negative.
+        rows = [torch.cat((queue[:i], queue[i + 1 :])) for i in range(len(q))]
+        pairs = zip(q.split(1), k.split(1), rows, strict=True)
+        loss = torch.cat([oracle.info_nce(a, b, rest, work.INFO_NCE) for a, b, rest in pairs])
+    else:
+        z = torch.cat(leaves)
+        lse, _ = oracle.logsumexp(z, z, work.NT_XENT, torch.arange(len(z)))
+        loss = lse - (z * z.roll(len(q), 0)).sum(1) / work.NT_XENT
+    loss = loss.mean()
+    return loss, torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+def test_yardstick(case, monkeypatch):
+    monkeypatch.setattr(work, "BLOCK", 2 * 64)  # So that there are several blocks of rows.
+    problem = work.Problem(case, "cpu")
+    loss, grads = formula(problem)
+    assert problem.exact[0]["ce"] == pytest.approx(loss.item(), rel=1e-12)
+    for ours, theirs in zip(problem.exact[1], grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert problem.error(loss, list(grads)) < 1e-12
+    # A loss that is off by a thousandth shows, and so does a gradient.
+    assert problem.error(loss * 1.001, list(grads)) == pytest.approx(1e-3, rel=1e-3)
+    assert problem.error(loss, [g * 0.999 for g in grads]) == pytest.approx(1e-3, rel=1e-3)
+
+
+PLAIN = ("eager", "attention", "attention, split queue", "relssl", "relssl cpu", "relssl chunked")
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("name", PLAIN)
+def test_peers_agree(case, name, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # Two pieces of the queue, on any machine.
+    if name not in peers.PEERS[case.work] and name != "relssl":
+        pytest.skip("not one of its peers")
+    problem = work.Problem(case, "cpu")
+    peer = peers.find(case.work, name)
+    value, grads = memory.runner(problem, name)()
+    assert problem.error(value, grads, peer.form, peer.normalises) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["eager", "relssl"])
+def test_queues_agree(name):
+    start, keys = oracle.unit(12, 4), oracle.unit(2, 3, 4)
+    queue = peers.QUEUES[name](start)
+    for batch in keys:
+        queue.enqueue(batch)
+    assert torch.equal(queue.rows(), torch.cat((keys.flatten(0, 1), start[6:])))
+
+
+def test_absent_peers_say_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    problem = work.Problem(SMALL["nt_xent"], "cpu")
+    with pytest.raises(peers.Unfit, match="pytorch-metric-learning is not installed"):
+        peers.find("nt_xent", "pytorch-metric-learning").make(problem)
+    with pytest.raises(peers.Unfit, match="solo-learn is not installed"):
+        peers.find("nt_xent", "solo-learn").make(problem)
+
+
+def test_flop():
+    """One product of similarities is 2 B K D; the relation loss has two, and as many means."""
+    product = 2 * 6 * 64 * 16
+    assert work.Case("relation", 6, 64, 16).flop == 4 * product
+    assert work.Case("relation", 6, 64, 16, grad=False).flop == 3 * product
+    assert work.Case("multi_crop", 6, 64, 16, views=5).flop == 12 * product
+    assert work.Case("nt_xent", 6, 0, 16).flop == 3 * (2 * 12 * 12 * 16)
+
+
+def test_ratio():
+    assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (2.0, 2.0, 3.0)
+
+
+@pytest.mark.skipif(not memory.measurable(), reason="needs /proc/self/clear_refs")
+def test_memory_sees_the_similarities():
+    eager, fused = (
+        memory.case_memory(work.Case("info_nce", 64, 2**16, 16), name) for name in ("eager", "relssl cpu")
+    )
+    matrix = 64 * 2**16 * 4
+    assert fused < matrix < 3 * matrix < eager < 8 * matrix
+    with pytest.raises(RuntimeError, match="Unfit: it runs on"):
+        memory.case_memory(work.Case("info_nce", 64, 2**10, 16), "relssl cuda")
+
+
+def test_a_run_ends_with_table_json_and_plots(tmp_path):
+    """The case whose work is nothing, and two of its peers; from another folder."""
+    nothing = f"{ROOT}/bench/test_losses.py::test_loss[{work.Case('relation', 8, 64, 32)}-{{}}]"
+    command = [sys.executable, "-m", "pytest", "-q", "--record", tmp_path, "-p", "no:cacheprovider"]
+    command += [nothing.format(name) for name in ("eager", "relssl cpu", "relssl cuda")]
+    run = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (recorded,) = tmp_path.glob("*.json")
+    document = json.loads(recorded.read_text())
+    assert {"device", "threads", "torch", "relssl", "date"} <= document.keys()
+    timed = {e["peer"]: e for e in document["results"] if "ms" in e}
+    assert timed.keys() == {"eager", "relssl cpu"}
+    absent = [e["peer"] for e in document["results"] if "absent" in e]
+    assert absent == ["relssl cuda"]
+    for entry in timed.values():
+        low, high = entry["times_ours"][1:]
+        assert 0 < low <= entry["times_ours"][0] <= high and entry["error"] < 1e-4
+    assert f"{timed['eager']['times_ours'][0]:.2f}" in run.stdout
+    assert recorded.with_name(f"{recorded.stem}-rate.png").exists()
