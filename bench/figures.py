@@ -52,7 +52,7 @@ def section(path: Path, document: dict, root: Path) -> str:
                 f"{e['flop_rate'] / e['matmul_rate']:.2f}",
             ]
             lines.append("| " + " | ".join(f"**{c}**" if own(e["peer"]) else c for c in cells) + " |")
-    lines += ["", "| | relssl, ms | eager | best other | |", "|---|---|---|---|---|"]
+    lines += ["", "| | relssl, ms | times that: eager | best other | |", "|---|---|---|---|---|"]
     for title, entries in others:
         rest = [e for e in entries if "ms" in e and not e["peer"].startswith("relssl")]
         if rest:

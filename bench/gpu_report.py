@@ -1,9 +1,10 @@
 """Everything that is to be done with a GPU, in under eight minutes: build, test, time, draw, report.
 
-    python bench/gpu_report.py OUT [--parts build tests bench] [--seconds 470]
+    python bench/gpu_report.py OUT [--parts build tests bench] [--seconds 470] [--wheels FOLDER]
 
-OUT gets tests.txt, bench.txt, the results as JSON with their plots, and report.md, which is printed last.
-Each part is guarded: a failure leaves the rest. `--parts sanitizer` runs the CUDA kernels under
+OUT gets log.txt, the results as JSON with their plots, and report.md, which is printed last. Each part is
+guarded: a failure leaves the rest. Peers that are not installed are left out; without a network, --wheels
+names a folder that holds those of bench/peers.txt. `--parts sanitizer` runs the CUDA kernels under
 compute-sanitizer, another four minutes. Results to keep go to bench/results; `make figures` then writes the
 README's tables.
 """
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,68 +25,99 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BEGAN = time.monotonic()
 # Of the installed package (-P): in the source folder there may be no extensions.
-PYTEST = [sys.executable, "-P", "-m", "pytest", "-q"]
+PYTHON = [sys.executable, "-P"]
 
 
 def told(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:4.0f} s] {text}", flush=True)
 
 
-def run(command: list, log: Path, seconds: float, environment: dict[str, str] | None = None) -> None:
-    """What a command prints goes to `log` as it comes; it is stopped after so many seconds."""
-    with open(log, "w") as report:
-        process = subprocess.Popen(
-            list(map(str, command)), cwd=log.parent, stdout=report, stderr=subprocess.STDOUT,
-            env=os.environ | (environment or {}),
-        )  # fmt: skip
-        until = time.monotonic() + seconds
-        while process.poll() is None and (left := until - time.monotonic()) > 0:
-            try:
-                process.wait(min(left, 20))
-            except subprocess.TimeoutExpired:
-                told(f"  {last(log)[-100:]}")
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-            report.write(f"\nstopped after {seconds:.0f} s\n")
+class Report:
+    """A folder, its log, and the seconds that are left."""
+
+    def __init__(self, out: Path, seconds: float, wheels: Path | None) -> None:
+        self.out, self.log, self.wheels = out, out / "log.txt", wheels
+        self.until = BEGAN + seconds
+
+    @property
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def run(self, *command: object, seconds: float, **environment: str) -> str:
+        """The last line that a command says. All goes to the log; it is stopped after so many seconds."""
+        with open(self.log, "a") as log:
+            print(f"\n$ {' '.join(map(str, command))[:300]}", file=log, flush=True)
+            process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=self.out,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+                start_new_session=True,
+            )
+            until = time.monotonic() + seconds
+            while process.poll() is None and (left := until - time.monotonic()) > 0:
+                try:
+                    process.wait(min(left, 20))
+                except subprocess.TimeoutExpired:
+                    told(f"  {self.last()[-100:]}")
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # With what it started itself.
+                process.wait()
+                print(f"\nstopped after {seconds:.0f} s", file=log)
+        return self.last()
+
+    def last(self) -> str:
+        return self.log.read_text().strip().splitlines()[-1]
 
 
-def last(log: Path) -> str:
-    lines = log.read_text().strip().splitlines()
-    return lines[-1] if lines else "(nothing said)"
+def build(report: Report) -> str:
+    """Install the package from this source folder, unless what is installed is newer than all of it."""
+    found = []
+    if report.wheels:
+        wheels = [*PYTHON, "-m", "pip", "install", "--no-deps", "--no-index", "--find-links", report.wheels]
+        found.append(report.run(*wheels, "-r", ROOT / "bench" / "peers.txt", seconds=60))
+    probe = "import relssl.kernels, relssl._cuda; print('built', relssl._cuda.__file__)"
+    built = report.run(*PYTHON, "-c", probe, seconds=60)
+    sources = [p for name in ("relssl", "kernels", "csrc") for p in (ROOT / name).rglob("*.*")]
+    newest = max(p.stat().st_mtime for p in sources if p.suffix not in (".pyc", ".so"))
+    if not built.startswith("built ") or Path(built.removeprefix("built ")).stat().st_mtime < newest:
+        pip = [*PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", ROOT]
+        built = report.run(*pip, seconds=min(report.left, 120))
+    return "; ".join([*found, built])
 
 
-def build(out: Path, left: float) -> str:
-    """Install the package from this source folder, unless an installed one has the CUDA kernels."""
-    probe = "import relssl.kernels, relssl._cuda, relssl; print(relssl.__file__)"
-    log = out / "build.txt"
-    run([sys.executable, "-P", "-c", probe], log, 60)
-    if "Error" not in last(log):
-        return f"already installed: {last(log)}"
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", ROOT]
-    run(pip, log, min(left, 240))
-    return last(log)
-
-
-def tests(out: Path, left: float) -> str:
+def tests(report: Report) -> str:
     """The tests that need a GPU, and no other; a skip for want of one would be a failure."""
-    command = [*PYTEST, "-m", "gpu", "--maxfail=40", "-p", "no:cacheprovider"]
+    command = [*PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=40", "-p", "no:cacheprovider"]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     names = ("test_gpu.py", "test_cuda.py", "test_triton.py", "test_losses.py")
     command += [ROOT / "tests" / name for name in names]
-    run(command, out / "tests.txt", min(left, 200), {"RELSSL_REQUIRE_GPU": "1"})
-    return last(out / "tests.txt")
+    return report.run(*command, seconds=min(report.left, 150), RELSSL_REQUIRE_GPU="1")
 
 
-def bench(out: Path, left: float) -> str:
+def bench(report: Report) -> str:
     """pytest bench/ with the grid of a GPU: host time and graph replay are in it."""
-    command = [*PYTEST, ROOT / "bench", "--record", out, "--seconds", left - 40, "-p", "no:cacheprovider"]
-    run(command, out / "bench.txt", left - 15)
-    for recorded in out.glob("*.json"):  # Anew, lest the run was stopped before it drew them.
+    command = [
+        *PYTHON,
+        "-m",
+        "pytest",
+        "-q",
+        ROOT / "bench",
+        "-p",
+        "no:cacheprovider",
+        "--record",
+        report.out,
+    ]
+    found = report.run(*command, "--seconds", report.left - 40, seconds=report.left - 15)
+    try:
         from plots import draw
 
-        draw(recorded)
-    return last(out / "bench.txt")
+        for recorded in report.out.glob("*.json"):  # Anew, lest the run was stopped before it drew them.
+            draw(recorded)
+    except ImportError as missing:
+        found += f"; no plots: {missing}"
+    return found
 
 
 # A few rows and tiles of each width, by both kernels and on both paths of the exponent.
@@ -102,15 +135,14 @@ torch.cuda.synchronize()
 """
 
 
-def sanitizer(out: Path, left: float) -> str:
+def sanitizer(report: Report) -> str:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return "compute-sanitizer is not here"
     found = []
     for kernel, kind in itertools.product(("sm_80", "sm_90a"), ("memcheck", "racecheck")):
-        log = out / f"{kind}-{kernel}.txt"
-        run([tool, "--tool", kind, sys.executable, "-P", "-c", SANITIZED, kernel], log, 60)
-        found.append(f"{kind}, {kernel}: {last(log)}")
+        last = report.run(tool, "--tool", kind, *PYTHON, "-c", SANITIZED, kernel, seconds=60)
+        found.append(f"{kind}, {kernel}: {last}")
     return "; ".join(found)
 
 
@@ -122,14 +154,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=["build", "tests", "bench"])
     parser.add_argument("--seconds", type=float, default=470, help="that all parts may take")
+    parser.add_argument("--wheels", type=Path, help="folder with the peers' wheels")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    report = Report(out, options.seconds, options.wheels and options.wheels.resolve())
     lines = []
     for name in options.parts:
         told(f"{name} ...")
         try:
-            found = PARTS[name](out, options.seconds - (time.monotonic() - BEGAN))
+            found = PARTS[name](report)
         except Exception:
             found = traceback.format_exc(limit=-2)
         told(f"{name}: {found}")

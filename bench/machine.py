@@ -20,7 +20,6 @@ def about() -> dict[str, str]:
     """Device, driver, versions, commit and date; all words."""
     told = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _processor(),
-        "driver": _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -32,6 +31,7 @@ def about() -> dict[str, str]:
     if DEVICE == "cuda":
         import triton
 
+        told["driver"] = _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         told["triton"] = triton.__version__
     return {name: value for name, value in told.items() if value}
 
@@ -39,8 +39,13 @@ def about() -> dict[str, str]:
 def available_bytes() -> int:
     """What a peer may still fill."""
     if DEVICE == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _processor() -> str:
@@ -75,17 +80,27 @@ def _told(*command: str) -> str:
         return ""
 
 
+def matrix_product(dtype: torch.dtype) -> tuple[Callable, int]:
+    """The yardstick: a product large enough to reach the full rate, and its flop.
+
+    On a CPU of float32 whatever is asked for: without instructions for 16 bits it would take seconds.
+    """
+    side, kind = (768, torch.float32) if DEVICE == "cpu" else (8192, dtype)
+    a = torch.randn(side, side, device=DEVICE, dtype=kind)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, a, out=out), 2 * side**3
+
+
 def limits() -> dict[str, float]:
     """Rates of the device that bound the work: flop of products, bytes read, exponentials; per second.
 
     Products are of float32, on a GPU of bfloat16. Exponentials of a GPU are not measured: they are what its
     special function units could do, 16 a clock and processor.
     """
-    side, kind = (1024, torch.float32) if DEVICE == "cpu" else (8192, torch.bfloat16)
-    a = torch.randn(side, side, device=DEVICE, dtype=kind)
+    product, flop = matrix_product(torch.bfloat16)
     far = torch.ones(2**26, device=DEVICE)  # 256 MiB, more than caches hold
     rates = {
-        "matmul": 2 * side**3 / _seconds(lambda: a @ a),
+        "matmul": flop / _seconds(product),
         "bandwidth": 4 * far.numel() / _seconds(far.sum),
     }
     if DEVICE == "cpu":

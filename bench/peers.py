@@ -58,7 +58,10 @@ def matrices(case: Case) -> int:
 def package(name: str, module: str) -> ModuleType:
     if importlib.util.find_spec(module.split(".")[0]) is None:
         raise Unfit(f"{name} is not installed")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ImportError as missing:
+        raise Unfit(f"{name}: {missing}") from missing
 
 
 def solo(module: str) -> ModuleType:
@@ -97,6 +100,7 @@ def fitting(p: Problem, backend: str) -> str:
 def ours(p: Problem, backend: str, kernel: str = "") -> Loss:
     """relssl's loss, by one of its backends; "auto" is what a user gets who does not ask."""
     name, case = fitting(p, backend), p.case
+    os.environ["RELSSL_CUDA_KERNEL"] = kernel
     if case.work == "nt_xent":
         return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
     if case.work == "info_nce":
@@ -161,6 +165,7 @@ compile_once = cache(torch.compile)
 
 def compiled(p: Problem) -> Loss:
     """As by default: the first shape on its own, which is the yardstick; at the next, once for all others."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # Lest eager code go by its name.
     loss, *arguments = EAGER[p.case.work](p)
     fast = compile_once(loss)
     return lambda: fast(*arguments)
@@ -175,8 +180,9 @@ class _Attention(torch.autograd.Function):
     """torch's own flash attention with keys = values = queue, which also gives the log-sum-exp.
 
     What is left is the epilogue that relssl has, gradient in forward included: the strongest a user could
-    put together from parts, given the idea. On a GPU a queue in one piece keeps as many processors busy as
-    there are blocks of rows; in `splits` pieces, as heads whose results are merged, all.
+    put together from parts, given the idea. A queue in one piece keeps as many processors busy as there are
+    blocks of rows (on a GPU, more where the kernel itself splits keys); in `splits` pieces, as heads whose
+    results are merged, all.
     """
 
     @staticmethod
@@ -261,9 +267,9 @@ def _(p: Problem) -> Loss:
 # ------------------------------------------------------------------------------------------------ packages
 
 
-@peer("relation", "liger-kernel", form="kl")
+@peer("relation", "liger-kernel", form="kl", keeps=lambda case: 40 * min(case.rows, 1024) * case.size)
 def _(p: Problem) -> Loss:
-    """Distillation of a linear head, in chunks of rows, by PyTorch; computes the head's gradient, too."""
+    """Distillation of a linear head, 1,024 rows at a time, by PyTorch; computes the head's gradient, too."""
     jsd = package("liger-kernel", "liger_kernel.chunked_loss.jsd_loss")
     loss = jsd.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
     return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue, p.targets)
@@ -274,7 +280,7 @@ def _(p: Problem) -> Loss:
     needs_gpu(p, "liger-kernel, Triton")
     jsd = package("liger-kernel", "liger_kernel.transformers.fused_linear_jsd")
     loss = jsd.LigerFusedLinearJSD(jsd_beta=0.0)
-    return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue)
+    return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue, None)
 
 
 @peer("bank", "liger-kernel")
@@ -290,7 +296,8 @@ def _(p: Problem) -> Loss:
     """Its Triton kernels on a GPU, its torch.compile implementation elsewhere."""
     loss = package("cut-cross-entropy", "cut_cross_entropy").linear_cross_entropy
     kind = "torch_compile" if p.device == "cpu" else "cce"
-    return lambda: loss(p.q / INFO_NCE, p.queue, p.targets, impl=kind)
+    # Its default leaves small terms out of the gradient: here, all that the queue contributes.
+    return lambda: loss(p.q / INFO_NCE, p.queue, p.targets, filter_eps=None, impl=kind)
 
 
 @peer("bank", "inf-cl")

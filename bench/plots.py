@@ -1,7 +1,4 @@
-"""Plots of recorded results, and the README's part that shows them.
-
-python bench/figures.py        draws bench/results/*.json anew and writes README.md's table (make figures)
-"""
+"""Plots of a run's results: time and memory against K, rates, and the loss's share of a training step."""
 
 import hashlib
 import json

@@ -109,6 +109,10 @@ def show(document: dict, width: int) -> None:
             if "of_fma_rate" in entry:
                 told = f"{entry['of_fma_rate']:.2f} of the rate of multiply-adds in registers"
                 console.print(f"  {entry['peer']}: {told}", style="dim")
+            if "host_us" in entry and own(entry["peer"]):
+                console.print(
+                    f"  {entry['peer']}: the host takes {entry['host_us']:.0f} µs a call", style="dim"
+                )
             if "loss_share" in entry:
                 told = f"{number(entry['loss_ms'])} ms, {entry['loss_share']:.0%} of the step"
                 console.print(f"  of {entry['peer']}'s, the losses are {told}", style="dim")

@@ -6,15 +6,15 @@ from statistics import median
 import pytest
 import torch
 from grid import DEFAULT, MORE, SLOW
-from machine import DEVICE, available_bytes
+from machine import DEVICE, available_bytes, matrix_product
 from memory import COMPILES, case_memory, measurable, runner
-from peers import PEERS, Unfit, find
+from peers import GRAPH, PEERS, Unfit, find
 from timing import alternate
 from work import Problem
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
+# In 16 bits eager code is wrong by up to 2 %; a loss that left the queue out of its gradient would be by 4 %.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.03}
 SECONDS = 0.8  # that the rounds of a case and peer may take
-PRODUCT = 768 if DEVICE == "cpu" else 8192  # side of the matrices whose product is the yardstick
 
 
 def parameters() -> list:
@@ -41,27 +41,31 @@ def test_loss(problem, name, benchmark, results, full):
     try:
         needed, free = peer.keeps(case), available_bytes()
         if needed > free:
-            raise Unfit(f"{name} would need some {needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free")
+            gib = f"{needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free"
+            raise Unfit(f"{name} would need some {gib}")
         run, ours = runner(problem, name), runner(problem, "relssl")
         value, grads = run()
+        error = problem.error(value, grads, peer.form, peer.normalises)
+        assert error <= TOLERANCE[case.dtype], f"wrong by {error:.1e}: not timed"
     except Unfit as why:
         results.absent(case, name, str(why))
         pytest.skip(str(why))
-    error = problem.error(value, grads, peer.form, peer.normalises)
-    assert error <= TOLERANCE[case.dtype], f"{name} is wrong by {error:.1e}: it is not timed"
+    except Exception as why:
+        results.absent(case, name, f"failed: {str(why).splitlines()[0]}")
+        raise
     del value, grads
 
-    kind = torch.float32 if DEVICE == "cpu" else problem.q.dtype  # CPUs without bfloat16 would take minutes.
-    a = torch.randn(PRODUCT, PRODUCT, device=DEVICE, dtype=kind)
-    out = torch.empty_like(a)
+    fma = multiply_adds() if name == "relssl cpu" else 0.0
+    between, flop = matrix_product(problem.q.dtype)
     benchmark.group = str(case)
-    seconds = alternate(benchmark, DEVICE, ours, run, lambda: torch.mm(a, a, out=out), SECONDS * (1 + full))
+    seconds = alternate(benchmark, DEVICE, ours, run, between, SECONDS * (1 + full))
     extra = {}
-    if name == "relssl cpu":
-        extra["of_fma_rate"] = round(case.flop / median(seconds["peer"]) / multiply_adds(), 3)
+    if fma:
+        rate = case.flop / median(seconds["peer"])
+        extra["of_fma_rate"] = round(rate / max(fma, multiply_adds()), 3)
     if DEVICE == "cuda":
         extra["host_us"] = round(1e6 * host_seconds(run), 1)
-    results.timed(case, name, seconds, error, peak(problem, name, run, full), 2 * PRODUCT**3, extra)
+    results.timed(case, name, seconds, error, peak(problem, name, run, full), flop, extra)
 
 
 def multiply_adds() -> float:
@@ -77,19 +81,22 @@ def multiply_adds() -> float:
 
 
 def host_seconds(run) -> float:
-    """Of one call's Python, launches and all, while the device is busy elsewhere."""
+    """Of one call's Python, launches and all, which do not wait for the device."""
     torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(20):
+    began, calls = time.perf_counter(), 0
+    while calls < 20 and time.perf_counter() - began < 0.2:
         run()
+        calls += 1
     taken = time.perf_counter() - began
     torch.cuda.synchronize()
-    return taken / 20
+    return taken / calls
 
 
 def peak(problem: Problem, name: str, run, full: bool) -> int | None:
     """Bytes beyond inputs and queue."""
     case = problem.case
+    if name.endswith(GRAPH):  # It was allocated when the graph was made.
+        return None
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

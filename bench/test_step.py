@@ -110,18 +110,23 @@ def test_step(name, size, kind, benchmark, results):
     views = F.normalize(torch.randn(3, ROWS, DIM, device=DEVICE, generator=generator), dim=2).requires_grad_()
     sides = {side: METHODS[name](size, side) for side in ("relssl", kind)}
 
+    def autocast() -> torch.autocast:
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
     def losses(side) -> Tensor:
-        return torch.autograd.grad(side.losses(views), views)[0]
+        with autocast():
+            loss = side.losses(views)
+        return torch.autograd.grad(loss, views)[0]
 
     gradients = [losses(side) for side in sides.values()]
     error = ((gradients[-1] - gradients[0]).norm() / gradients[0].norm()).item()
-    assert error < 1e-4
+    assert error < (1e-4 if DEVICE == "cpu" else 0.03)
 
     def step(side):
         optimizer = optimizer_of(side.method, side.config)
 
         def run() -> None:
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            with autocast():
                 loss = side.loss(images)
             optimizer.zero_grad()
             loss.backward()

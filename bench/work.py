@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 STUDENT, TEACHER = 0.1, 0.04  # ReSSL
 INFO_NCE, NT_XENT = 0.2, 0.5  # MoCo v2; SimCLR, CC and SACC
-BLOCK = 2**21  # similarities that the oracle holds at a time
+BLOCK = 2**26 if torch.cuda.is_available() else 2**21  # similarities that the oracle holds at a time
 
 TITLES = {
     "relation": "relation loss",
@@ -67,11 +67,11 @@ class Case:
 
 # Matrix products: similarities, and the queue's means where there is a gradient.
 UNITS: dict[str, Callable[[Case], int]] = {
-    "relation": lambda case: 4 if case.grad else 3,  # The loss alone has no use for the student's mean.
-    "multi_crop": lambda case: 2 * (case.views + 1) if case.grad else case.views + 2,
+    "relation": lambda case: 4 if case.grad else 2,
+    "multi_crop": lambda case: (case.views + 1) * (2 if case.grad else 1),
     "info_nce": lambda case: 2 if case.grad else 1,
     "bank": lambda case: 2 if case.grad else 1,
-    "nt_xent": lambda case: 3 if case.grad else 1,  # E z and E (z / Z), E being symmetric.
+    "nt_xent": lambda case: 3 if case.grad else 1,  # The sums, then again with (E / Z_i + E / Z_j) z_j.
 }
 
 
