@@ -36,6 +36,8 @@ def section(path: Path, document: dict, root: Path) -> str:
     versions = ", ".join(
         f"{n} {document[n]}" for n in ("driver", "torch", "triton", "commit", "date") if n in document
     )
+    runs = max(e.get("runs", 1) for e in entries)
+    versions += f"; the median of {runs} runs" if runs > 1 else ""
     lines = [f"**{document['device']}** ({versions}): {title}", ""]
     lines += ["| | ms | times relssl's | error | MiB | of torch.mm's rate |", "|---|---|---|---|---|---|"]
     for e in entries:

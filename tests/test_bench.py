@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare
 import figures
 import memory
+import merge
 import oracle
 import peers
 import plots
@@ -159,3 +161,21 @@ def test_a_run_ends_with_table_json_and_plots(tmp_path):
         assert 0 < low <= entry["times_ours"][0] <= high and entry["error"] < 1e-4
     assert f"{timed['eager']['times_ours'][0]:.2f}" in run.stdout
     assert recorded.with_name(f"{recorded.stem}-rate.png").exists()
+
+
+def test_runs_are_merged():
+    entry = {"title": "t", "shape": "s", "peer": "eager", "rounds": 3, "error": 1e-7, "bytes": 5}
+    about = {"device": "d", "threads": "2", "torch": "2", "commit": "c"}
+    runs = [
+        about | {"results": [entry | {"ms": [10.0, 9.0, 12.0], "times_ours": [4.0, 3.5, 4.4]}]},
+        about | {"results": [entry | {"ms": [12.0, 8.0, 13.0], "times_ours": [5.0, 4.9, 5.5], "bytes": 7}]},
+        about | {"results": [entry | {"ms": [11.0, 9.0, 14.0], "times_ours": [4.5, 4.0, 5.0]}]},
+    ]
+    (got,) = merge.merged(runs)["results"]
+    assert got["ms"] == [11.0, 8.0, 14.0] and got["times_ours"] == [4.5, 3.5, 5.5]
+    assert (got["runs"], got["rounds"], got["bytes"]) == (3, 9, 7)
+    assert not compare.agree([4.0, 3.5, 4.4], [5.0, 4.9, 5.5]) and compare.agree(
+        got["times_ours"], [5.0, 4.9, 5.5]
+    )
+    with pytest.raises(ValueError, match="more than one commit: "):
+        merge.merged([runs[0], runs[1] | {"commit": "other"}])
