@@ -164,6 +164,8 @@ def roofline(document: dict):
     axis.set(xscale="log", yscale="log", xlabel="flop for a byte of the queue (8 B / bytes of a value)")
     axis.set(ylabel=f"{'TFlop' if scale == 1e12 else 'GFlop'}/s")
     axis.set_xscale("log", base=2)
+    low, high = min(e["flop_rate"] for e in entries), max(tops.values())
+    axis.set_ylim(low / scale / 3, high / scale * 4)
     axis.grid(alpha=0.25)
     figure.suptitle(f"relation loss, forward + backward, K 65,536 and more\n{document['device']}")
     return figure
