@@ -1,12 +1,14 @@
 """README.md's part on speed, written from bench/results (make figures).
 
-python bench/figures.py        draws the plots of bench/results/*.json anew, and writes README.md's tables
+    python bench/figures.py
+
+draws the plots of bench/results/*.json anew, and writes what lies between two marks in README.md.
 """
 
 import json
 from pathlib import Path
 
-from report import groups, number, own
+from report import cells, groups, number, own
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -42,18 +44,9 @@ def section(path: Path, document: dict, root: Path) -> str:
     lines += ["| | ms | times relssl's | error | MiB | of torch.mm's rate |", "|---|---|---|---|---|---|"]
     for e in entries:
         if "ms" in e:
-            mid, low, high = e["times_ours"]
-            cells = [
-                e["peer"],
-                number(e["ms"][0]),
-                f"{mid:.2f} ({low:.2f} to {high:.2f})",
-                f"{e['error']:.0e}",
-            ]
-            cells += [
-                number(e["bytes"] / 2**20) if "bytes" in e else "",
-                f"{e['flop_rate'] / e['matmul_rate']:.2f}",
-            ]
-            lines.append("| " + " | ".join(f"**{c}**" if own(e["peer"]) else c for c in cells) + " |")
+            name, ms, times, spread, *rest = cells(e)
+            row = [name, ms, f"{times} ({spread})", *rest]
+            lines.append("| " + " | ".join(f"**{c}**" if own(e["peer"]) else c for c in row) + " |")
     lines += ["", "| | relssl, ms | times that: eager | best other | |", "|---|---|---|---|---|"]
     for title, entries in others:
         rest = [e for e in entries if "ms" in e and not e["peer"].startswith("relssl")]

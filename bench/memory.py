@@ -13,15 +13,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-import torch
-from peers import GRAPH, find
-from work import Case, Problem
+from work import Case
 
 COMPILES = ("torch.compile", "liger-kernel", "cut-cross-entropy")  # Whose warm-up must have the same size.
 
@@ -31,49 +27,13 @@ def measurable() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK) and os.access("/proc/self/status", os.R_OK)
 
 
-def runner(problem: Problem, name: str) -> Callable[[], tuple]:
-    """A peer's function that gives the loss and, where the case says so, its gradients."""
-    if name.endswith(GRAPH):
-        return replayed(runner(problem, name.removesuffix(GRAPH)))
-    loss, leaves = find(problem.case.work, name).make(problem), problem.leaves
-
-    def forward() -> tuple:
-        with torch.no_grad():
-            return loss(), ()
-
-    def both() -> tuple:
-        value = loss()
-        return value, torch.autograd.grad(value, leaves)
-
-    return both if problem.case.grad else forward
-
-
-def replayed(run: Callable[[], tuple]) -> Callable[[], tuple]:
-    """The same as a CUDA graph, which has no launches to wait for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-
-    def replay() -> tuple:
-        graph.replay()
-        return results
-
-    return replay
-
-
 def case_memory(case: Case, name: str) -> int:
     """Bytes that a peer needs on the CPU beyond inputs and queue. RuntimeError if it fails."""
     small = case if name in COMPILES else replace(case, rows=8, size=min(case.size, 1024))
-    code = "from memory import Case, Problem, runner\nrun = runner(Problem(Case(**{}), 'cpu'), {!r})"
-    setup, warm_up = (code.format(asdict(c), name) for c in (case, small))
-    return peak_extra_memory(
-        "result = run()", setup=setup, warm_up=warm_up.replace("run =", "small =") + "\nsmall()"
-    )
+    setup = "from peers import runner\nfrom work import Case, Problem\n"
+    for variable, each in {"run": case, "small": small}.items():
+        setup += f"{variable} = runner(Problem(Case(**{asdict(each)}), 'cpu'), {name!r})\n"
+    return peak_extra_memory("result = run()", setup=setup, warm_up="small()")
 
 
 def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> int:
@@ -85,17 +45,16 @@ def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> 
 
     Raises RuntimeError with its message if the code fails.
     """
-    server, lock = _server()
-    with lock:
-        print(json.dumps([setup, warm_up, statement]), file=server.stdin, flush=True)
-        answer = json.loads(server.stdout.readline())
+    server = _server()
+    print(json.dumps([setup, warm_up, statement]), file=server.stdin, flush=True)
+    answer = json.loads(server.stdout.readline())
     if isinstance(answer, str):
         raise RuntimeError(answer)
     return answer
 
 
 @cache
-def _server() -> tuple[subprocess.Popen, threading.Lock]:
+def _server() -> subprocess.Popen:
     command = [
         sys.executable,
         "-c",
@@ -105,10 +64,12 @@ def _server() -> tuple[subprocess.Popen, threading.Lock]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen(command, cwd=tempfile.gettempdir(), text=True, **pipes)
     atexit.register(server.communicate)  # Closes its input.
-    return server, threading.Lock()
+    return server
 
 
 def _serve() -> None:
+    # All that a child may import, once.
+    import peers  # noqa: F401
     import torch._inductor.compile_fx  # noqa: F401
 
     out = os.fdopen(os.dup(1), "w")

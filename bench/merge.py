@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from report import rounded
+
 SAME = ("device", "threads", "torch", "commit")
 
 
@@ -32,13 +34,13 @@ def _together(entries: list[dict]) -> dict:
     result = timed[0] | {"runs": len(timed), "rounds": sum(e["rounds"] for e in timed)}
     for name in ("ms", "times_ours"):
         mids, lows, highs = zip(*(e[name] for e in timed), strict=True)
-        result[name] = [float(f"{v:.4g}") for v in (median(mids), min(lows), max(highs))]
+        result[name] = rounded([median(mids), min(lows), max(highs)])
     for name in ("error", "bytes"):
         if found := [e[name] for e in timed if name in e]:
             result[name] = max(found)
     for name in ("flop_rate", "matmul_rate", "of_fma_rate", "loss_ms", "loss_share", "host_us"):
         if found := [e[name] for e in timed if name in e]:
-            result[name] = float(f"{median(found):.4g}")
+            (result[name],) = rounded([median(found)])
     return result
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -97,10 +97,9 @@ def fitting(p: Problem, backend: str) -> str:
     return backend
 
 
-def ours(p: Problem, backend: str, kernel: str = "") -> Loss:
+def ours(p: Problem, backend: str) -> Loss:
     """relssl's loss, by one of its backends; "auto" is what a user gets who does not ask."""
     name, case = fitting(p, backend), p.case
-    os.environ["RELSSL_CUDA_KERNEL"] = kernel
     if case.work == "nt_xent":
         return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
     if case.work == "info_nce":
@@ -112,36 +111,70 @@ def ours(p: Problem, backend: str, kernel: str = "") -> Loss:
             return (lse - (p.q * p.k).sum(1) / INFO_NCE).mean()
 
         return bank
-
-    def relation() -> Tensor:
-        os.environ["RELSSL_CUDA_KERNEL"] = kernel
-        return relation_loss(p.q, p.k, p.queue, form="ce", backend=name)
-
-    return relation
-
-
-def sm_90a(p: Problem) -> Loss:
-    if fitting(p, "cuda") and torch.cuda.get_device_capability() != (9, 0):
-        raise Unfit("the kernel of sm_90a needs a Hopper GPU")
-    return ours(p, "cuda", "sm_90a")
-
-
-def stored(name: str) -> Callable[[Case], int]:
-    return matrices if name == "reference" else lambda case: 0
+    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)
 
 
 for _work in ("relation", "multi_crop", "info_nce", "bank", "nt_xent"):
     for _name in backends.MODULES:
-        PEERS.setdefault(_work, {})[f"relssl {_name}"] = Peer(
-            lambda p, name=_name: ours(p, name), keeps=stored(_name)
-        )
-PEERS["relation"]["relssl cuda, sm_90a"] = Peer(sm_90a)
-PEERS["relation"]["relssl triton" + GRAPH] = Peer(lambda p: ours(p, "triton"))
+        _traits = {"keeps": matrices} if _name == "reference" else {}
+        peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
+peer("relation", "relssl triton" + GRAPH)(partial(ours, backend="triton"))
+
+
+@peer("relation", "relssl cuda, sm_90a")
+def _(p: Problem) -> Loss:
+    loss = ours(p, "cuda")
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise Unfit("the kernel of sm_90a needs a Hopper GPU")
+
+    def run() -> Tensor:
+        os.environ["RELSSL_CUDA_KERNEL"] = "sm_90a"
+        try:
+            return loss()
+        finally:
+            del os.environ["RELSSL_CUDA_KERNEL"]  # Others' calls come between.
+
+    return run
 
 
 def find(work: str, name: str) -> Peer:
     """A peer by name; "relssl" is relssl's backend "auto"."""
-    return Peer(lambda p: ours(p, "auto")) if name == "relssl" else PEERS[work][name]
+    return Peer(partial(ours, backend="auto")) if name == "relssl" else PEERS[work][name]
+
+
+def runner(problem: Problem, name: str) -> Callable[[], tuple]:
+    """A peer's function that gives the loss and, where the case says so, its gradients."""
+    if name.endswith(GRAPH):
+        return replayed(runner(problem, name.removesuffix(GRAPH)))
+    loss, leaves = find(problem.case.work, name).make(problem), problem.leaves
+
+    def forward() -> tuple:
+        with torch.no_grad():
+            return loss(), ()
+
+    def both() -> tuple:
+        value = loss()
+        return value, torch.autograd.grad(value, leaves)
+
+    return both if problem.case.grad else forward
+
+
+def replayed(run: Callable[[], tuple]) -> Callable[[], tuple]:
+    """The same as a CUDA graph, which has no launches to wait for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def replay() -> tuple:
+        graph.replay()
+        return results
+
+    return replay
 
 
 # ------------------------------------------------------------------------------------------------ PyTorch

@@ -17,6 +17,9 @@ COLOURS = {
     "torch.compile": "#d98a2b",
     "attention": "#3f8f5f",
     "attention, split queue": "#8cc5a2",
+    "relssl cuda": "#0b8f9c",
+    "relssl cuda, sm_90a": "#123c6b",
+    "relssl triton, graph": "#5b93cf",
     "relssl chunked": "#7fa9d8",
     "relssl reference": "#c9c9c9",
     "liger-kernel": "#8a5aa8",
@@ -46,6 +49,10 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def colour(name: str) -> str:
+    return COLOURS.get(name, OURS if own(name) else GREY)
+
+
 def timed(document: dict, work: str) -> list[dict]:
     return [e for e in document["results"] if e["work"] == work and "ms" in e]
 
@@ -64,7 +71,7 @@ def by_size(document: dict):
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.6), layout="constrained")
     names = list(dict.fromkeys(e["peer"] for e in entries))
     for name in sorted(names, key=own):  # Ours last, above the others.
-        line = {"color": OURS if own(name) else COLOURS.get(name, GREY), "marker": "o", "markersize": 3.5}
+        line = {"color": colour(name), "marker": "o", "markersize": 3.5}
         line |= {"linewidth": 2.6, "zorder": 5} if own(name) else {"linewidth": 1.4}
         mine = [e for e in entries if e["peer"] == name and (e["rows"], e["dim"], e["dtype"]) == kind]
         if not mine:
@@ -117,14 +124,11 @@ def roofline(document: dict):
     read again comes from a cache.
     """
     limits, dim = document["limits"], 128
-    bytes_each = 2 if "driver" in document else 4
-    entries = [
-        e for e in timed(document, "relation") if e["grad"] and own(e["peer"]) and "graph" not in e["peer"]
-    ]
+    dtype, bytes_each = ("bfloat16", 2) if "driver" in document else ("float32", 4)
     entries = [
         e
-        for e in entries
-        if e["size"] >= 65_536 and e["dtype"] == ("float32" if bytes_each == 4 else "bfloat16")
+        for e in timed(document, "relation")
+        if e["grad"] and own(e["peer"]) and e["size"] >= 65_536 and e["dtype"] == dtype
     ]
     if not entries:
         return None
@@ -150,7 +154,9 @@ def roofline(document: dict):
     for name in dict.fromkeys(e["peer"] for e in entries):
         mine = list({(e["rows"], e["dim"]): e for e in reversed(entries) if e["peer"] == name}.values())
         at = [8 * e["rows"] / bytes_each for e in mine]
-        axis.plot(at, [e["flop_rate"] / scale for e in mine], "o", color=OURS, label=name, markersize=5)
+        axis.plot(
+            at, [e["flop_rate"] / scale for e in mine], "o", color=colour(name), label=name, markersize=5
+        )
         for e, x in zip(mine, at, strict=True):
             told = f"B {e['rows']}" + (f", D {e['dim']}" if e["dim"] != dim else "")
             axis.annotate(
@@ -166,6 +172,7 @@ def roofline(document: dict):
     axis.set_xscale("log", base=2)
     low, high = min(e["flop_rate"] for e in entries), max(tops.values())
     axis.set_ylim(low / scale / 3, high / scale * 4)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     axis.grid(alpha=0.25)
     figure.suptitle(f"relation loss, forward + backward, K 65,536 and more\n{document['device']}")
     return figure
@@ -182,16 +189,13 @@ def steps(document: dict):
         mine = [e for e in entries if e["title"].endswith(name)]
         sizes = sorted({e["size"] for e in mine})
         for e in mine:
-            fast = e["peer"] == "relssl"
-            at, colour = (
-                sizes.index(e["size"]) + (0.2 if not fast else -0.2),
-                OURS if fast else COLOURS["eager"],
-            )
+            side, shade = (-0.2, OURS) if e["peer"] == "relssl" else (0.2, COLOURS["eager"])
+            at = sizes.index(e["size"]) + side
             loss = min(e["loss_ms"], e["ms"][0])
             axis.bar(at, e["ms"][0] - loss, 0.36, color="#d9d9d9")
-            axis.bar(at, loss, 0.36, bottom=e["ms"][0] - loss, color=colour)
+            axis.bar(at, loss, 0.36, bottom=e["ms"][0] - loss, color=shade)
             told = f"{e['loss_share']:.0%}"
-            axis.text(at, e["ms"][0], told, ha="center", va="bottom", fontsize=9, color=colour)
+            axis.text(at, e["ms"][0], told, ha="center", va="bottom", fontsize=9, color=shade)
         axis.set_xticks(range(len(sizes)), [f"{k:,}" for k in sizes])
         axis.set(xlabel="queue rows K", ylabel="one step (ms)", title=f"{name}, B {mine[0]['rows']}")
         axis.margins(y=0.12)

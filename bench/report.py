@@ -22,7 +22,9 @@ class Results:
         self.path = folder / f"{name}.json" if folder else None
 
     def document(self) -> dict:
-        return {**self.about, "limits": self.limits, "results": self.entries}
+        """What is kept; limits, which take a second to measure, only in a file."""
+        limits = {"limits": self.limits} if self.path else {}
+        return {**self.about, **limits, "results": self.entries}
 
     @cached_property
     def limits(self) -> dict[str, float]:

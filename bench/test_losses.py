@@ -7,8 +7,8 @@ import pytest
 import torch
 from grid import DEFAULT, MORE, SLOW
 from machine import DEVICE, available_bytes, matrix_product
-from memory import COMPILES, case_memory, measurable, runner
-from peers import GRAPH, PEERS, Unfit, find
+from memory import COMPILES, case_memory, measurable
+from peers import GRAPH, PEERS, Unfit, find, runner
 from timing import alternate
 from work import Problem
 

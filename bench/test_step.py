@@ -11,6 +11,7 @@ import eager
 import pytest
 import torch
 from machine import DEVICE
+from report import rounded
 from timing import alternate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,9 +139,6 @@ def test_step(name, size, kind, benchmark, results):
     benchmark.group = str(case)
     seconds = alternate(benchmark, DEVICE, ours, theirs, lambda: losses(sides[kind]), 2.5)
     alone = median(seconds["between"])
-    extra = {
-        "title": f"{case.title}, {ARCH} at {SIZE} px",
-        "loss_ms": float(f"{1e3 * alone:.4g}"),
-        "loss_share": float(f"{alone / median(seconds['peer']):.3g}"),
-    }
+    extra: dict = {"title": f"{case.title}, {ARCH} at {SIZE} px"}
+    extra["loss_ms"], extra["loss_share"] = rounded([1e3 * alone, alone / median(seconds["peer"])])
     results.timed(case, kind, seconds, None, None, extra=extra)

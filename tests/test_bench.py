@@ -96,7 +96,7 @@ def test_peers_agree(case, name, monkeypatch):
         pytest.skip("not one of its peers")
     problem = work.Problem(case, "cpu")
     peer = peers.find(case.work, name)
-    value, grads = memory.runner(problem, name)()
+    value, grads = peers.runner(problem, name)()
     assert problem.error(value, grads, peer.form, peer.normalises) < 1e-5
 
 
