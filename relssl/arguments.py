@@ -5,11 +5,12 @@ where that is free: on the CPU, outside torch.compile and torch.func.
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from relssl.backends.common import Temperature
+from relssl.backends.common import Temperature, autocasts, cast
 from relssl.queue import FeatureQueue
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -18,6 +19,17 @@ try:  # Private, so guarded: tells which torch.func transform is running, if any
     from torch._C._functorch import peek_interpreter_stack
 except ImportError:
     peek_interpreter_stack = None  # type: ignore[assignment]
+
+
+try:  # Private, too: the hooks on what autograd saves, such as activation checkpointing's.
+    from torch._C._autograd import _top_saved_tensors_default_hooks
+except ImportError:
+    _top_saved_tensors_default_hooks = None  # type: ignore[assignment]
+
+
+def saving_is_hooked() -> bool:
+    """Whether tensors that autograd saves go through somebody's hooks, as far as torch tells."""
+    return _top_saved_tensors_default_hooks is None or _top_saved_tensors_default_hooks(False) is not None
 
 
 def transformed() -> bool:
@@ -29,8 +41,17 @@ def transformed() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def normal(t: Any) -> Any:
+    """t, or a copy of a tensor made under inference mode, which autograd would refuse to save."""
+    if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_inference():
+        return t.clone()
+    return t
+
+
 def _readable(t: Tensor) -> bool:
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    """Whether a value costs no wait and exists: that of a subclass, such as FakeTensor, may not."""
+    plain = type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling() and not transformed()
 
 
 def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
@@ -44,20 +65,26 @@ def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
 
 
-def _temperature(name: str, value: Temperature, device: torch.device) -> None:
+def _temperature(name: str, value: Temperature, device: torch.device) -> Temperature:
+    """The temperature: as it is, or a tensor's one element as a 0-d tensor."""
+    number = value
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be a number or a floating-point tensor, got {value.dtype}")
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.numel() != 1:
+            got = tuple(value.shape)
+            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {got}")
         _same_device(name, value, device)
-        if not _readable(value):
-            return
-        value = value.item()
+        scalar: Tensor = normal(value.reshape(()) if value.dim() else value)
+        if not _readable(scalar):
+            return scalar
+        value, number = scalar, scalar.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {kind}")
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} must be positive and finite, got {number}")
+    return value
 
 
 def _same_device(name: str, t: Tensor, device: torch.device) -> None:
@@ -78,43 +105,49 @@ def check_queue(name: str, x: Tensor, queue: Tensor, shapes: dict[int, str]) -> 
         raise ValueError(f"queue has rows of width {queue.shape[1]}, but {name} of width {x.shape[-1]}")
 
 
-def check_pair(q: Tensor, k: Tensor, queue: Tensor, **temperatures: Temperature) -> None:
-    """A query batch q, its keys k and a queue. Raises TypeError, ValueError or RuntimeError."""
+def check_pair(
+    q: Tensor, k: Tensor, queue: Tensor, **temperatures: Temperature
+) -> tuple[Tensor, list[Temperature]]:
+    """Check a query batch q, its keys k and a queue; return k in q's dtype, and the temperatures as scalars.
+
+    Raises TypeError, ValueError or RuntimeError.
+    """
     check_queue("q", q, queue, {2: "[B, D]", 3: "[V, B, D]"})
     _rows("k", k, {2: "[B, D]"})
     _same_device("k", k, q.device)
-    if k.dtype != q.dtype:
-        raise TypeError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
     if k.shape != q.shape[-2:]:
         raise ValueError(f"k must have the last two dimensions of q {tuple(q.shape)}, got {tuple(k.shape)}")
-    for name, value in temperatures.items():
-        _temperature(name, value, q.device)
+    return cast(k, q.dtype), [_temperature(name, t, q.device) for name, t in temperatures.items()]
 
 
 def check_views(
     z1: Tensor, z2: Tensor, queue: Tensor | None, names: tuple[str, str], **temperatures: Temperature
-) -> None:
-    """Two views of a batch, so called, and perhaps a queue. Raises TypeError, ValueError or RuntimeError."""
+) -> tuple[Tensor, list[Temperature]]:
+    """Check two views of a batch, called `names`, and perhaps a queue; return z2 in z1's dtype, and the
+    temperatures as scalars.
+
+    Raises TypeError, ValueError or RuntimeError.
+    """
     first, second = names
     _rows(first, z1, {2: "[N, D]"})
     _rows(second, z2, {2: "[N, D]"})
     _same_device(second, z2, z1.device)
-    if z2.dtype != z1.dtype:
-        raise TypeError(f"{first} and {second} must have one dtype, got {z1.dtype} and {z2.dtype}")
     if z2.shape != z1.shape:
         raise ValueError(f"{second} must have the shape of {first} {tuple(z1.shape)}, got {tuple(z2.shape)}")
     if queue is not None:
         check_queue(first, z1, queue, {2: "[N, D]"})
-    for name, value in temperatures.items():
-        _temperature(name, value, z1.device)
+    return cast(z2, z1.dtype), [_temperature(name, t, z1.device) for name, t in temperatures.items()]
 
 
-def check_lookup(x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None) -> None:
-    """The arguments of queue_logsumexp. Raises TypeError, ValueError or RuntimeError."""
+def check_lookup(x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None) -> Temperature:
+    """Check the arguments of queue_logsumexp; return the temperature as a scalar.
+
+    Raises TypeError, ValueError or RuntimeError.
+    """
     check_queue("x", x, queue, {2: "[R, D]"})
-    _temperature("temperature", temperature, x.device)
+    temperature = _temperature("temperature", temperature, x.device)
     if exclude is None:
-        return
+        return temperature
     if not isinstance(exclude, Tensor) or exclude.dtype != torch.int64:
         kind = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__
         raise TypeError(f"exclude must be an int64 tensor, got {kind}")
@@ -125,6 +158,7 @@ def check_lookup(x: Tensor, queue: Tensor, temperature: Temperature, exclude: Te
         low, high = (int(v) for v in exclude.aminmax())
         if low < -1 or high >= len(queue):
             raise ValueError(f"exclude must lie in [-1, {len(queue)}), got values from {low} to {high}")
+    return temperature
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -139,6 +173,6 @@ def compute_dtype(x: Tensor, queue: Tensor) -> torch.dtype:
     """
     if queue.dtype in (torch.bfloat16, torch.float16):
         return queue.dtype
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocasts(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

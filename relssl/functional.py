@@ -44,14 +44,17 @@ def relation_loss(
 
     Any finite input is right; rows are not normalised here. The gradient is computed in the forward
     pass: enqueueing before backward is safe unless the queue requires grad. Double backward recomputes
-    the loss in eager code and raises RuntimeError if the queue has changed since.
+    the loss in eager code and raises RuntimeError if the queue has changed since. Activation checkpointing
+    runs the forward pass again in backward: around this loss, enqueue after backward. Otherwise
+    checkpoint(..., use_reentrant=False) raises RuntimeError; use_reentrant=True notices nothing, and the
+    gradient is the changed queue's.
 
     Args:
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.
-        k: teacher embeddings, [B, D], q's dtype. Detach them where the teacher learns nothing.
+        k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher learns nothing.
         queue: [K, D], or a FeatureQueue. Any strides.
-        student_temperature: number or 0-d tensor, which may require grad. Published: 0.1.
-        teacher_temperature: number or 0-d tensor, which may require grad. Published: 0.04.
+        student_temperature: number or tensor of one element, which may require grad. Published: 0.1.
+        teacher_temperature: number or tensor of one element, which may require grad. Published: 0.04.
         form: "kl" or "ce".
         reduction: "mean" and "sum" over all rows, "none" for a loss of shape [B] or [V, B].
         return_entropy: also return the teacher's entropy H(p_t), reduced alike ([B] for "none"), detached.
@@ -62,7 +65,7 @@ def relation_loss(
     float64), and so is the loss. A queue of another dtype is converted in every call.
 
     Raises:
-        TypeError: wrong or mixed dtypes.
+        TypeError: a wrong dtype.
         ValueError: wrong shapes, an empty queue, an unknown option, a backend that cannot, or a
             temperature that is not positive and finite; where the temperature is a tensor on an
             accelerator, the loss becomes NaN instead.
@@ -71,10 +74,10 @@ def relation_loss(
     rows = queue_rows(queue)
     check_choice("form", form, ("kl", "ce"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_pair(q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
-    loss, entropy = ops.relation(
-        q, k, rows, student_temperature, teacher_temperature, form, reduction, backend
+    k, (tau_s, tau_t) = check_pair(
+        q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
+    loss, entropy = ops.relation(q, k, rows, tau_s, tau_t, form, reduction, backend)
     return (loss, ops.reduce(entropy, reduction)) if return_entropy else loss
 
 
@@ -97,8 +100,8 @@ def info_nce(
     """
     rows = queue_rows(queue)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_pair(q, k, rows, temperature=temperature)
-    return ops.info_nce(q, k, rows, temperature, reduction, backend)
+    k, (tau,) = check_pair(q, k, rows, temperature=temperature)
+    return ops.info_nce(q, k, rows, tau, reduction, backend)
 
 
 def nt_xent(
@@ -123,8 +126,8 @@ def nt_xent(
     Any finite input is right; the papers' rows have norm 1, and are not normalised here.
 
     Args:
-        z1, z2: embeddings of the two views, [N, D], one dtype.
-        temperature: number or 0-d tensor, which may require grad.
+        z1, z2: embeddings of the two views, [N, D]; z2 is cast to z1's dtype.
+        temperature: number or tensor of one element, which may require grad.
         queue: [K, D] or a FeatureQueue of further negatives, which may require grad; None for the paper.
         reduction: "mean" and "sum" over all 2N rows, "none" for a loss of shape [2N], z1's rows first.
         backend: "auto", or a name that `relssl info` lists.
@@ -133,16 +136,16 @@ def nt_xent(
     """
     rows = None if queue is None else queue_rows(queue)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_views(z1, z2, rows, ("z1", "z2"), temperature=temperature)
+    z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), temperature=temperature)
     z = torch.cat((z1, z2))
     dtype = compute_dtype(z, z if rows is None else rows)
     own = torch.arange(len(z), device=z.device)
-    lse, _ = ops.logsumexp(z, z, temperature, own, dtype, False, backend)
+    lse, _ = ops.logsumexp(z, z, tau, own, dtype, False, backend)
     if rows is not None:
-        others, _ = ops.logsumexp(z, rows, temperature, None, dtype, False, backend)
+        others, _ = ops.logsumexp(z, rows, tau, None, dtype, False, backend)
         lse = torch.logaddexp(lse, others)
     x = z.to(dtype).to(lse.dtype)
-    positive = (x * x.roll(len(z1), 0)).sum(1) / temperature
+    positive = (x * x.roll(len(z1), 0)).sum(1) / tau
     return ops.reduce(lse - positive, reduction)
 
 
@@ -155,18 +158,18 @@ def cluster_contrast(
     mean over the 2M columns, a scalar. (Li et al., Contrastive Clustering, AAAI 2021, eq. 5; SACC; tau = 1.)
 
     Args:
-        p1, p2: soft assignments of N images to M clusters in each view, [N, M], one dtype.
-        temperature: number or 0-d tensor, which may require grad.
+        p1, p2: soft assignments of N images to M clusters in each view, [N, M]; p2 is cast to p1's dtype.
+        temperature: number or tensor of one element, which may require grad.
 
     dtypes and errors are those of `relation_loss`. A column of zeros, an empty cluster, has the cosine 0.
     """
-    check_views(p1, p2, None, ("p1", "p2"), temperature=temperature)
+    p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), temperature=temperature)
     wide = torch.promote_types(p1.dtype, torch.float32)
     c1, c2 = (p.mT.to(wide) for p in (p1, p2))
     n1, n2 = (c.norm(dim=1, keepdim=True) for c in (c1, c2))
     # An empty cluster's column stays as it is: its length would make a slope that no dtype holds.
     c1, c2 = (c / n.masked_fill(n < 1e-8, 1.0) for c, n in ((c1, n1), (c2, n2)))
-    return nt_xent(c1, c2, temperature=temperature, backend=backend)
+    return nt_xent(c1, c2, temperature=tau, backend=backend)
 
 
 def cluster_entropy(p: Tensor) -> Tensor:
@@ -207,7 +210,7 @@ def queue_logsumexp(
     Args:
         x: [R, D].
         queue: [K, D], or a FeatureQueue. Any strides.
-        temperature: number or 0-d tensor, which may require grad.
+        temperature: number or tensor of one element, which may require grad.
         exclude: int64 [R]: the queue row that row r leaves out, -1 for none.
         backend: "auto", or a name that `relssl info` lists.
 
@@ -219,5 +222,5 @@ def queue_logsumexp(
     accelerator it makes its row NaN.
     """
     rows = queue_rows(queue)
-    check_lookup(x, rows, temperature, exclude)
-    return ops.logsumexp(x, rows, temperature, exclude, compute_dtype(x, rows), True, backend)
+    tau = check_lookup(x, rows, temperature, exclude)
+    return ops.logsumexp(x, rows, tau, exclude, compute_dtype(x, rows), True, backend)

@@ -32,7 +32,7 @@ class _Loss(nn.Module):
 class RelationLoss(_Loss):
     """`functional.relation_loss` with its settings kept; call it with (q, k, queue).
 
-    A temperature given as nn.Parameter (0-d) is learned.
+    A temperature given as nn.Parameter (of one element) is learned.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RelationLoss(_Loss):
 class InfoNCELoss(_Loss):
     """`functional.info_nce` with its settings kept; call it with (q, k, queue).
 
-    A temperature given as nn.Parameter (0-d) is learned.
+    A temperature given as nn.Parameter (of one element) is learned.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class InfoNCELoss(_Loss):
 class NTXentLoss(_Loss):
     """`functional.nt_xent` with its settings kept; call it with (z1, z2) or (z1, z2, queue).
 
-    A temperature given as nn.Parameter (0-d) is learned.
+    A temperature given as nn.Parameter (of one element) is learned.
     """
 
     def __init__(

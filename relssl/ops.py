@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from relssl import backends
-from relssl.arguments import compute_dtype, transformed
+from relssl.arguments import compute_dtype, normal, saving_is_hooked, transformed
 from relssl.backends import chunked, common, reference
 from relssl.backends.common import Scale, Temperature, accumulator, cast, without_autocast
 
@@ -198,15 +198,64 @@ class _Bank:
 
     def __init__(self, queue: Tensor) -> None:
         self.queue = queue
-        self.version = None if queue.is_inference() else queue._version
+        self.version = _version(queue)
 
     def get(self) -> Tensor:
-        if self.version is None or self.queue._version != self.version:
+        if self.version is None:
+            raise RuntimeError(
+                "this backward must read the queue again (double backward), but the queue was made under"
+                " torch.inference_mode(), where changes are not counted: pass a clone"
+            )
+        if self.queue._version != self.version:
             raise RuntimeError(
                 "this backward must read the queue again (double backward, or the gradient of a mean),"
                 " but the queue has changed since the forward pass: enqueue after backward, or pass a clone"
             )
         return self.queue
+
+
+def _version(queue: Tensor) -> int | None:
+    """How often the queue has been written to, which inference tensors do not count."""
+    return None if queue.is_inference() else queue._version
+
+
+def _witness(queue: Tensor) -> Tensor:
+    """An empty tensor whose shape tells the queue's version, for autograd to save.
+
+    Activation checkpointing runs forward again for backward and raises where the two runs save other shapes:
+    so it raises where the queue has moved in between, and the gradient would be another queue's.
+    """
+    return queue.new_empty((_version(queue) or 0, 0))
+
+
+def _save(ctx: Any, queue: Tensor, keep: bool, *tensors: Tensor | None) -> None:
+    """Save the tensors for backward, and before them the queue or None, which leaves a plain reference to it.
+
+    Where something hooks into what autograd saves, the queue's witness is behind them.
+    """
+    saved = (queue if keep else None, *tensors)
+    if torch.compiler.is_compiling():  # A compiled graph cannot hold a plain reference.
+        ctx.bank = None
+    else:
+        ctx.bank = None if keep else _Bank(queue)
+        for t in saved:
+            if t is not None and t.is_inference():
+                saved = tuple(map(normal, saved))
+                break
+        if saving_is_hooked():
+            saved = *saved, _witness(queue)
+    ctx.save_for_backward(*saved)
+
+
+def _apart(*inputs: Any) -> Sequence[Any]:
+    """The inputs as torch.compile takes those of an autograd.Function: a view where a tensor comes again.
+
+    Of a tensor in two slots Dynamo makes one: torch 2.11 then returns wrong gradients, and 2.13 refuses.
+    """
+    if not torch.compiler.is_compiling():
+        return inputs
+    twice = [isinstance(t, Tensor) and any(t is u for u in inputs[:i]) for i, t in enumerate(inputs)]
+    return [t.view_as(t) if again else t for t, again in zip(inputs, twice, strict=True)]
 
 
 def _recompute(run: Callable, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor]):
@@ -240,9 +289,8 @@ class _Relation(torch.autograd.Function):
             g_mean = _cotangent(x_q, x_k, scale, form, mean_t.dtype).flatten(0, -2)
             grad_k, _ = _vjp(rows, bank, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
             grad_k = grad_k.view(q.shape)
-        kept = (queue, lse, mean_t) if needs_queue else (None, None, None)
-        ctx.save_for_backward(q, k, _tensor(tau_s), _tensor(tau_t), diff, grad_k, *kept)
-        ctx.bank = None if needs_queue or torch.compiler.is_compiling() else _Bank(queue)
+        kept = (lse, mean_t) if needs_queue else (None, None)
+        _save(ctx, queue, needs_queue, q, k, _tensor(tau_s), _tensor(tau_t), diff, grad_k, *kept)
         ctx.numbers = _number(tau_s), _number(tau_t)
         ctx.how = how
         ctx.weight = 1 / loss.numel() if reduction == "mean" else 1.0
@@ -251,7 +299,7 @@ class _Relation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        q, k, tau_s, tau_t, diff, grad_k, queue, lse, mean_t = ctx.saved_tensors
+        queue, q, k, tau_s, tau_t, diff, grad_k, lse, mean_t, *_ = ctx.saved_tensors
         needs_q, needs_k, needs_queue, needs_s, needs_t, _ = needs = ctx.needs_input_grad
         form, reduction, dtype, backend = ctx.how
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
@@ -323,8 +371,7 @@ class _InfoNCE(torch.autograd.Function):
         scale = _scales((tau,), q)
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
         loss, sigma, diff, lse = _info_nce(x_q, x_k, bank, *_pass(scale), True, backend)
-        ctx.save_for_backward(q, k, _tensor(tau), sigma, diff, lse, queue if needs_queue else None)
-        ctx.bank = None if needs_queue or torch.compiler.is_compiling() else _Bank(queue)
+        _save(ctx, queue, needs_queue, q, k, _tensor(tau), sigma, diff, lse)
         ctx.number = _number(tau)
         ctx.how = how
         ctx.weight = 1 / loss.numel() if reduction == "mean" else 1.0
@@ -332,7 +379,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        q, k, tau, sigma, diff, lse, queue = ctx.saved_tensors
+        queue, q, k, tau, sigma, diff, lse, *_ = ctx.saved_tensors
         needs_q, needs_k, needs_queue, needs_tau, _ = needs = ctx.needs_input_grad
         reduction, dtype, backend = ctx.how
         tau = ctx.number or tau
@@ -369,10 +416,10 @@ class _LogSumExp(torch.autograd.Function):
         needs_queue = ctx.needs_input_grad[1]
         scale = _scales((tau, tau), x)
         lse, mean = _rows(x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend)
-        # A compiled graph cannot hold a plain reference; there autograd does the watching.
-        keep = needs_queue or (want_mean and torch.compiler.is_compiling())
-        ctx.save_for_backward(x, queue if keep else None, _tensor(tau), exclude, lse, mean)
-        ctx.bank = None if keep or torch.compiler.is_compiling() else _Bank(queue)
+        # Where no plain reference can be watched, autograd does it: in a compiled graph, and of a queue of
+        # inference mode, whose copy it is then.
+        keep = needs_queue or (want_mean and (torch.compiler.is_compiling() or queue.is_inference()))
+        _save(ctx, queue, keep, x, _tensor(tau), exclude, lse, mean)
         ctx.number = None if isinstance(tau, Tensor) else tau
         ctx.how = dtype, backend
         ctx.set_materialize_grads(False)
@@ -381,7 +428,7 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_lse, g_mean=None):
-        x, queue, tau, exclude, lse, mean = ctx.saved_tensors
+        queue, x, tau, exclude, lse, mean, *_ = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         dtype, backend = ctx.how
         if g_lse is None and g_mean is None:
@@ -430,7 +477,31 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _wants_grad(*inputs: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if isinstance(t, Tensor) and t.requires_grad:
+                return True
+    return False
+
+
+class _Watched(torch.autograd.Function):
+    """A tensor as it is, with the witness of a queue saved behind it."""
+
+    @staticmethod
+    def forward(ctx, result, queue):
+        _save(ctx, queue, False)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, g):
+        _ = ctx.saved_tensors  # which is where checkpointing compares
+        return g, None
+
+
+def _watched(result: Tensor, queue: Tensor) -> Tensor:
+    """A result of the reference, whose own backward would not notice that the queue has moved."""
+    plain = not result.requires_grad or torch.compiler.is_compiling() or transformed()
+    return result if plain else _Watched.apply(result, queue)
 
 
 def _kept(queue: Tensor) -> Tensor:
@@ -452,10 +523,12 @@ def relation(
     dtype = compute_dtype(q, queue)
     backend = backends.choose(backend, q.device.type, dtype, q.shape[-1])
     if backend == "reference" or transformed():
+        q, k = normal(q), normal(k)
         loss, entropy = reference.relation(q, k, _kept(queue), tau_s, tau_t, form, dtype)
-        return reduce(loss, reduction), entropy.detach()
+        return _watched(reduce(loss, reduction), queue), entropy.detach()
     if _wants_grad(q, k, queue, tau_s, tau_t):
-        return _Relation.apply(q, k, queue, tau_s, tau_t, (form, reduction, dtype, backend))
+        inputs = _apart(q, k, queue, tau_s, tau_t)
+        return _Relation.apply(*inputs, (form, reduction, dtype, backend))
     scale = _pass(_scales((tau_s, tau_t), q))
     q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
     loss, entropy, *_ = _relation(q, k, queue, *scale, form, False, backend)
@@ -467,9 +540,10 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: s
     dtype = compute_dtype(q, queue)
     backend = backends.choose(backend, q.device.type, dtype, q.shape[-1])
     if backend == "reference" or transformed():
-        return reduce(reference.info_nce(q, k, _kept(queue), tau, dtype), reduction)
+        q, k = normal(q), normal(k)
+        return _watched(reduce(reference.info_nce(q, k, _kept(queue), tau, dtype), reduction), queue)
     if _wants_grad(q, k, queue, tau):
-        return _InfoNCE.apply(q, k, queue, tau, (reduction, dtype, backend))
+        return _InfoNCE.apply(*_apart(q, k, queue, tau), (reduction, dtype, backend))
     scale = _pass(_scales((tau,), q))
     q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
     return reduce(_info_nce(q, k, queue, *scale, False, backend)[0], reduction)
@@ -487,9 +561,11 @@ def logsumexp(
     """lse [R] and, if wanted, mean [R, D], computed in one dtype. Arguments are checked."""
     backend = backends.choose(backend, x.device.type, dtype, x.shape[-1])
     if backend == "reference" or transformed():
-        return reference.logsumexp(x, _kept(queue), tau, exclude, dtype)
+        x, exclude = normal(x), normal(exclude)
+        lse, mean = reference.logsumexp(x, _kept(queue), tau, exclude, dtype)
+        return _watched(lse, queue), _watched(mean, queue)
     if _wants_grad(x, queue, tau):
-        found = _LogSumExp.apply(x, queue, tau, exclude, want_mean, dtype, backend)
+        found = _LogSumExp.apply(*_apart(x, queue, tau), exclude, want_mean, dtype, backend)
         return found if want_mean else (found, found[:0])
     scale = _pass(_scales((tau, tau), x))
     lse, mean = _rows(x.to(dtype), queue.to(dtype), *scale, len(x), exclude, want_mean, backend)

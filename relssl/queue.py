@@ -1,5 +1,7 @@
 """FeatureQueue: the ring of past embeddings that queries are compared with."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,8 @@ class FeatureQueue(nn.Module):
     alone and is the same everywhere. So nothing needs broadcasting: keep the queue outside the module
     that DistributedDataParallel wraps, or wrap with `broadcast_buffers=False`; otherwise DDP sends all
     K·D values from rank 0 before every forward.
+
+    Built on the meta device it has no rows; `to_empty(device=...)` gives it the random start.
 
     Args:
         size: number of rows K.
@@ -51,10 +55,11 @@ class FeatureQueue(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating-point, got {dtype}")
         self.seed = seed
-        self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))
-        self.register_buffer("pointer", torch.empty((), dtype=torch.int64, device=device))
-        self.register_buffer("count", torch.empty((), dtype=torch.int64, device=device))
-        self.reset()
+        with torch.inference_mode(False):  # Whose tensors could not be written to outside of it.
+            self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))
+            self.register_buffer("pointer", torch.empty((), dtype=torch.int64, device=device))
+            self.register_buffer("count", torch.empty((), dtype=torch.int64, device=device))
+            self.reset()
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -66,12 +71,26 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the random start: unit-norm rows drawn from the seed, pointer and count 0."""
+        if self.rows.is_meta:
+            return
         # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
-        generator = torch.Generator().manual_seed(0x5EED_0F_0EE + self.seed)
-        start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32)
+        generator = torch.Generator("cpu").manual_seed(0x5EED_0F_0EE + self.seed)
+        start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
         self.rows.copy_(F.normalize(start, dim=1, out=start))
         self.pointer.zero_()
         self.count.zero_()
+
+    def reset_parameters(self) -> None:
+        """`reset`, by the name that FSDP and others call it by after `to_empty`."""
+        self.reset()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "FeatureQueue":
+        # `to`, `to_empty` and the like all call this; out of the meta device come no values.
+        was_meta = self.rows.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            self.reset()
+        return self
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

@@ -65,8 +65,9 @@ def choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
     Raises ValueError for an unknown name, or with the reason why the named backend cannot.
     """
     if name == "auto":
-        offered = [name for name in MODULES if name not in ON_REQUEST]
-        return next(name for name in offered if MODULES[name].supports(device, dtype, dim) is None)
+        for name, module in MODULES.items():  # the last of which takes anything
+            if name not in ON_REQUEST and module.supports(device, dtype, dim) is None:
+                return name
     if name not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(('auto', *MODULES))}; got {name!r}")
     reason = MODULES[name].supports(device, dtype, dim)

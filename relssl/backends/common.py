@@ -40,12 +40,17 @@ def flat(q: Tensor) -> Tensor:
     return dense(q if q.dim() == 2 else q.reshape(-1, q.shape[-1]))
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a device type; torch raises for one that has none, such as "meta"."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(run: Callable) -> Callable:
     """Run a function of tensors with autocast off: their dtypes have been chosen."""
 
     @wraps(run)
     def guarded(x: Tensor, *args: Any) -> Any:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x.device.type):
             return run(x, *args)
         with torch.autocast(x.device.type, enabled=False):
             return run(x, *args)
