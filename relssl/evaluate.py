@@ -110,17 +110,12 @@ def _labelled_features(
     encode: Callable[[Tensor], Tensor], data: datasets.Data, config: TrainConfig, most: int | None = None
 ) -> tuple[Features | None, Features | None]:
     """Features of at most `most` labelled training and test images each; what there is none of is told."""
-    lacking = [
-        f"{name} ({where}/CLASS/... of a folder, {where}_y of arrays)"
-        for name, where, part in (("training", "train", data.labelled), ("test", "test", data.test))
-        if part is None
-    ]
+    lacking = [n for n, part in (("training", data.labelled), ("test", data.test)) if part is None]
     if lacking:
-        known = "; clusters are compared with the classes there are" if len(lacking) < 2 else " or clusters"
-        text = (
-            f"no labelled {' and no labelled '.join(lacking)} images: no accuracy of votes or a linear probe"
-        )
-        warnings.warn(text + known, stacklevel=1)
+        where = "a folder has them as train/CLASS/... and val/CLASS/..., arrays as train_y and test_y"
+        rest = ", nmi, acc or ari" if len(lacking) == 2 else "; clusters are scored on the other images alone"
+        text = f"no labels of {' and '.join(lacking)} images ({where}), so no knn, linear{rest}"
+        warnings.warn(text, stacklevel=1)
     skipped = config.skip_list()
     found = [
         None

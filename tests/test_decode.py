@@ -142,6 +142,6 @@ def test_a_damaged_exif_block_turns_nothing(tmp_path):
     ],
 )
 def test_values_without_a_known_range_are_refused(tmp_path, image, message):
-    with pytest.raises(ValueError, match="cannot read .*a.tif: ") as error:
+    with pytest.raises(ValueError, match=r"cannot read .*a\.tif: ") as error:
         through_a_folder(tmp_path, "a.tif", image.save)
     assert str(error.value).endswith(message)
