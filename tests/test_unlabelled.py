@@ -65,7 +65,7 @@ def test_classes_without_test_images(tmp_path):
 @pytest.mark.parametrize(
     ("names", "classes", "message"),
     [
-        ([], "", "Found no valid file .* Supported extensions are: .jpg"),
+        ([], "", "no images in .*/images: .* Supported extensions are: .jpg"),
         (["val/cat/a.png"], "", "no folder .*train$"),
         (["a.png"], "imagenet-10", "no folder .*train$"),
         (["train/a.png"], "imagenet-10", "no class folder .*train/n02056570 and 9 others"),

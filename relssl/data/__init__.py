@@ -331,7 +331,10 @@ def _folder(root: Path, size: int, classes: list[str] | None) -> Data:
     side = round(size * 8 / 7)
 
     def files(folder: Path, labels: dict[str, int], crop: int) -> Files:
-        samples = make_dataset(str(folder), labels, IMG_EXTENSIONS)
+        try:
+            samples = make_dataset(str(folder), labels, IMG_EXTENSIONS)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no images in {root}: {error}") from error
         return Files(samples, v2.Compose([read_rgb, v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()]))
 
     test_files = files(test, labels, size) if test else None

@@ -31,10 +31,11 @@ def load_batches(
     Raises:
         ValueError: an image cannot be read, or none that could take its place; the message names its file.
     """
+    several = len(batches) > 1 and reads_files(images)  # One is not read any sooner by another process.
     loader: DataLoader = DataLoader(
         _Caught(images, skipped is not None, fill),  # type: ignore[arg-type]
         sampler=batches, batch_size=None, generator=torch.Generator(),  # type: ignore[arg-type]
-        num_workers=workers if reads_files(images) else 0, worker_init_fn=_ignore_interrupts,
+        num_workers=workers if several else 0, worker_init_fn=_ignore_interrupts,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     for found in loader:
