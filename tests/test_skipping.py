@@ -14,7 +14,8 @@ from PIL import Image
 
 from relssl import data as datasets
 from relssl import distributed
-from relssl.data.loading import TRIES, load_batches
+from relssl.data import loading
+from relssl.data.loading import load_batches
 from relssl.methods import PRESETS
 from relssl.methods.sacc import SACC
 from relssl.train import batches, train
@@ -160,7 +161,9 @@ def test_nothing_readable_is_an_error(command, pets):
         f"relssl train: no image can be read; unreadable images left out: 40 ({first}, "
     )
     images = datasets.load("folder", pets, 14).train
-    with pytest.raises(ValueError, match=f"{TRIES - 1} others, drawn for its place, are unreadable, too$"):
+    with pytest.raises(
+        ValueError, match=f"{loading.TRIES - 1} others, drawn for its place, are unreadable, too$"
+    ):
         next(load_batches(images, [[0, 1]], workers=0, skipped=[], fill=True))
 
 
