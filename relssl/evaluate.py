@@ -38,7 +38,7 @@ def evaluate(
     method.eval()
     data = load(config)
     scores = _judge(method.features, data, config, k, temperature, epochs, method.assign)
-    return scores | softmax_entropies(method, data)
+    return scores | softmax_entropies(method, data, config.skip_list())
 
 
 def baselines(
@@ -103,7 +103,7 @@ def glance(method: Method, data: datasets.Data) -> dict[str, float]:
     if either and method.assign(either[0][:1]) is not None:
         found, labels = clusters(train, test, method.config, len(data.classes), method.assign)
         scores |= clustering_scores(labels, found)
-    return scores | softmax_entropies(method, data)
+    return scores | softmax_entropies(method, data, method.config.skip_list())
 
 
 def _labelled_features(
@@ -113,8 +113,10 @@ def _labelled_features(
     lacking = [n for n, part in (("training", data.labelled), ("test", data.test)) if part is None]
     if lacking:
         where = "a folder has them as train/CLASS/... and val/CLASS/..., arrays as train_y and test_y"
-        rest = ", nmi, acc or ari" if len(lacking) == 2 else "; clusters are scored on the other images alone"
-        text = f"no labels of {' and '.join(lacking)} images ({where}), so no knn, linear{rest}"
+        missed = "knn, linear, nmi, acc or ari"
+        if len(lacking) == 1:
+            missed = "knn or linear; clusters are scored on the other images alone"
+        text = f"no labels of {' and '.join(lacking)} images ({where}), so no {missed}"
         warnings.warn(text, stacklevel=1)
     skipped = config.skip_list()
     found = [
@@ -129,13 +131,18 @@ def _labelled_features(
 
 
 @torch.no_grad()
-def softmax_entropies(method: Method, data: datasets.Data) -> dict[str, float]:
-    """Entropies of a method's softmaxes over its queue, of at most 512 test (or else training) images."""
+def softmax_entropies(
+    method: Method, data: datasets.Data, skipped: list[str] | None = None
+) -> dict[str, float]:
+    """Entropies in nats of a method's softmaxes over its queue, of at most 512 test images.
+
+    Of training images, where there are no labelled test images. skipped: see `load_batches`.
+    """
     if method.queue is None:
         return {}
     images = data.seen if data.test is None else data.test
     some = datasets.Subset(images, range(min(512, len(images))))
-    x, _ = collect(method.embed, some, skipped=method.config.skip_list())
+    x, _ = collect(method.embed, some, skipped=skipped)
     return {
         f"entropy_at_{name}_temperature": float(entropy(x, method.queue.rows, temperature))
         for name, temperature in method.temperatures.items()

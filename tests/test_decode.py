@@ -90,18 +90,21 @@ def test_grey_of_12_bits(tmp_path):
     assert found[:, 0, 0].tolist() == [85] * 3 and found[:, 1, 0].tolist() == [255] * 3
 
 
-def test_premultiplied_alpha(tmp_path):
+@pytest.mark.parametrize("grey", [False, True])
+def test_premultiplied_alpha(tmp_path, grey):
     """TIFF's "associated" alpha: the stored 100 at half opacity is what shows of 200."""
+    image = halves((100, 128), (0, 0), "LA") if grey else halves((100, 0, 0, 128), (0, 0, 0, 0))
 
     def save(path):
-        halves((100, 0, 0, 128), (0, 0, 0, 0)).save(path)
+        image.save(path)
         separate = b"\x52\x01\x03\x00\x01\x00\x00\x00\x02"  # tag ExtraSamples: 2
         raw = path.read_bytes()
         assert raw.count(separate) == 1
         path.write_bytes(raw.replace(separate, separate[:-1] + b"\x01"))
 
     found = through_a_folder(tmp_path, "a.tif", save)
-    assert abs(found[:, 0, 0].int() - torch.tensor([227, 127, 127])).max() <= 1
+    expected = torch.tensor([227] * 3 if grey else [227, 127, 127])
+    assert abs(found[:, 0, 0].int() - expected).max() <= 1
     assert found[:, 0, 31].tolist() == [255] * 3
 
 

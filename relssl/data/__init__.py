@@ -39,7 +39,7 @@ class Arrays(Images):
 
 
 class Unreadable(ValueError):
-    """Unreadable(path, reason): an image file that cannot be read."""
+    """Unreadable(path, reason): an image file that cannot be read; both are strings, which pickle."""
 
     def __str__(self) -> str:
         return "cannot read {}: {}".format(*self.args)
@@ -65,7 +65,7 @@ class Files(Images):
             try:
                 images.append(self.read(path))
             except Exception as error:  # PIL raises nearly anything over a damaged file.
-                raise Unreadable(path, error) from error
+                raise Unreadable(path, str(error) or type(error).__name__) from error
         return torch.stack(images), torch.tensor([self.samples[i][1] for i in indices])
 
 
@@ -253,7 +253,9 @@ def _torchvision(name: str, root: Path, size: int, download: bool) -> Data:
         try:
             return source(str(root), download=download, **which)
         except RuntimeError as error:
-            raise FileNotFoundError(f"no {name} under {root} (--download fetches it): {error}") from error
+            raise FileNotFoundError(
+                f"no {name} under {root} (relssl train --download fetches it): {error}"
+            ) from error
 
     if name == "stl10":
         sets = [part(torchvision.datasets.STL10, split=s) for s in ("train", "unlabeled", "test")]

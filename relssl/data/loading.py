@@ -24,9 +24,9 @@ def load_batches(
 
     Args:
         skipped: unreadable images are left out, and their paths appended here; None: they raise ValueError.
-        fill: another image takes the place of one left out. Its index alone draws it, so that a batch is the
-            same in every run and process. Without, a batch gets smaller, and one of which nothing is left is
-            left out.
+        fill: another image takes the place of one left out, drawn by nothing but the index of the latter, so
+            that a batch is the same in every run and process. Without, a batch gets smaller, and one of which
+            nothing is left is left out.
 
     Raises:
         ValueError: an image cannot be read, or none that could take its place; the message names its file.
@@ -60,8 +60,8 @@ class _Caught:
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor, list[str]] | ValueError:
         try:
             return *self.images[rows], []
-        except Unreadable as error:
-            return self._one_by_one(rows) if self.skip else error
+        except ValueError as error:
+            return self._one_by_one(rows) if self.skip and isinstance(error, Unreadable) else error
 
     def _one_by_one(self, rows: list[int]) -> tuple[Tensor, Tensor, list[str]] | Unreadable:
         found, paths = [], []
