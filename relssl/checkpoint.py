@@ -13,7 +13,10 @@ from relssl import distributed, methods
 from relssl.methods.base import Method, TrainConfig
 
 # Settings that a run may change when it goes on.
-FREE = {"resume", "out", "data_root", "download", "device", "workers", "backend", "epochs", "judge_every"}
+FREE = {
+    "resume", "out", "data_root", "download", "device", "workers", "backend", "epochs", "judge_every",
+    "skip_unreadable",
+}  # fmt: skip
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ USAGE = """usage: relssl COMMAND ...
 commands:
   train ressl|sacc       train; relssl train ressl --help shows every setting, its default and source
   evaluate CHECKPOINT    nearest-neighbour, linear and clustering scores of a checkpoint's encoder; --plots
-  export CHECKPOINT OUT  the encoder as a state_dict that torchvision's model of its name loads
+  export CHECKPOINT OUT  the encoder as a state_dict that torchvision's or timm's model of it loads
   info                   versions, backends, and which of them would be chosen"""
 
 
@@ -80,20 +80,28 @@ def _evaluate(arguments: list[str]) -> None:
 
     from relssl.checkpoint import load_method, read
     from relssl.evaluate import baselines, evaluate, load
+    from relssl.methods.base import DataName
 
     @dataclass
     class Options:
-        """Scores of a checkpoint's encoder on the labels of its data set, as a line of JSON.
+        """Scores of a checkpoint's encoder on the labels of its data set, or of another, as a line of JSON.
 
         knn and linear are accuracies on the test images; nmi, acc (Hungarian method) and ari compare
         clusters with classes on training and test images: the method's own clusters, or k-means' of the
-        features.
+        features. What the data lack labels for is left out, and said.
         """
 
         checkpoint: tyro.conf.Positional[Path]
         """A checkpoint.pt that relssl train wrote."""
+        data: DataName | None = None
+        """Judge on this data set and its classes, images resized to the checkpoint's size. Default: that of
+        training."""
         data_root: Path | None = None
         """Where the data lie, if no longer where they lay in training."""
+        classes: str = ""
+        """Class folders to use, as in training. Default: all of --data, and without it those of training."""
+        skip_unreadable: bool = False
+        """Leave out images that cannot be read, and report them (as a run trained so does anyway)."""
         k: int = 200
         """Neighbours that vote. [ReSSL, small data sets]"""
         temperature: float = 0.1
@@ -111,7 +119,12 @@ def _evaluate(arguments: list[str]) -> None:
 
     options = tyro.cli(Options, args=arguments, prog="relssl evaluate")
     method, config = load_method(options.checkpoint, options.device)
+    if options.data and options.data != config.data:
+        config.data_root = None
     config.data_root = options.data_root or config.data_root
+    config.classes = options.classes or ("" if options.data else config.classes)
+    config.data = options.data or config.data
+    config.skip_unreadable |= options.skip_unreadable
     how = options.k, options.temperature, options.epochs
     scores = {"trained encoder": evaluate(method, config, *how)}
     if options.baselines:
@@ -128,29 +141,46 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
+    from typing import Annotated
+
     import torch
     import tyro
 
     from relssl.checkpoint import load_method
+    from relssl.methods.export import Library, encoder_state, recipe
 
     @dataclass
     class Options:
-        """Write a checkpoint's encoder as a plain state_dict.
+        """Write a checkpoint's encoder as a plain state_dict, and print the Python that loads it.
 
-        Names and shapes are those of torchvision's model of the same name without its classifier; a ResNet
-        with a small stem has conv1 of another shape.
+        Its names are those of the library's own model of that architecture, which loads it with strict=True
+        once its classifier is taken off and, for a small stem, its first layers are changed as printed.
         """
 
         checkpoint: tyro.conf.Positional[Path]
         """A checkpoint.pt that relssl train wrote."""
         out: tyro.conf.Positional[Path]
-        """The file to write, to be read with torch.load."""
+        """The file to write: .safetensors in that format, any other to be read with torch.load."""
+        library: Annotated[Library, tyro.conf.arg(name="for")] = "relssl"
+        """Whose names: torchvision's, timm's, or those of relssl's encoder (torchvision's, but for conv4)."""
 
     options = tyro.cli(Options, args=arguments, prog="relssl export")
+    safe = options.out.suffix == ".safetensors"
+    if safe:
+        try:
+            import safetensors.torch
+        except ImportError as error:
+            raise ValueError(f"{options.out} needs another package: pip install safetensors") from error
     method, config = load_method(options.checkpoint, "cpu")
-    state = {name: tensor.contiguous() for name, tensor in method.backbone.state_dict().items()}
+    state = encoder_state(method.backbone, config.arch, options.library)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("wb") as file:
-        torch.save(state, file)
+        if safe:
+            file.write(safetensors.torch.save(state, {"format": "pt"}))
+        else:
+            torch.save(state, file)
     size = sum(t.numel() for t in state.values())
     print(f"{options.out}: {config.arch}, stem {config.stem}, {len(state)} tensors, {size:,} numbers")
+    print(recipe(config.arch, config.stem, options.library))
+    read = "safetensors.torch.load_file" if safe else "torch.load"
+    print(f'net.load_state_dict({read}("{options.out}"), strict=True)')

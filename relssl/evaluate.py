@@ -1,5 +1,6 @@
 """How good frozen features are: nearest neighbours' votes, a linear probe, and clusters against classes."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl import data as datasets
-from relssl.data.loading import channel_statistics, load_batches, spread
+from relssl.data.loading import channel_statistics, left_out, load_batches, spread
 from relssl.functional import queue_logsumexp
 from relssl.methods.base import Method, TrainConfig
 
@@ -27,14 +28,17 @@ def evaluate(
     temperature: float = 0.1,
     epochs: int = 100,
 ) -> dict[str, float]:
-    """Scores of a method's frozen features, and of its clusters.
+    """Scores of a method's frozen features, and of its clusters, on the data set of `config`.
 
     knn and linear are accuracies on the test images; nmi, acc and ari are `clustering_scores` on training
     and test images (config.clusters_test_images). The clusters are those that the method assigns, or else
-    found by k-means.
+    found by k-means. Scores for which the data have no labels are left out, with a UserWarning; the entropies
+    of `softmax_entropies` need none.
     """
     method.eval()
-    return _judge(method.features, load(config), config, k, temperature, epochs, method.assign)
+    data = load(config)
+    scores = _judge(method.features, data, config, k, temperature, epochs, method.assign)
+    return scores | softmax_entropies(method, data, config.skip_list())
 
 
 def baselines(
@@ -45,7 +49,7 @@ def baselines(
     Pixels of images larger than 32 x 32 are of the image at that size.
     """
     data = load(config)
-    mean, std = channel_statistics(data.train)
+    mean, std = channel_statistics(data.train, config.skip_list())
     torch.manual_seed(config.seed)
     method = config.make(mean, std)
     method.eval()
@@ -73,45 +77,93 @@ def _judge(
     epochs: int,
     assign: Callable[[Tensor], Tensor | None] = lambda features: None,
 ) -> dict[str, float]:
-    train, test = (collect(encode, part) for part in (data.labelled, data.test))
-    found, labels = clusters(train, test, config, len(data.classes), assign)
-    return {
-        "knn": knn_accuracy(train, test, k=k, temperature=temperature),
-        "linear": linear_accuracy(train, test, epochs=epochs),
-        **clustering_scores(labels, found),
-    }
+    train, test = _labelled_features(encode, data, config)
+    scores = {}
+    if train and test:
+        scores["knn"] = knn_accuracy(train, test, k=k, temperature=temperature)
+        scores["linear"] = linear_accuracy(train, test, epochs=epochs)
+    if train or test:
+        found, labels = clusters(train, test, config, len(data.classes), assign)
+        scores |= clustering_scores(labels, found)
+    return scores
 
 
 @torch.no_grad()
 def glance(method: Method, data: datasets.Data) -> dict[str, float]:
     """What a training run looks at along the way: knn, its clusters' scores, its softmaxes' entropies.
 
-    Of at most 10,000 training and test images each.
+    Of at most 10,000 training and test images each; without what the data have no labels for (a UserWarning).
     """
     method.eval()
-    parts = [datasets.Subset(part, spread(len(part), 10_000)) for part in (data.labelled, data.test)]
-    train, test = (collect(method.features, part) for part in parts)
-    scores = {"knn": knn_accuracy(train, test)}
-    if method.assign(test[0][:1]) is not None:
+    train, test = _labelled_features(method.features, data, method.config, 10_000)
+    scores = {}
+    if train and test:
+        scores["knn"] = knn_accuracy(train, test)
+    either = train or test
+    if either and method.assign(either[0][:1]) is not None:
         found, labels = clusters(train, test, method.config, len(data.classes), method.assign)
         scores |= clustering_scores(labels, found)
-    if method.queue is not None:
-        x = method.embed(data.test[list(range(min(512, len(data.test))))][0])
-        for name, temperature in method.temperatures.items():
-            scores[f"entropy_at_{name}_temperature"] = float(entropy(x, method.queue.rows, temperature))
-    return scores
+    return scores | softmax_entropies(method, data, method.config.skip_list())
+
+
+def _labelled_features(
+    encode: Callable[[Tensor], Tensor], data: datasets.Data, config: TrainConfig, most: int | None = None
+) -> tuple[Features | None, Features | None]:
+    """Features of at most `most` labelled training and test images each; what there is none of is told."""
+    lacking = [n for n, part in (("training", data.labelled), ("test", data.test)) if part is None]
+    if lacking:
+        where = "a folder has them as train/CLASS/... and val/CLASS/..., arrays as train_y and test_y"
+        missed = "knn, linear, nmi, acc or ari"
+        if len(lacking) == 1:
+            missed = "knn or linear; clusters are scored on the other images alone"
+        text = f"no labels of {' and '.join(lacking)} images ({where}), so no {missed}"
+        warnings.warn(text, stacklevel=1)
+    skipped = config.skip_list()
+    found = [
+        None
+        if part is None
+        else collect(encode, datasets.Subset(part, spread(len(part), most)), skipped=skipped)
+        for part in (data.labelled, data.test)
+    ]
+    if skipped:
+        warnings.warn(f"evaluation: {left_out(skipped)}", stacklevel=1)
+    return found[0], found[1]
+
+
+@torch.no_grad()
+def softmax_entropies(
+    method: Method, data: datasets.Data, skipped: list[str] | None = None
+) -> dict[str, float]:
+    """Entropies in nats of a method's softmaxes over its queue, of at most 512 test images.
+
+    Of training images, where there are no labelled test images. skipped: see `load_batches`.
+    """
+    if method.queue is None:
+        return {}
+    images = data.seen if data.test is None else data.test
+    some = datasets.Subset(images, range(min(512, len(images))))
+    x, _ = collect(method.embed, some, skipped=skipped)
+    return {
+        f"entropy_at_{name}_temperature": float(entropy(x, method.queue.rows, temperature))
+        for name, temperature in method.temperatures.items()
+    }
 
 
 @torch.no_grad()
 def clusters(
-    train: Features,
-    test: Features,
+    train: Features | None,
+    test: Features | None,
     config: TrainConfig,
     count: int,
     assign: Callable[[Tensor], Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """Clusters [N] and labels [N] of the images: as assigned, or else `count` of them by k-means."""
-    parts = (train, test) if config.clusters_test_images else (train,)
+    """Clusters [N] and labels [N] of the images: as assigned, or else `count` of them by k-means.
+
+    Those of training and test images, or of the former alone (config.clusters_test_images); of what there is.
+    """
+    parts = [part for part in (train, test) if part is not None]
+    if not config.clusters_test_images:
+        parts = parts[:1]
     labels = torch.cat([y for _, y in parts])
     assigned = [assign(x) for x, _ in parts]
     if assigned[0] is not None:
@@ -132,12 +184,23 @@ def entropy(x: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def collect(encode: Callable[[Tensor], Tensor], data: datasets.Images, batch: int = 512) -> Features:
-    """Features [N, d] (float32) and labels [N] of a data set, where the encoder puts them."""
+def collect(
+    encode: Callable[[Tensor], Tensor],
+    data: datasets.Images,
+    batch: int = 512,
+    skipped: list[str] | None = None,
+) -> Features:
+    """Features [N, d] (float32) and labels [N] of a data set, where the encoder puts them.
+
+    skipped: see `load_batches`; ValueError where no image can be read.
+    """
     features, labels = [], []
-    for images, y in load_batches(data, [rows.tolist() for rows in torch.arange(len(data)).split(batch)]):
+    rows = [rows.tolist() for rows in torch.arange(len(data)).split(batch)]
+    for images, y in load_batches(data, rows, skipped=skipped):
         features.append(encode(images).float())
         labels.append(y.to(features[-1].device))
+    if not features:
+        raise ValueError(f"no image can be read; {left_out(skipped or [])}")
     return torch.cat(features), torch.cat(labels)
 
 

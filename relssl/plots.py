@@ -26,9 +26,14 @@ def features(
     projection: Literal["tsne", "pca"] = "tsne",
     count: int = 2000,
 ) -> None:
-    """At most `count` test images as points, by two coordinates of their features, coloured by class."""
-    some = datasets.Subset(data.test, spread(len(data.test), count))
-    x, labels = (t.cpu().numpy() for t in collect(method.features, some))
+    """At most `count` test images as points, by two coordinates of their features, coloured by class.
+
+    Training images, where there are no labelled test images; of one colour, where there are no labels.
+    """
+    images, what = _pictured(data)
+    some = datasets.Subset(images, spread(len(images), count))
+    skipped = method.config.skip_list()
+    x, labels = (t.cpu().numpy() for t in collect(method.features, some, skipped=skipped))
     if projection == "pca":
         from sklearn.decomposition import PCA
 
@@ -40,12 +45,13 @@ def features(
     figure, axis = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     colours = plt.get_cmap("tab10" if len(data.classes) <= 10 else "tab20")
     for label in np.unique(labels):
-        name = data.classes[label] if label < 20 else None  # A longer legend would hide the picture.
+        # A longer legend would hide the picture.
+        name = ("no label" if label < 0 else data.classes[label]) if label < 20 else None
         colour = colours(label % colours.N)
         at = points[labels == label]
         axis.scatter(at[:, 0], at[:, 1], s=7, color=colour, label=name, linewidths=0)
     name = {"tsne": "t-SNE", "pca": "PCA"}[projection]
-    axis.set(xticks=[], yticks=[], title=f"{name} of {len(x):,} test images' features, by class")
+    axis.set(xticks=[], yticks=[], title=f"{name} of {len(x):,} {what} images' features, by class")
     axis.set_aspect("equal", "datalim")
     figure.legend(loc="outside right center", frameon=False, markerscale=2.5, fontsize="small")
     _write(figure, path)
@@ -58,35 +64,52 @@ def neighbours(
     """Test images, and the entries of a queue that their softmax weighs most: what "relation" means.
 
     The queue holds embeddings of at most `size` training images, as the method's own does after a while; the
-    temperature is the one that the method's targets come from.
+    temperature is the one that the method's targets come from. Where there are no labelled test images,
+    training images are asked, each without its own entry.
     """
-    everything = torch.randperm(len(data.labelled), generator=torch.Generator().manual_seed(0))
-    entries = everything[:size].tolist()
-    queue, labels = collect(method.embed, datasets.Subset(data.labelled, entries))
-    some = spread(len(data.test), 1000)
-    classes = data.test[some][1].numpy()
-    asked = [some[i] for i in np.unique(classes, return_index=True)[1][:queries]]
-    images, asked_labels = data.test[asked]
+    images, what = _pictured(data)
+    everything = torch.randperm(len(data.seen), generator=torch.Generator().manual_seed(0))
+    skipped = method.config.skip_list()
+    entries = datasets.Numbered(data.seen, everything[:size].tolist())
+    queue, known = collect(method.embed, entries, skipped=skipped)
+    labels, numbers = known.T
+    some = datasets.Numbered(images, spread(len(images), 1000))
+    x, known = collect(method.embed, some, skipped=skipped)
+    classes = known[:, 0].cpu().numpy()
+    one_each = np.unique(classes, return_index=True)[1]
+    asked = (spread(len(x), queries) if classes.max() < 0 else one_each)[:queries]
+    x, (asked_labels, asked_numbers) = x[asked], known[asked].T
     name, temperature = next(iter(method.temperatures.items()))
-    share = (method.embed(images) @ queue.T / temperature).softmax(1)
+    logits = x @ queue.T / temperature
+    if images is data.seen:
+        logits = logits.masked_fill(asked_numbers[:, None] == numbers, -torch.inf)
+    share = logits.softmax(1)
     weight, best = share.topk(min(shown, len(queue)), 1)
     figure, axes = plt.subplots(
         len(asked), 1 + best.shape[1], figsize=(1.0 * (1 + best.shape[1]), 1.3 * len(asked)),
         layout="constrained", squeeze=False,
     )  # fmt: skip
-    for row in range(len(asked)):
-        _show(axes[row, 0], images[row], data.classes[asked_labels[row]], "black")
+    for row, (label, number) in enumerate(zip(asked_labels.tolist(), asked_numbers.tolist(), strict=True)):
+        title = "no label" if label < 0 else data.classes[label]
+        _show(axes[row, 0], images[[number]][0][0], title, "black")
         for column, entry in enumerate(best[row].tolist()):
-            colour = INK[0] if labels[entry] == asked_labels[row] else INK[1]
-            picture = data.labelled[[entries[entry]]][0][0]
+            other = int(labels[entry])
+            colour = GREY if min(label, other) < 0 else INK[0] if label == other else INK[1]
+            picture = data.seen[[int(numbers[entry])]][0][0]
             _show(axes[row, 1 + column], picture, f"{float(weight[row, column]):.2g}", colour)
     figure.suptitle(
-        "Test images (left), and the queue entries that weigh most for them (blue: same class, red: other).\n"
+        f"{what.capitalize()} images (left), and the queue entries that weigh most for them"
+        " (blue: same class, red: other, grey: no label).\n"
         f"Weights: softmax over {len(queue):,} entries at the {name} temperature, {temperature};"
         f" evenly shared, {1 / len(queue):.2g} each.",
         fontsize="small",
     )
     _write(figure, path)
+
+
+def _pictured(data: datasets.Data) -> tuple[datasets.Images, str]:
+    """The images that pictures are of, and what they are."""
+    return (data.seen, "training") if data.test is None else (data.test, "test")
 
 
 def _show(axis: plt.Axes, image: Tensor, title: str, colour: str) -> None:
@@ -134,9 +157,9 @@ LABELS = {
     "cluster_loss": "cluster loss",
     "info_nce": "InfoNCE",
     "teacher_entropy": "teacher, in training",
-    "entropy_at_teacher_temperature": "test images at the teacher's temperature",
-    "entropy_at_student_temperature": "test images at the student's temperature",
-    "entropy_at_instance_temperature": "test images at the instance temperature",
+    "entropy_at_teacher_temperature": "in evaluation, at the teacher's temperature",
+    "entropy_at_student_temperature": "in evaluation, at the student's temperature",
+    "entropy_at_instance_temperature": "in evaluation, at the instance temperature",
     "knn": "200-NN accuracy",
     "acc": "clustering ACC",
     "nmi": "clustering NMI",

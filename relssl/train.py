@@ -7,6 +7,7 @@ torchrun each process takes its share of every batch, and DistributedDataParalle
 
 import math
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from relssl import data as datasets
 from relssl import distributed
 from relssl.checkpoint import restore, save
-from relssl.data.loading import channel_statistics, load_batches
+from relssl.data.loading import channel_statistics, left_out, load_batches
 from relssl.evaluate import glance
 from relssl.methods.base import Method, TrainConfig
 
@@ -59,7 +60,8 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
             stacklevel=2,
         )
     torch.manual_seed(config.seed)
-    method = config.make(*channel_statistics(data.train))
+    skipped = config.skip_list()
+    method = config.make(*channel_statistics(data.train, skipped))
     torch.manual_seed(config.seed + distributed.rank())  # The same weights, other augmentations.
     optimizer = optimizer_of(method, config)
     precision = (
@@ -81,7 +83,7 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
         for epoch in range(start, config.epochs):
             method.train()
             began, first = time.perf_counter(), step
-            for part, images in batches(passes, config, epoch, step):
+            for part, images in batches(passes, config, epoch, step, skipped):
                 lr = learning_rate(config, epoch * steps + step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -105,6 +107,7 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
                 if step < steps and stop.agreed(step, device):
                     sums = {name: distributed.mean(total) for name, total in sums.items()}
                     save(path, config, run, epoch, step, sums, history)
+                    report_skipped(skipped, bar)
                     bar.write(f"stopped and saved {path}; --resume goes on from here")
                     return method.eval()
             seconds = time.perf_counter() - began
@@ -114,6 +117,7 @@ def _train(config: TrainConfig, device: torch.device) -> Method:
             method.epoch = epoch + 1
             history.append({"epoch": epoch + 1, **entry})
             step, sums = 0, {}
+            report_skipped(skipped, bar)
             save(path, config, run, epoch + 1, step, sums, history)
             every, last = config.judge_every, epoch + 1 == config.epochs
             if every and (last or (epoch + 1) % every == 0):  # After saving, lest it fail.
@@ -152,11 +156,15 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def batches(
-    passes: dict[str, datasets.Images], config: TrainConfig, epoch: int, start: int
+    passes: dict[str, datasets.Images],
+    config: TrainConfig,
+    epoch: int,
+    start: int,
+    skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """This process's share of an epoch's batches from step `start` on, with the name of their pass.
 
-    Seed and epoch alone decide their order.
+    Seed and epoch alone decide their order. skipped: see `load_batches`.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     share = config.batch_size // distributed.world()
@@ -165,8 +173,17 @@ def batches(
         order = torch.randperm(len(data), generator=generator).split(config.batch_size)
         full = [rows[mine].tolist() for rows in order if len(rows) == config.batch_size]
         todo, start = full[start:], max(0, start - len(full))
-        for images, _ in load_batches(data, todo, config.workers):
+        for images, _ in load_batches(data, todo, config.workers, skipped, fill=True):
             yield name, images
+
+
+def report_skipped(skipped: list[str] | None, bar: tqdm) -> None:
+    """Write a line about the unreadable images that all processes have left out since the last one."""
+    if skipped is not None:
+        paths = [path for those in distributed.collect(skipped) for path in those]
+        skipped.clear()
+        if paths and distributed.rank() == 0:
+            bar.write(f"{left_out(paths)}; others took their places", file=sys.stderr)
 
 
 @contextmanager

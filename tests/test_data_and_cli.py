@@ -85,7 +85,21 @@ def test_missing_data(tmp_path, name, root, error, message):
     [
         ({"train_x": np.zeros((4, 8, 8, 3))}, r"bad.npz: train_x must be uint8 \[N, H, W, 3\], got float64"),
         ({"test_y": np.zeros(3, dtype=int)}, r"bad.npz: test_y must be integers \[4\]"),
+        (
+            {"train_x": np.zeros((4, 8, 8, 3), np.uint16)},
+            r"got uint16 \(4, 8, 8, 3\): 16 bits; \(x / 257\)\.round\(\)\.astype\(np\.uint8\) scales them",
+        ),
+        (
+            {"test_x": np.zeros((4, 8, 8), np.uint8)},
+            r"test_x .* got uint8 \(4, 8, 8\): one channel; np\.repeat",
+        ),
+        ({"test_x": np.zeros((4, 8, 8, 1), np.uint8)}, r"got uint8 \(4, 8, 8, 1\): one channel; np\.repeat"),
+        (
+            {"train_x": np.zeros((4, 3, 8, 8), np.uint8)},
+            r"got uint8 \(4, 3, 8, 8\): channels are first; x\.transpose\(0, 2, 3, 1\) puts them last$",
+        ),
         ({"test_x": None}, "bad.npz lacks test_x"),
+        ({"test_y": None}, "bad.npz lacks test_y"),
         ({"train_y": np.array([0, 1, -1, 0])}, "bad.npz: train_y must be from 0 to 1, got -1 to 1"),
         ({"test_y": np.full(4, 2), "classes": ["a", "b"]}, "bad.npz: test_y must be from 0 to 1, got 2 to 2"),
     ],
@@ -147,7 +161,7 @@ def test_an_unreadable_image_is_named_before_training(command, folder, damage):
 
 def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
     """Of a large data set it turns up on the way; what has been trained is not lost."""
-    monkeypatch.setattr("relssl.train.channel_statistics", lambda data: (torch.zeros(3), torch.ones(3)))
+    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: (torch.zeros(3), torch.ones(3)))
     assert train_on(command, folder, "--judge-every", 0).returncode == 0
     path = folder / "train/dog/13.png"
     path.write_bytes(b"no image")

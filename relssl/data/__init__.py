@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 class Images(Protocol):
-    """A set of labelled images: images[indices] -> uint8 [B, 3, H, W], int64 [B]."""
+    """A set of images: images[indices] -> uint8 [B, 3, H, W], labels int64 [B]; -1 stands for no label."""
 
     def __len__(self) -> int: ...
 
@@ -38,8 +38,15 @@ class Arrays(Images):
         return self.images[indices], self.labels[indices]
 
 
+class Unreadable(ValueError):
+    """Unreadable(path, reason): an image file that cannot be read; both are strings, which pickle."""
+
+    def __str__(self) -> str:
+        return "cannot read {}: {}".format(*self.args)
+
+
 class Files(Images):
-    """Images read from files one by one; one that cannot be read raises ValueError with its path.
+    """Images read from files one by one; one that cannot be read raises Unreadable.
 
     Args:
         samples: paths and labels.
@@ -57,8 +64,8 @@ class Files(Images):
         for path, _ in (self.samples[i] for i in indices):
             try:
                 images.append(self.read(path))
-            except (OSError, SyntaxError, ValueError) as error:  # What PIL raises, by format.
-                raise ValueError(f"cannot read {path}: {error}") from error
+            except Exception as error:  # PIL raises nearly anything over a damaged file.
+                raise Unreadable(path, str(error) or type(error).__name__) from error
         return torch.stack(images), torch.tensor([self.samples[i][1] for i in indices])
 
 
@@ -73,6 +80,14 @@ class Subset(Images):
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self.images[[self.indices[i] for i in indices]]
+
+
+class Numbered(Subset):
+    """Some images of a set, whose "labels" [B, 2] are their labels and their indices in the set."""
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        images, labels = super().__getitem__(indices)
+        return images, torch.stack((labels, torch.tensor([self.indices[i] for i in indices])), 1)
 
 
 class Joined(Images):
@@ -111,17 +126,23 @@ class Data:
 
     Attributes:
         train: all images that are not the test's.
-        labelled: those of them with labels, as they are looked at in evaluation.
-        test: labelled, too.
-        classes: names of the labels.
-        unlabelled: those of `train` without labels, where there are some.
+        labelled: those of them with labels, as they are looked at in evaluation; None where there are none.
+        test: labelled, too; None where there are no labelled test images.
+        classes: names of the labels; empty where there are none.
+        unlabelled: those of `train` without labels, where there are some, as evaluation looks at them.
     """
 
     train: Images
-    labelled: Images
-    test: Images
+    labelled: Images | None
+    test: Images | None
     classes: list[str]
     unlabelled: Images | None = None
+
+    @property
+    def seen(self) -> Images:
+        """Training images as evaluation looks at them: the labelled ones, or all if there are no labels."""
+        some = self.unlabelled if self.labelled is None else self.labelled
+        return self.train if some is None else some
 
 
 def load(name: str, root: Path | None, size: int, download: bool = False, classes: str = "") -> Data:
@@ -175,7 +196,10 @@ def _digits(size: int) -> Data:
 
 
 def _arrays(path: Path, size: int) -> Data:
-    """An .npz with train_x, train_y, test_x, test_y (images uint8 [N, H, W, 3]) and, if given, classes."""
+    """An .npz with train_x and, if given, train_y, test_x with test_y, and classes.
+
+    Images are uint8 [N, H, W, 3], labels integers [N].
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -183,25 +207,43 @@ def _arrays(path: Path, size: int) -> Data:
             arrays = dict(file)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read {path} as an .npz: {error}") from error
-    missing = {"train_x", "train_y", "test_x", "test_y"} - arrays.keys()
+    # Labels are of images, and test images are of use with labels alone.
+    needed = {"train_x"} | ({"test_x", "test_y"} if arrays.keys() & {"test_x", "test_y"} else set())
+    missing = needed - arrays.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(arrays)}")
-    sets = []
-    for part in ("train", "test"):
-        x, y = arrays[f"{part}_x"], arrays[f"{part}_y"]
+    images = {part: arrays[f"{part}_x"] for part in ("train", "test") if f"{part}_x" in arrays}
+    labels = {part: arrays[f"{part}_y"] for part in images if f"{part}_y" in arrays}
+    for part, x in images.items():
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
-            raise ValueError(f"{path}: {part}_x must be uint8 [N, H, W, 3], got {x.dtype} {x.shape}")
-        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
-            raise ValueError(f"{path}: {part}_y must be integers [{len(x)}], got {y.dtype} {y.shape}")
-        sets.append((x, y))
-    names = [str(c) for c in arrays.get("classes", range(max(int(y.max()) for _, y in sets) + 1))]
-    for part, (_, y) in zip(("train", "test"), sets, strict=True):
+            got = f"{x.dtype} {x.shape}{_advice(x)}"
+            raise ValueError(f"{path}: {part}_x must be uint8 [N, H, W, 3], got {got}")
+    for part, y in labels.items():
+        count = len(images[part])
+        if y.shape != (count,) or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"{path}: {part}_y must be integers [{count}], got {y.dtype} {y.shape}")
+    known = max((int(y.max()) + 1 for y in labels.values()), default=0)
+    names = [str(c) for c in arrays.get("classes", range(known))]
+    for part, y in labels.items():
         if y.min() < 0 or y.max() >= len(names):
             found = f"{y.min()} to {y.max()}"
             raise ValueError(f"{path}: {part}_y must be from 0 to {len(names) - 1}, got {found}")
-    size = min(size, *(side for x, _ in sets for side in x.shape[1:3]))
-    train, test = (in_memory(x, y, size) for x, y in sets)
-    return Data(train, train, test, names)
+    size = min(size, *(side for x in images.values() for side in x.shape[1:3]))
+    sets = {part: in_memory(x, labels.get(part, np.full(len(x), -1)), size) for part, x in images.items()}
+    train, test = sets["train"], sets.get("test")
+    labelled, unlabelled = (train, None) if "train" in labels else (None, train)
+    return Data(train, labelled, test, names if labels else [], unlabelled)
+
+
+def _advice(x: np.ndarray) -> str:
+    """How images of another form become those that are expected, where that is known."""
+    if x.ndim == 4 and x.shape[1] == 3 != x.shape[3]:
+        return ": channels are first; x.transpose(0, 2, 3, 1) puts them last"
+    if x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 1):
+        return ": one channel; np.repeat(x.reshape(*x.shape[:3], 1), 3, axis=3) makes three of it"
+    if x.dtype == np.uint16:
+        return ": 16 bits; (x / 257).round().astype(np.uint8) scales them to 8"
+    return ""
 
 
 def _torchvision(name: str, root: Path, size: int, download: bool) -> Data:
@@ -211,7 +253,9 @@ def _torchvision(name: str, root: Path, size: int, download: bool) -> Data:
         try:
             return source(str(root), download=download, **which)
         except RuntimeError as error:
-            raise FileNotFoundError(f"no {name} under {root} (--download fetches it): {error}") from error
+            raise FileNotFoundError(
+                f"no {name} under {root} (relssl train --download fetches it): {error}"
+            ) from error
 
     if name == "stl10":
         sets = [part(torchvision.datasets.STL10, split=s) for s in ("train", "unlabeled", "test")]
@@ -257,22 +301,29 @@ def class_names(classes: str) -> list[str] | None:
 
 
 def _folder(root: Path, size: int, classes: list[str] | None) -> Data:
-    """root/train and root/val (or test), a folder per class.
+    """root/train and root/val (or test), a folder per class, or images without labels.
+
+    A train folder without class folders has no labels, nor has a root without a train folder: there all
+    images at any depth are trained on. A val (or test) folder without class folders is no test set.
 
     Images must share a shape to be augmented as a batch, so each is first cut to its central square of
     8/7 of `size`, as in ImageNet evaluation; the random crops of training are taken out of that.
     """
     from relssl.data.torchvision_import import torchvision  # noqa: F401  isort: skip
-    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
     from torchvision.transforms import v2  # which the first import makes possible
 
-    test = next((root / n for n in ("val", "test") if (root / n).is_dir()), root / "val")
-    for folder in (root / "train", test):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-    found = {f.name for part in (root / "train", test) for f in part.iterdir() if f.is_dir()}
-    names = classes or sorted(found)
-    for folder in (root / "train", test):
+    from relssl.data.decode import read_rgb
+
+    train = root / "train"
+    tests = [root / n for n in ("val", "test") if classes or _class_folders(root / n)]
+    test = next((folder for folder in tests if folder.is_dir()), None)
+    if not root.is_dir() or ((classes or test) and not train.is_dir()):
+        raise FileNotFoundError(f"no folder {train if root.is_dir() else root}")
+    labelled = bool(classes or _class_folders(train))
+    sets = [folder for folder in (train if labelled else None, test) if folder]
+    names = classes or sorted(set().union(*map(_class_folders, sets)))
+    for folder in sets:
         lacking = [n for n in names if not (folder / n).is_dir()]
         if lacking:
             more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
@@ -281,9 +332,20 @@ def _folder(root: Path, size: int, classes: list[str] | None) -> Data:
     labels = {name: label for label, name in enumerate(names)}
     side = round(size * 8 / 7)
 
-    def files(folder: Path, crop: int) -> Files:
-        samples = make_dataset(str(folder), labels, IMG_EXTENSIONS)
-        cut = v2.Compose([default_loader, v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()])
-        return Files(samples, cut)
+    def files(folder: Path, labels: dict[str, int], crop: int) -> Files:
+        try:
+            samples = make_dataset(str(folder), labels, IMG_EXTENSIONS)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no images in {root}: {error}") from error
+        return Files(samples, v2.Compose([read_rgb, v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()]))
 
-    return Data(files(root / "train", side), files(root / "train", size), files(test, size), names)
+    test_files = files(test, labels, size) if test else None
+    if labelled:
+        return Data(files(train, labels, side), files(train, labels, size), test_files, names)
+    everything = train if train.is_dir() else root
+    where = everything.parent, {everything.name: -1}
+    return Data(files(*where, side), None, test_files, names, files(*where, size))
+
+
+def _class_folders(folder: Path) -> set[str]:
+    return {f.name for f in folder.iterdir() if f.is_dir()} if folder.is_dir() else set()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,8 +25,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     num_batches_tracked: Tensor
     momentum: float
 
-    def __init__(self, features: int, splits: int) -> None:
-        super().__init__(features)
+    def __init__(self, features: int, splits: int, **options: Any) -> None:
+        super().__init__(features, **options)
         self.splits = splits
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,6 +71,8 @@ def build(arch: Arch, stem: Stem = "imagenet", bn_splits: int = 1) -> tuple[nn.M
     if arch not in get_args(Arch):
         raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}; got {arch!r}")
     split = {"norm_layer": partial(SplitBatchNorm2d, splits=bn_splits)} if bn_splits > 1 else {}
+    if split and arch == "mobilenet_v3_large":  # Its norms as torchvision has them.
+        split["norm_layer"] = partial(split["norm_layer"], eps=1e-3, momentum=0.01)
     if arch == "conv4":
         return conv4(split.get("norm_layer", nn.BatchNorm2d))
     net = getattr(torchvision.models, arch)(weights=None, **split)

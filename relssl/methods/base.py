@@ -27,7 +27,7 @@ class TrainConfig:
 
     data: DataName = "cifar10"
     """digits is bundled with scikit-learn, cifar20 is CIFAR-100 by its 20 superclasses, arrays an .npz of
-    your own, folder a tree of images."""
+    your own, folder a tree of images, with or without labels."""
     data_root: Path | None = None
     """Where the data lie: a folder, or the .npz of arrays. Not needed for digits."""
     download: bool = False
@@ -76,6 +76,9 @@ class TrainConfig:
     """auto is the GPU where there is one. [relssl]"""
     workers: int = 2
     """Processes that load a folder's images; data in memory need none. [relssl]"""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, and report them, instead of stopping; other images, drawn by the
+    number of the unreadable one, take their places in training. [relssl]"""
     seed: int = 0
     """Of weights, batches and augmentations. [relssl]"""
 
@@ -104,6 +107,10 @@ class TrainConfig:
     def passes(self, data: Data) -> dict[str, Images]:
         """What an epoch goes through, in turn: image sets by the name that `Method.forward` is told."""
         return {"train": data.train}
+
+    def skip_list(self) -> list[str] | None:
+        """An empty list for `load_batches` to note unreadable files in, or None where they stop the run."""
+        return [] if self.skip_unreadable else None
 
     @property
     def clusters_test_images(self) -> bool:

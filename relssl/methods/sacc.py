@@ -29,7 +29,7 @@ class SACCConfig(TrainConfig):
     """Train SACC. In brackets: where a default comes from. The defaults shown are those of the preset."""
 
     clusters: int = 0
-    """Clusters M; 0: as many as the data set has classes. [SACC: as many]"""
+    """Clusters M; 0: as many as the data set has classes, needed where it has no labels. [SACC: as many]"""
     dim: int = 128
     """Width D of the instance embeddings. [SACC]"""
     sigma: float = 1.0
@@ -61,15 +61,19 @@ class SACCConfig(TrainConfig):
         return SACC(self, mean, std)
 
     def fit(self, data: Data) -> "SACCConfig":
+        if not self.clusters and not data.classes:
+            raise ValueError(f"data {self.data!r} has no classes to count: set the number of --clusters")
         return replace(self, clusters=self.clusters or len(data.classes))
 
     def passes(self, data: Data) -> dict[str, Images]:
-        everything = Joined(data.labelled, data.test)
+        test = data.test if self.test_images else None
+        everything = data.seen if test is None else Joined(data.seen, test)
         if self.recipe == "joint":
-            return {"joint": everything if self.test_images else data.train}
-        if data.unlabelled is None:
-            raise ValueError(f"recipe stl10 needs unlabelled images, which data {self.data!r} has not")
-        return {"instance": data.unlabelled, "cluster": everything if self.test_images else data.labelled}
+            return {"joint": data.train if test is None else everything}
+        if data.unlabelled is None or data.labelled is None:
+            kind = "unlabelled" if data.unlabelled is None else "labelled"
+            raise ValueError(f"recipe stl10 needs {kind} images, which data {self.data!r} has not")
+        return {"instance": data.unlabelled, "cluster": everything}
 
     @property
     def clusters_test_images(self) -> bool:

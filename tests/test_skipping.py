@@ -1,0 +1,174 @@
+"""--skip-unreadable: what takes the place of a file that cannot be read, and what is said of it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relssl import data as datasets
+from relssl import distributed
+from relssl.data import loading
+from relssl.data.loading import load_batches
+from relssl.methods import PRESETS
+from relssl.methods.sacc import SACC
+from relssl.train import batches, train
+
+BROKEN = ("train/dog/03.png", "train/cat/17.png", "train/dog/11.png", "train/cat/08.png", "val/dog/2.png")
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """2 x 20 training and 2 x 5 test images of two classes, BROKEN's unreadable; without these, "whole"."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 5)):
+        for name, value in (("cat", 10), ("dog", 150)):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = (value + generator.integers(0, 100, (16, 16, 3))).astype(np.uint8)
+                digits = 2 if part == "train" else 1
+                Image.fromarray(pixels).save(tmp_path / f"pets/{part}/{name}/{number:0{digits}}.png")
+    shutil.copytree(tmp_path / "pets", tmp_path / "whole")
+    for name in BROKEN:
+        (tmp_path / "whole" / name).unlink()
+        path = tmp_path / "pets" / name
+        path.write_bytes(path.read_bytes()[:60] if "cat" in name else b"")
+    return tmp_path / "pets"
+
+
+SETTINGS = "--data folder --arch conv4 --stem small --image-size 14 --epochs 1 --batch-size 20 --clusters 2"
+
+
+def test_batches_shrink_or_are_filled(pets):
+    data = datasets.load("folder", pets, 14).train
+    good = datasets.load("folder", pets.parent / "whole", 14).train
+    paths = [path for path, _ in data.samples]
+    broken = [i for i, path in enumerate(paths) if str(path).removeprefix(f"{pets}/") in BROKEN]
+    rows = [list(range(20)), list(range(20, 40)), broken]
+    skipped = []
+    found = list(load_batches(data, rows, workers=0, skipped=skipped))
+    assert [len(x) for x, _ in found] == [18, 18]  # and of the third nothing is left
+    assert torch.equal(torch.cat([x for x, _ in found]), good[list(range(36))][0])
+    assert skipped == [paths[i] for i in broken] * 2
+    skipped.clear()
+    filled = list(load_batches(data, rows, workers=0, skipped=skipped, fill=True))
+    assert [len(x) for x, _ in filled] == [20, 20, 4] and set(skipped) == {paths[i] for i in broken}
+    readable, _ = good[list(range(36))]
+    for batch, indices in zip(filled, rows, strict=True):
+        for image, label, i in zip(*batch, indices, strict=True):
+            alone = next(load_batches(data, [[i]], workers=0, skipped=[], fill=True))
+            assert torch.equal(image, alone[0][0]) and label == alone[1][0]  # The index alone decides.
+            assert (readable == image).flatten(1).all(1).any()
+            assert i in broken or torch.equal(image, data[[i]][0][0])
+    with pytest.raises(ValueError, match="cannot read"):
+        list(load_batches(data, rows, workers=0))
+
+
+def test_processes_share_the_batches_of_one(pets, monkeypatch):
+    config = replace(PRESETS["sacc"]["folder"], batch_size=10, workers=0)
+    passes = {"joint": datasets.load("folder", pets, 14).train}
+    alone = [x for _, x in batches(passes, config, 3, 1, [])]
+    shares = []
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append([x for _, x in batches(passes, config, 3, 1, [])])
+    assert len(alone) == 3 and [len(x) for x in alone] == [10] * 3
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_reports_what_it_left_out(command, pets, workers):
+    """Scores are those of the data set without the files; training needs the option only until it is done."""
+    stopped = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, "--out", "run")
+    assert stopped.returncode == 1 and "relssl train: cannot read" in stopped.stderr
+    more = "--skip-unreadable", "--workers", workers, "--out", "run"
+    in_evaluation = re.escape(f"evaluation: unreadable images left out: 5 ({pets}/train/cat/08.png, {pets}/")
+    with pytest.warns(UserWarning, match=in_evaluation):
+        run = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, *more)
+    assert run.returncode == 0, run.stderr
+    line = next(
+        part for part in re.split("[\r\n]", run.stderr) if part.startswith("unreadable images left out")
+    )
+    assert line.startswith(f"unreadable images left out: 4 ({pets}/train/cat/08.png, ")
+    assert line.endswith(" and 1 more); others took their places")
+    assert len(run.stdout.splitlines()) == 1
+    scores = json.loads(run.stdout)
+    whole = command("evaluate", "run/checkpoint.pt", "--data-root", pets.parent / "whole")
+    assert json.loads(whole.stdout) == scores and scores["trained encoder"]["linear"] > 0.5
+    with pytest.warns(UserWarning, match=in_evaluation):
+        drawn = command("evaluate", "run/checkpoint.pt", "--plots", "--projection", "pca", "--epochs", 1)
+    assert drawn.returncode == 0, drawn.stderr
+
+
+def test_evaluation_alone_can_skip(command, pets):
+    whole = "--data-root", pets.parent / "whole"
+    assert command("train", "sacc", *SETTINGS.split(), *whole, "--out", "run").returncode == 0
+    here = "evaluate", "run/checkpoint.pt", "--data-root", pets, "--baselines"
+    refused = command(*here)
+    assert (
+        refused.returncode == 1 and f"relssl evaluate: cannot read {pets}/train/cat/08.png" in refused.stderr
+    )
+    with pytest.warns(UserWarning, match="evaluation: unreadable images left out: 5 "):
+        found = command(*here, "--skip-unreadable")
+    whole = command("evaluate", "run/checkpoint.pt", *whole, "--baselines")
+    assert json.loads(found.stdout) == json.loads(whole.stdout)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(pets, tmp_path, monkeypatch):
+    config = replace(
+        PRESETS["sacc"]["folder"], data_root=pets, arch="conv4", image_size=14, epochs=2, batch_size=8,
+        clusters=2, judge_every=0, workers=0, skip_unreadable=True, out=tmp_path / "whole run",
+    )  # fmt: skip
+    whole = train(config)
+    config = replace(config, out=tmp_path / "parts")
+    forward, calls = SACC.forward, []
+
+    def interrupted(self, images, part):
+        assert len(images) == 8
+        calls.append(0)
+        if len(calls) == 7:  # the second step of the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, images, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SACC, "forward", interrupted)
+        assert train(config).epoch < 2
+    parts = train(replace(config, resume=True))
+    for (name, one), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    losses = [
+        [e["loss"] for e in json.loads((out / "metrics.json").read_text())["epochs"]]
+        for out in (tmp_path / "whole run", tmp_path / "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_nothing_readable_is_an_error(command, pets):
+    for path in pets.rglob("*.png"):
+        path.write_bytes(b"")
+    run = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, "--skip-unreadable")
+    first = pets / "train/cat/00.png"
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith(
+        f"relssl train: no image can be read; unreadable images left out: 40 ({first}, "
+    )
+    images = datasets.load("folder", pets, 14).train
+    with pytest.raises(
+        ValueError, match=f"{loading.TRIES - 1} others, drawn for its place, are unreadable, too$"
+    ):
+        next(load_batches(images, [[0, 1]], workers=0, skipped=[], fill=True))
+
+
+def test_an_image_of_too_many_pixels_is_unreadable(pets, monkeypatch):
+    """PIL's guard against decompression bombs raises an error of its own kind."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"cannot read .*00\.png: .*exceeds limit of 200 pixels"):
+        datasets.load("folder", pets, 14).train[[0]]
