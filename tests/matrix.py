@@ -1,0 +1,159 @@
+"""Try relssl with every torch that pyproject.toml admits, each with the Triton that it brings.
+
+    python tests/matrix.py [CELL ...] [--prepare] [--keep]        a CELL is PYTHON-TORCH, as in 3.11-2.9.1
+
+For each cell it makes an environment in build/matrix, with torch and the package as pip installs them. There
+it runs the tests of ops, autograd, torch.compile, queue and errors, compiles Triton's kernels for every chip,
+and holds them to the oracle in Triton's interpreter. The result is a row of docs/compatibility.md; rows of
+other cells stay. It downloads gigabytes, takes minutes a cell, and removes the environments after it.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build" / "matrix"
+PAGE = ROOT / "docs" / "compatibility.md"
+CELLS = [f"3.11-{torch}" for torch in ("2.9.1", "2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1")] + [
+    "3.13-2.14.1"
+]
+COMPILED = [f"tests/test_{name}.py" for name in ("ops", "autograd", "callers", "queue", "errors", "kernels")]
+INTERPRETED = ["-k", "triton", "tests/test_losses.py", "tests/test_triton.py"]
+NEEDS = ["hypothesis", "ninja", "numpy", "psutil", "pybind11", "pytest", "pytest-xdist", "setuptools"]
+HEAD = """# Compatibility
+
+`make matrix` installs relssl beside each version of torch, with the Triton that it brings. It runs the tests
+of ops, autograd, torch.compile, queue and errors, those that compile Triton's kernels for every chip, and
+those that run the same kernels in Triton's interpreter. No GPU takes part: tests that need one are among the
+skipped. pyproject.toml excludes the versions that fail, and no newer ones.
+
+| Python | torch | Triton | passed | failed | skipped | commit | date |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"default: {' '.join(CELLS)}")
+    parser.add_argument("--prepare", action="store_true", help="only make the environments, and keep them")
+    parser.add_argument("--keep", action="store_true", help="keep the environments")
+    options = parser.parse_args()
+    failed = False
+    for cell in options.cells or CELLS:
+        python, torch = cell.split("-")
+        folder = FOLDER / cell
+        environment(folder, python, torch)
+        if options.prepare:
+            continue
+        began = time.perf_counter()
+        row, failures = tried(folder)
+        record(python, torch, row)
+        print(f"{cell}: {row}, {time.perf_counter() - began:.0f} s", *failures, sep="\n  ", flush=True)
+        failed = failed or bool(failures)
+        if not options.keep:
+            shutil.rmtree(folder)
+    sys.exit(failed)
+
+
+def environment(folder: Path, python: str, torch: str) -> None:
+    """torch first, then the rest without anything that would replace it; the package anew."""
+    run = folder / "bin" / "python"
+    pip = [run, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
+    if not (folder / "made").exists():
+        pins = folder.with_name(f"{folder.name}.txt")
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = (ROOT / "constraints.txt").read_text().splitlines()
+        pins.write_text("\n".join(line for line in lines if not re.match("torch|triton", line)))
+        call(f"python{python}", "-m", "venv", "--clear", folder)
+        call(*pip, f"torch=={torch}")
+        if subprocess.run([run, "-c", "import triton"], capture_output=True).returncode:
+            call(*pip, "--no-deps", next(line for line in lines if line.startswith("triton==")))
+        call(*pip, "-c", pins, *NEEDS)
+        (folder / "made").touch()
+    call(
+        *pip,
+        "--no-deps",
+        "--no-build-isolation",
+        "--force-reinstall",
+        ROOT,
+        RELSSL_CUDA="0",
+        RELSSL_EMULATE="1",
+    )
+
+
+def tried(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The cell's row, without Python and torch, and the names of the tests that failed."""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    failures = []
+    for name, arguments, more in (
+        ("compiled", COMPILED, {}),
+        ("interpreted", INTERPRETED, {"TRITON_INTERPRET": "1"}),
+    ):
+        report = folder / f"{name}.xml"
+        report.unlink(missing_ok=True)
+        command = [
+            folder / "bin/pytest",
+            "-q",
+            "-n",
+            str(os.cpu_count()),
+            "--dist",
+            "loadgroup",
+            "-m",
+            "not slow",
+        ]
+        with (folder / f"{name}.log").open("w") as log:
+            environ = os.environ | {"OMP_NUM_THREADS": "1"} | more
+            subprocess.run([*command, f"--junitxml={report}", *arguments], cwd=ROOT, env=environ, stdout=log)
+        for case in ElementTree.parse(report).iter("testcase"):
+            outcome = {child.tag for child in case}
+            kind = (
+                "failed"
+                if outcome & {"failure", "error"}
+                else "skipped"
+                if "skipped" in outcome
+                else "passed"
+            )
+            counts[kind] += 1
+            if kind == "failed":
+                failures.append(f"{name}: {case.get('classname')}::{case.get('name')}")
+    versions = "import json, torch, triton; print(json.dumps([torch.__version__, triton.__version__]))"
+    torch, triton = json.loads(call(folder / "bin/python", "-c", versions))
+    commit = call("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip()
+    row = {"torch": torch, "triton": triton, **{k: str(v) for k, v in counts.items()}, "commit": commit}
+    return row | {"date": date.today().isoformat()}, failures
+
+
+def record(python: str, torch: str, row: dict[str, str]) -> None:
+    """Put the row into the page, in the order of CELLS."""
+    rows = {}
+    if PAGE.exists():
+        for line in PAGE.read_text().splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if line.startswith("| 3."):
+                rows[f"{cells[0]}-{cells[1].partition('+')[0]}"] = line
+    rows[f"{python}-{torch}"] = f"| {python} | {' | '.join(row.values())} |"
+    order = [*CELLS, *rows]
+    PAGE.write_text(HEAD + "\n".join(rows[cell] for cell in sorted(rows, key=order.index)) + "\n")
+
+
+def call(*command: object, **environ: str) -> str:
+    """Output of a command, from an empty place, so that no source folder stands in for the package."""
+    parts = [str(part) for part in command]
+    run = subprocess.run(parts, cwd=FOLDER, env=os.environ | environ, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{' '.join(parts)} failed:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return run.stdout
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    main()
