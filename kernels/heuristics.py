@@ -1,8 +1,8 @@
 """How to cut the work: tiles for each chip, width and dtype, and splits of the queue that fill the chip.
 
 Static, so that every process of a run cuts alike and results repeat; RELSSL_AUTOTUNE=1 measures instead
-(autotune.py). The tables hold what compiles without spilling registers (docs/kernels.md); their choice among
-that awaits a measurement.
+(autotune.py). The tables hold what Triton 3.5 to 3.8 compiles without spilling registers (docs/kernels.md);
+their choice among that awaits a measurement.
 """
 
 from functools import cache
@@ -18,6 +18,7 @@ INTERPRETER, AMD = 0, 1  # where a capability stands
 class Chip(NamedTuple):
     capability: int  # 10 * major + minor, or one of the names above
     processors: int  # streaming multiprocessors
+    triton: tuple[int, int] = (3, 7)  # the version that compiles for it
 
 
 WHOLE = 1 << 30
@@ -36,7 +37,8 @@ class Tiles(NamedTuple):
 
 INTERPRETED = Tiles(64, 256, 4, 1)
 
-# For each family of chips: its tiles by width, for up to so many columns.
+# For each family of chips: its tiles by width, for up to so many columns. Those of "(3.8)" hold from that
+# Triton on, which spills with the others.
 Table = dict[str, dict[int, Tiles]]
 
 FORWARD_16: Table = {
@@ -47,6 +49,7 @@ FORWARD_16: Table = {
         512: Tiles(64, 32, 8, 3, tma=True),
         1024: Tiles(32, 16, 8, 2, tma=True),
     },
+    "sm_100 (3.8)": {128: Tiles(128, 64, 8, 3, tma=True), 256: Tiles(128, 32, 8, 3, tma=True)},
     "sm_80": {
         64: Tiles(128, 128, 8, 3),
         128: Tiles(128, 64, 8, 3),
@@ -106,6 +109,7 @@ BACKWARD_16: Table = {
         512: Tiles(16, 16, 8, 1),
         1024: Tiles(16, 16, 8, 1, 64),
     },
+    "amd (3.8)": {256: Tiles(32, 16, 8, 1)},
 }
 BACKWARD_32 = {
     64: Tiles(32, 32, 8, 2),
@@ -158,16 +162,31 @@ def family(capability: int) -> str:
     """Chips that share a table. "small" have 100 KiB of shared memory for a program; AMD's have 64."""
     if capability == AMD:
         return "amd"
-    if capability in (90, 100, 103):
+    if capability in (100, 103):
+        return "sm_100"
+    if capability == 90:
         return "sm_90"
     return "sm_80" if capability == 80 else "small"
+
+
+for _table in (FORWARD_16, BACKWARD_16, QUEUE_16):
+    _table["sm_100"] = _table["sm_90"]
 
 
 def _line(of_16: Table, of_32: dict[int, Tiles], chip: Chip, itemsize: int, dim: int) -> Tiles:
     if chip.capability == INTERPRETER:
         return INTERPRETED
-    table = of_32 if itemsize == 4 else of_16[family(chip.capability)]
-    return next(tiles for widest, tiles in table.items() if dim <= widest)
+    name = family(chip.capability)
+    table = of_32 if itemsize == 4 else of_16[name]
+    widest = next(widest for widest in table if dim <= widest)
+    newer = of_16.get(f"{name} (3.8)", {}) if itemsize < 4 and chip.triton >= (3, 8) else {}
+    return newer.get(widest) or table[widest]
+
+
+def version(triton: str) -> tuple[int, int]:
+    """3.8 of "3.8.0+git": what a Chip has."""
+    major, minor = triton.split(".")[:2]
+    return int(major), int(minor)
 
 
 def width(dim: int) -> int:

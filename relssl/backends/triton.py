@@ -80,7 +80,8 @@ def _chip(index: int | None) -> Any:
         return heuristics.Chip(heuristics.INTERPRETER, 4)  # four, so that there are splits
     of = torch.cuda.get_device_properties(index)
     capability = heuristics.AMD if torch.version.hip else 10 * of.major + of.minor
-    return heuristics.Chip(capability, of.multi_processor_count)
+    version = heuristics.version(_kernels().version)
+    return heuristics.Chip(capability, of.multi_processor_count, version)
 
 
 def on(x: Tensor) -> Any:
