@@ -49,7 +49,7 @@ FORWARD_16: Table = {
         512: Tiles(64, 32, 8, 3, tma=True),
         1024: Tiles(32, 16, 8, 2, tma=True),
     },
-    "sm_100 (3.8)": {128: Tiles(128, 64, 8, 3, tma=True), 256: Tiles(128, 32, 8, 3, tma=True)},
+    "sm_100 (3.8)": {128: Tiles(128, 64, 8, 3, tma=True), 256: Tiles(64, 64, 8, 3, tma=True)},
     "sm_80": {
         64: Tiles(128, 128, 8, 3),
         128: Tiles(128, 64, 8, 3),
