@@ -87,8 +87,8 @@ def build(report: Report) -> str:
     return "; ".join([*found, built])
 
 
-# The files with tests that need a GPU, and the processes that run them: after an error of CUDA's a process can
-# launch nothing more, so each backend has its own. The selections are disjoint, and leave none out.
+# The files with tests that need a GPU, and the processes that run them, one for each backend: after an error
+# of CUDA's a process can launch nothing more. The selections are disjoint, and leave none out.
 FILES = ("test_gpu.py", "test_cuda.py", "test_triton.py", "test_losses.py")
 SELECTIONS = {"triton": "not cuda", "cuda": "cuda and not sm_90", "cuda, sm_90a": "cuda and sm_90"}
 

@@ -52,12 +52,13 @@ _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def _kernels() -> SimpleNamespace:
     from triton import __version__
-    from triton.runtime._allocation import _allocator
+    from triton.runtime._allocation import NullAllocator, _allocator
     from triton.testing import do_bench
 
     from relssl.kernels import autotune, combine, heuristics, lookup, vjp
 
     return SimpleNamespace(
+        NullAllocator=NullAllocator,
         allocator=_allocator,
         autotune=autotune,
         combine_info_nce=combine.combine_info_nce,
@@ -128,12 +129,12 @@ class _Launch:
 _plans: dict[tuple, Any] = {}  # launches and what goes with them, by what they were worked out from
 
 
-def _planned(work_out: Any, device: torch.device, *arguments: Any) -> Any:
+def _planned(work_out: Any, device: int, *arguments: Any) -> Any:
     """work_out(*arguments), remembered for arguments that are alike: tensors in layout, all else in value.
 
     A plan holds functions that were loaded on one device, the one that all its tensors are on.
     """
-    key = (work_out, device.index, *(_look(a) if isinstance(a, Tensor) else a for a in arguments))
+    key = (work_out, device, *(_look(a) if isinstance(a, Tensor) else a for a in arguments))
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = work_out(*arguments)
@@ -156,7 +157,8 @@ def lookup(
     """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0]."""
     kinds = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
     allowed = torch.backends.cuda.matmul.fp32_precision
-    launch = _planned(_lookup_launch, queue.device, first, second, queue, exclude, *kinds, want_mean, allowed)
+    device = queue.get_device()
+    launch = _planned(_lookup_launch, device, first, second, queue, exclude, *kinds, want_mean, allowed)
     return launch(first, second, queue, exclude, *scales)
 
 
@@ -193,11 +195,9 @@ def _lookup_launch(
             bank = arguments[2]
             stats = bank.new_empty((3, splits, rows), dtype=torch.float32)
             means = bank.new_empty(shape, dtype=torch.float32)
-            callers = kernels.allocator.set(_scratch)  # for this launch alone
-            try:
-                run(*arguments, stats, means, *sizes)
-            finally:
-                kernels.allocator.reset(callers)
+            if tma and isinstance(kernels.allocator.get(), kernels.NullAllocator):
+                kernels.allocator.set(_scratch)  # the caller has set none
+            run(*arguments, stats, means, *sizes)
             return stats, means
 
         return launch
@@ -258,7 +258,7 @@ def combine_relation(
     (_, splits_t, rows_t), (_, splits_s, rows_s) = teacher[0].shape, student[0].shape
     flags = ("KL", form == "kl"), ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
     most, apart = max(splits_t, splits_s), _tensors((q, k, *scales))
-    combine = _planned(_combine_launch, q.device, "combine_relation", dim, most, count, flags, *apart)
+    combine = _planned(_combine_launch, q.get_device(), "combine_relation", dim, most, count, flags, *apart)
     combine(
         q, k, *scales, *teacher, *student, loss, entropy, diff, lse, mean_t,
         q.stride(0), k.stride(0), batch, rows_t, splits_t, rows_s, splits_s, offset,
@@ -271,7 +271,7 @@ def combine_info_nce(
     (count, dim), splits = q.shape, found[0].shape[1]
     flags = ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
     apart = _tensors((q, k, *scales))
-    combine = _planned(_combine_launch, q.device, "combine_info_nce", dim, splits, count, flags, *apart)
+    combine = _planned(_combine_launch, q.get_device(), "combine_info_nce", dim, splits, count, flags, *apart)
     strides = q.stride(0), k.stride(0)
     combine(q, k, *scales, *found, loss, sigma, diff, lse, *strides, k.shape[0], count, splits)
 
