@@ -244,9 +244,8 @@ def combine_rows(found: Found, scales: tuple, split: int, lse: Tensor, mean: Ten
     _, splits, count = stats.shape
     dim = mean.shape[1]
     flags = ("MEAN", dim > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
-    combine = _planned(
-        _combine_launch, lse.device, "combine_rows", dim, splits, count, flags, *_tensors(scales)
-    )
+    apart = _tensors(scales)
+    combine = _planned(_combine_launch, lse.get_device(), "combine_rows", dim, splits, count, flags, *apart)
     combine(stats, means, *scales, lse, mean, split, count, splits)
 
 
