@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ def jobs(checks: tuple[str, ...] = ("relation", "info_nce", "logsumexp")) -> lis
     return sorted(found, key=lambda job: -job[1][-1])
 
 
-def compile_all(job: Job, capability: int) -> int:
+def compile_all(job: Job, capability: int, processors: int) -> int:
     """How many kernels the losses of one shape launch, with all their gradients."""
     import checks
     import torch
@@ -44,7 +45,7 @@ def compile_all(job: Job, capability: int) -> int:
 
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
-    kernels._chip = lambda index: Chip(capability, 132, version(triton.__version__))
+    kernels._chip = lambda index: Chip(capability, processors, version(triton.__version__))
     kernels.supports = lambda *arguments: None
     checks.device = lambda backend: "cpu"
     # Nothing is computed, so nothing is compared.
@@ -70,13 +71,14 @@ def main() -> None:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]  # test_losses.py is in both
     import torch
 
-    major, minor = (
-        divmod(options.capability, 10) if options.capability else torch.cuda.get_device_capability()
-    )
+    capability, processors = options.capability, 132
+    if not capability:
+        gpu = torch.cuda.get_device_properties()
+        capability, processors = 10 * gpu.major + gpu.minor, gpu.multi_processor_count
     began, todo = time.monotonic(), jobs()
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=fresh) as pool:
-        counts = list(pool.map(compile_all, todo, [10 * major + minor] * len(todo)))
+        counts = list(pool.map(partial(compile_all, capability=capability, processors=processors), todo))
     print(f"compiled for {sum(counts)} launches of {len(todo)} losses in {time.monotonic() - began:.0f} s")
 
 

@@ -102,7 +102,7 @@ def tests(report: Report) -> str:
     """The tests that need a GPU, and no other; a skip for want of one would be a failure."""
     until = time.monotonic() + min(report.left, 270)
     here = [*PYTHON, ROOT / "bench" / "compile_kernels.py"]
-    found = [report.run(*here, seconds=until - time.monotonic())]
+    found = [report.run(*here, seconds=min(report.left, 120))]
     options = ["-q", "--maxfail=40", "-p", "no:cacheprovider"]
     options += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     # From a thread: no signal ends what waits in the driver.
@@ -111,7 +111,7 @@ def tests(report: Report) -> str:
     )
     for name, expression in SELECTIONS.items():
         command = [*PYTHON, "-m", "pytest", *options, *selected(expression)]
-        last = report.run(*command, seconds=until - time.monotonic(), RELSSL_REQUIRE_GPU="1")
+        last = report.run(*command, seconds=max(0, until - time.monotonic()), RELSSL_REQUIRE_GPU="1")
         found.append(f"{name}: {last}")
     return "; ".join(found)
 

@@ -18,7 +18,7 @@ INTERPRETER, AMD = 0, 1  # where a capability stands
 class Chip(NamedTuple):
     capability: int  # 10 * major + minor, or one of the names above
     processors: int  # streaming multiprocessors
-    triton: tuple[int, int] = (3, 7)  # the version that compiles for it
+    triton: tuple[int, int] = (3, 7)  # the version that compiles for it; see OF_A_VERSION
 
 
 WHOLE = 1 << 30
@@ -37,8 +37,7 @@ class Tiles(NamedTuple):
 
 INTERPRETED = Tiles(64, 256, 4, 1)
 
-# For each family of chips: its tiles by width, for up to so many columns. Those of "(3.8)" hold from that
-# Triton on, which spills with the others.
+# For each family of chips: its tiles by width, for up to so many columns.
 Table = dict[str, dict[int, Tiles]]
 
 FORWARD_16: Table = {
@@ -49,7 +48,6 @@ FORWARD_16: Table = {
         512: Tiles(64, 32, 8, 3, tma=True),
         1024: Tiles(32, 16, 8, 2, tma=True),
     },
-    "sm_100 (3.8)": {128: Tiles(128, 64, 8, 3, tma=True), 256: Tiles(64, 64, 8, 3, tma=True)},
     "sm_80": {
         64: Tiles(128, 128, 8, 3),
         128: Tiles(128, 64, 8, 3),
@@ -109,7 +107,6 @@ BACKWARD_16: Table = {
         512: Tiles(16, 16, 8, 1),
         1024: Tiles(16, 16, 8, 1, 64),
     },
-    "amd (3.8)": {256: Tiles(32, 16, 8, 1)},
 }
 BACKWARD_32 = {
     64: Tiles(32, 32, 8, 2),
@@ -157,6 +154,17 @@ QUEUE_32 = {
     1024: Tiles(16, 16, 8, 1, 32),
 }
 
+# What a version of Triton has instead, which spills with the tables' tiles: by table, chips or dtype, and width.
+LAST = (3, 8)  # holds for those after it, too
+OF_A_VERSION = {
+    (3, 6): {("backward", "float32", 128): Tiles(16, 32, 8, 1, 32)},
+    (3, 8): {
+        ("forward", "sm_100", 128): Tiles(128, 64, 8, 3, tma=True),
+        ("forward", "sm_100", 256): Tiles(64, 64, 8, 3, tma=True),
+        ("backward", "amd", 256): Tiles(32, 16, 8, 1),
+    },
+}
+
 
 def family(capability: int) -> str:
     """Chips that share a table. "small" have 100 KiB of shared memory for a program; AMD's have 64."""
@@ -173,14 +181,14 @@ for _table in (FORWARD_16, BACKWARD_16, QUEUE_16):
     _table["sm_100"] = _table["sm_90"]
 
 
-def _line(of_16: Table, of_32: dict[int, Tiles], chip: Chip, itemsize: int, dim: int) -> Tiles:
+def _line(name: str, of_16: Table, of_32: dict[int, Tiles], chip: Chip, itemsize: int, dim: int) -> Tiles:
     if chip.capability == INTERPRETER:
         return INTERPRETED
-    name = family(chip.capability)
-    table = of_32 if itemsize == 4 else of_16[name]
+    rows = "float32" if itemsize == 4 else family(chip.capability)
+    table = of_32 if itemsize == 4 else of_16[rows]
     widest = next(widest for widest in table if dim <= widest)
-    newer = of_16.get(f"{name} (3.8)", {}) if itemsize < 4 and chip.triton >= (3, 8) else {}
-    return newer.get(widest) or table[widest]
+    others = OF_A_VERSION.get(min(chip.triton, LAST), {})
+    return others.get((name, rows, widest), table[widest])
 
 
 def version(triton: str) -> tuple[int, int]:
@@ -208,17 +216,17 @@ def precision(capability: int, *, exact: bool) -> str:
 
 def forward(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of lookup.py."""
-    return _line(FORWARD_16, FORWARD_32, chip, itemsize, dim)
+    return _line("forward", FORWARD_16, FORWARD_32, chip, itemsize, dim)
 
 
 def backward(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of vjp_x."""
-    return _line(BACKWARD_16, BACKWARD_32, chip, itemsize, dim)
+    return _line("backward", BACKWARD_16, BACKWARD_32, chip, itemsize, dim)
 
 
 def backward_queue(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of vjp_queue."""
-    return _line(QUEUE_16, QUEUE_32, chip, itemsize, dim)
+    return _line("backward_queue", QUEUE_16, QUEUE_32, chip, itemsize, dim)
 
 
 def candidates(tiles: Tiles) -> list[Tiles]:

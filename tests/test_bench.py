@@ -224,7 +224,7 @@ sys.path[:0] = sys.argv[1:]
 from compile_kernels import compile_all, jobs
 
 assert len(jobs()) == len(set(jobs())) and jobs()[0] == ("float32", (None, 40, 1000, 1024), "relation")
-print(compile_all(("float16", (None, 3, 17, 16), "info_nce"), 90))
+print(compile_all(("float16", (None, 3, 17, 16), "info_nce"), 90, 132))
 """
 
 

@@ -59,7 +59,7 @@ def test_wide_rows_fit(capability, dim):
 
 def test_logits_are_summed_alike_forward_and_backward():
     """Else p = exp(logit - lse) would be of other logits than lse, by digits that large ones cannot spare."""
-    for capability, version in itertools.product(resources.CAPABILITIES, [(3, 7), (3, 8)]):
+    for capability, version in itertools.product(resources.CAPABILITIES, [(3, 6), (3, 7), (3, 8)]):
         for itemsize, dim in itertools.product((2, 4), resources.DIMS):
             chip = heuristics.Chip(capability, 100, version)
             tables = heuristics.forward, heuristics.backward, heuristics.backward_queue
@@ -67,26 +67,29 @@ def test_logits_are_summed_alike_forward_and_backward():
             assert len(chunks) == 1, (capability, itemsize, dim)
 
 
-# Capability, width, then the tiles up to Triton 3.7 and from 3.8 on, which spills with the former.
+OLDER, NEWER = ("3.5.1", "3.6.0", "3.7.1"), ("3.8.0+git1", "3.9.0", "4.0")
+
+
+# The tiles with which some versions of Triton would spill, and what these have instead.
 @pytest.mark.parametrize(
-    ("table", "capability", "dim", "before", "after"),
+    ("table", "capability", "itemsize", "dim", "tiles", "others", "versions"),
     [
-        ("forward", 100, 64, (128, 128, 8, 3), (128, 128, 8, 3)),
-        ("forward", 100, 96, (128, 128, 8, 3), (128, 64, 8, 3)),
-        ("forward", 103, 256, (128, 64, 8, 3), (64, 64, 8, 3)),
-        ("forward", 90, 128, (128, 128, 8, 3), (128, 128, 8, 3)),
-        ("backward", AMD, 256, (32, 32, 8, 1), (32, 16, 8, 1)),
-        ("backward_queue", AMD, 256, (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("forward", 100, 2, 64, (128, 128, 8, 3), (128, 128, 8, 3), NEWER),
+        ("forward", 100, 2, 96, (128, 128, 8, 3), (128, 64, 8, 3), NEWER),
+        ("forward", 103, 2, 256, (128, 64, 8, 3), (64, 64, 8, 3), NEWER),
+        ("forward", 90, 2, 128, (128, 128, 8, 3), (128, 128, 8, 3), NEWER),
+        ("forward", 100, 4, 128, (32, 32, 8, 2), (32, 32, 8, 2), NEWER),
+        ("backward", AMD, 2, 256, (32, 32, 8, 1), (32, 16, 8, 1), NEWER),
+        ("backward_queue", AMD, 2, 256, (16, 16, 8, 1), (16, 16, 8, 1), NEWER),
+        ("backward", 80, 4, 128, (16, 32, 8, 2), (16, 32, 8, 1), ("3.6.0",)),
+        ("backward", 80, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), ("3.6.0",)),
     ],
 )
-def test_tiles_are_of_a_version_of_triton(table, capability, dim, before, after):
-    for versions, tiles in (("3.5.1", "3.6.0", "3.7.1"), before), (("3.8.0+git1", "3.9.0", "4.0"), after):
-        for version in map(heuristics.version, versions):
-            chip = heuristics.Chip(capability, 100, version)
-            assert getattr(heuristics, table)(chip, 2, dim)[:4] == tiles
-            assert getattr(heuristics, table)(chip, 4, dim) == getattr(heuristics, table)(
-                chip._replace(triton=(3, 7)), 4, dim
-            )
+def test_tiles_are_of_a_version_of_triton(table, capability, itemsize, dim, tiles, others, versions):
+    for version in OLDER + NEWER:
+        chip = heuristics.Chip(capability, 100, heuristics.version(version))
+        wanted = others if version in versions else tiles
+        assert getattr(heuristics, table)(chip, itemsize, dim)[:4] == wanted, version
 
 
 @pytest.mark.parametrize("rows", [64, 512, 2048, 8192])
