@@ -154,7 +154,7 @@ QUEUE_32 = {
     1024: Tiles(16, 16, 8, 1, 32),
 }
 
-# What a version of Triton that spills with the tables' tiles has instead: by table, chips or dtype, and width.
+# What a version of Triton that spills with the tables' tiles has instead, by table, chips or dtype, width.
 LAST = (3, 8)  # holds for those after it, too
 OF_A_VERSION = {
     (3, 6): {("backward", "float32", 128): Tiles(16, 32, 8, 1, 32)},
