@@ -87,13 +87,33 @@ def build(report: Report) -> str:
     return "; ".join([*found, built])
 
 
+# The files with tests that need a GPU, and the processes that run them, one for each backend: after an error
+# of CUDA's a process can launch nothing more. The selections are disjoint, and leave none out.
+FILES = ("test_gpu.py", "test_cuda.py", "test_triton.py", "test_losses.py")
+SELECTIONS = {"triton": "not cuda", "cuda": "cuda and not sm_90", "cuda, sm_90a": "cuda and sm_90"}
+
+
+def selected(expression: str) -> list[object]:
+    """The arguments with which pytest runs a selection."""
+    return ["-m", "gpu", "-k", expression, *(ROOT / "tests" / name for name in FILES)]
+
+
 def tests(report: Report) -> str:
     """The tests that need a GPU, and no other; a skip for want of one would be a failure."""
-    command = [*PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=40", "-p", "no:cacheprovider"]
-    command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    names = ("test_gpu.py", "test_cuda.py", "test_triton.py", "test_losses.py")
-    command += [ROOT / "tests" / name for name in names]
-    return report.run(*command, seconds=min(report.left, 150), RELSSL_REQUIRE_GPU="1")
+    until = time.monotonic() + min(report.left, 270)
+    here = [*PYTHON, ROOT / "bench" / "compile_kernels.py"]
+    found = [report.run(*here, seconds=min(report.left, 120))]
+    options = ["-q", "--maxfail=40", "-p", "no:cacheprovider"]
+    options += ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    # From a thread: no signal ends what waits in the driver.
+    options += (
+        ["--timeout=60", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+    )
+    for name, expression in SELECTIONS.items():
+        command = [*PYTHON, "-m", "pytest", *options, *selected(expression)]
+        last = report.run(*command, seconds=max(0, until - time.monotonic()), RELSSL_REQUIRE_GPU="1")
+        found.append(f"{name}: {last}")
+    return "; ".join(found)
 
 
 def bench(report: Report) -> str:

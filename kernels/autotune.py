@@ -36,7 +36,7 @@ def _read(file: Path) -> dict[str, list[Any]]:
 def choose(key: str, candidates: Iterable[Tiles], measure: Callable[[Tiles], float]) -> Tiles:
     """The fastest of the candidates by measure(tiles), in milliseconds; asked again, what was chosen before.
 
-    A candidate that does not fit the chip is passed over.
+    A candidate that does not compile or does not fit the chip is passed over.
     """
     file = path()
     if file not in _known:
@@ -49,6 +49,9 @@ def choose(key: str, candidates: Iterable[Tiles], measure: Callable[[Tiles], flo
                 times[tiles] = measure(tiles)
             except TritonError:
                 continue
+            except RuntimeError as error:  # which launches raise, too
+                if "PassManager::run failed" not in str(error):
+                    raise
         if not times:
             raise RuntimeError(f"relssl: no tiles that were tried for {key} fit this chip")
         best = min(times, key=lambda tiles: times[tiles])

@@ -1,8 +1,8 @@
 """How to cut the work: tiles for each chip, width and dtype, and splits of the queue that fill the chip.
 
 Static, so that every process of a run cuts alike and results repeat; RELSSL_AUTOTUNE=1 measures instead
-(autotune.py). The tables hold what compiles without spilling registers (docs/kernels.md); their choice among
-that awaits a measurement.
+(autotune.py). The tables hold what Triton 3.5 to 3.8 compiles without spilling registers (docs/kernels.md);
+their choice among that awaits a measurement.
 """
 
 from functools import cache
@@ -18,6 +18,7 @@ INTERPRETER, AMD = 0, 1  # where a capability stands
 class Chip(NamedTuple):
     capability: int  # 10 * major + minor, or one of the names above
     processors: int  # streaming multiprocessors
+    triton: tuple[int, int] = (3, 7)  # the version that compiles for it; see OF_A_VERSION
 
 
 WHOLE = 1 << 30
@@ -153,21 +154,47 @@ QUEUE_32 = {
     1024: Tiles(16, 16, 8, 1, 32),
 }
 
+# What a version of Triton that spills with the tables' tiles has instead, by table, chips or dtype, width.
+LAST = (3, 8)  # holds for those after it, too
+OF_A_VERSION = {
+    (3, 6): {("backward", "float32", 128): Tiles(16, 32, 8, 1, 32)},
+    (3, 8): {
+        ("forward", "sm_100", 128): Tiles(128, 64, 8, 3, tma=True),
+        ("forward", "sm_100", 256): Tiles(64, 64, 8, 3, tma=True),
+        ("backward", "amd", 256): Tiles(32, 16, 8, 1),
+    },
+}
+
 
 def family(capability: int) -> str:
     """Chips that share a table. "small" have 100 KiB of shared memory for a program; AMD's have 64."""
     if capability == AMD:
         return "amd"
-    if capability in (90, 100, 103):
+    if capability in (100, 103):
+        return "sm_100"
+    if capability == 90:
         return "sm_90"
     return "sm_80" if capability == 80 else "small"
 
 
-def _line(of_16: Table, of_32: dict[int, Tiles], chip: Chip, itemsize: int, dim: int) -> Tiles:
+for _table in (FORWARD_16, BACKWARD_16, QUEUE_16):
+    _table["sm_100"] = _table["sm_90"]
+
+
+def _line(name: str, of_16: Table, of_32: dict[int, Tiles], chip: Chip, itemsize: int, dim: int) -> Tiles:
     if chip.capability == INTERPRETER:
         return INTERPRETED
-    table = of_32 if itemsize == 4 else of_16[family(chip.capability)]
-    return next(tiles for widest, tiles in table.items() if dim <= widest)
+    rows = "float32" if itemsize == 4 else family(chip.capability)
+    table = of_32 if itemsize == 4 else of_16[rows]
+    widest = next(widest for widest in table if dim <= widest)
+    others = OF_A_VERSION.get(min(chip.triton, LAST), {})
+    return others.get((name, rows, widest), table[widest])
+
+
+def version(triton: str) -> tuple[int, int]:
+    """3.8 of "3.8.0+git": what a Chip has."""
+    major, minor = triton.split(".")[:2]
+    return int(major), int(minor)
 
 
 def width(dim: int) -> int:
@@ -189,17 +216,17 @@ def precision(capability: int, *, exact: bool) -> str:
 
 def forward(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of lookup.py."""
-    return _line(FORWARD_16, FORWARD_32, chip, itemsize, dim)
+    return _line("forward", FORWARD_16, FORWARD_32, chip, itemsize, dim)
 
 
 def backward(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of vjp_x."""
-    return _line(BACKWARD_16, BACKWARD_32, chip, itemsize, dim)
+    return _line("backward", BACKWARD_16, BACKWARD_32, chip, itemsize, dim)
 
 
 def backward_queue(chip: Chip, itemsize: int, dim: int) -> Tiles:
     """Of vjp_queue."""
-    return _line(QUEUE_16, QUEUE_32, chip, itemsize, dim)
+    return _line("backward_queue", QUEUE_16, QUEUE_32, chip, itemsize, dim)
 
 
 def candidates(tiles: Tiles) -> list[Tiles]:

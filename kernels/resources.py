@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     """The forward pass with a gradient, its combine step, and both kernels of the backward pass."""
-    chip = Chip(capability, PROCESSORS)
+    chip = Chip(capability, PROCESSORS, heuristics.version(triton.__version__))
     size = {"fp32": 4}.get(dtype, 2)
     common = {
         "DIM": dim,

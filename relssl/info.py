@@ -20,8 +20,8 @@ def _instruction_sets() -> str:
 def _cuda_kernels() -> str:
     if cuda._cuda is None:
         return cuda.missing
-    reason = cuda._cuda.missing(0)
-    return f"kernels built for {cuda._cuda.architectures}" + (
+    reason = cuda._missing(0)
+    return f"kernels built for {cuda._cuda.architectures} with {cuda.built_with()}" + (
         f" (cannot run here: {reason})" if reason else ""
     )
 

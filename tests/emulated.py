@@ -17,7 +17,8 @@ from relssl import backends
 ROOT = Path(__file__).resolve().parents[1]
 CUDA, EMULATION = ROOT / "csrc/cuda", ROOT / "tests/emulation"
 WIDTHS = (64, 128, 256, 512)
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{CUDA}", "-include", EMULATION / "cuda.h"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{CUDA}", f"-I{EMULATION / 'toolkit'}"]
+FLAGS += ["-include", EMULATION / "cuda.h"]
 # One machine to a module, not to a process; and threads that jump from stack to stack.
 FLAGS += ["-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
 
@@ -51,7 +52,7 @@ def build():
         pytest.skip("needs g++")
     sources = [
         *sorted(CUDA.glob("*.*")),
-        *sorted(EMULATION.glob("*.*")),
+        *sorted(EMULATION.rglob("*.*")),
         CUDA.parent / "addresses.h",
         Path(__file__),
     ]
@@ -72,9 +73,10 @@ def load(file):
     spec = importlib.util.spec_from_file_location("_emulated", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    seed = ctypes.CDLL(str(file)).emulation_seed
-    seed.argtypes = [ctypes.c_uint64]
-    module.seed = seed
+    library = ctypes.CDLL(str(file))
+    module.seed = library.emulation_seed
+    module.seed.argtypes = [ctypes.c_uint64]
+    module.device, module.launched_on = library.emulation_device, library.emulation_launched_on
     return module
 
 

@@ -1,6 +1,7 @@
 """The benchmark: its yardsticks are right, its peers agree, and README.md says what is recorded."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,61 @@ def test_runs_are_merged():
     )
     with pytest.raises(ValueError, match="more than one commit: "):
         merge.merged([runs[0], runs[1] | {"commit": "other"}])
+
+
+COLLECT = """
+import sys, pytest
+
+sys.path[:0] = sys.argv[1:]
+from gpu_report import ROOT, SELECTIONS, selected
+
+
+class Names(list):
+    def pytest_collection_finish(self, session):
+        self += [item.nodeid for item in session.items]
+
+
+def names(*arguments):
+    found = Names()
+    options = ["-q", "-q", "--collect-only", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    assert pytest.main([*options, *map(str, arguments)], plugins=[found]) == 0
+    return found
+
+chosen = {name: names(*selected(expression)) for name, expression in SELECTIONS.items()}
+everything = sorted(names("-m", "gpu", ROOT / "tests"))
+assert sorted(sum(chosen.values(), [])) == everything, "not once each"
+backends = {"triton": "triton", "cuda": "cuda", "cuda, sm_90a": "sm_90"}
+for name, tests in chosen.items():
+    assert tests and all(backends[name] in test for test in tests), name
+print(len(everything) > 250)
+"""
+
+
+def test_the_gpu_report_runs_each_test_for_a_gpu_once(tmp_path):
+    command = [sys.executable, "-P", "-W", "ignore", "-c", COLLECT, ROOT / "bench", ROOT / "tests"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout.endswith("True\n"), run.stdout[-2000:] + run.stderr[-2000:]
+
+
+COMPILE = """
+import sys
+
+sys.path[:0] = sys.argv[1:]
+from compile_kernels import compile_all, jobs
+
+assert len(jobs()) == len(set(jobs())) and jobs()[0] == ("float32", (None, 40, 1000, 1024), "relation")
+print(compile_all(("float16", (None, 3, 17, 16), "info_nce"), 90, 132))
+"""
+
+
+def test_kernels_are_compiled_before_tests_need_them(tmp_path):
+    """Two launches forward, and two backward: exponents, and the gradient of the queue."""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", COMPILE, ROOT / "tests", ROOT / "bench"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout == "4\n", run.stderr
+    assert {file.stem for file in tmp_path.rglob("*.cubin")} == {
+        "lookup", "combine_info_nce", "reference", "vjp_queue"
+    }  # fmt: skip

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import checks
 import emulated
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import unit
 from relssl.kernels.heuristics import Chip
 
-from relssl import backends
+from relssl import backends, info
 from relssl.functional import queue_logsumexp
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -276,6 +278,41 @@ def test_any_schedule_gives_equal_results(cuda, module, dtype, dim):
         assert all(torch.equal(a, b) for a, b in zip(with_gradients(*inputs), expected, strict=True))
 
 
+def test_a_thread_that_never_set_a_device(cuda):
+    """As autograd's: the driver finds no context there until device 0 is set, current though it is."""
+    inputs = batch(None, 5, 100, 64, torch.bfloat16)
+    with ThreadPoolExecutor(1) as pool:
+        for one, other in zip(pool.submit(losses, *inputs).result(), losses(*inputs), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_launches_go_to_the_device_they_are_told(cuda, module, monkeypatch):
+    inputs = batch(None, 5, 100, 64, torch.bfloat16)
+    for device in (1, 0):
+        monkeypatch.setattr(cuda, "_place", lambda x, device=device: (device, 0))
+        losses(*inputs)
+        assert (module.launched_on(), module.device()) == (device, 0)
+    monkeypatch.setattr(cuda, "_place", lambda x: (2, 0))
+    with pytest.raises(RuntimeError, match=r"looking up 5 rows .* on device 2: invalid device ordinal"):
+        losses(*inputs)
+
+
+@pytest.mark.gpu
+def test_a_thread_that_never_set_a_device_on_a_gpu(on_gpu):
+    inputs = on("cuda", *batch(None, 5, 1000, 64, torch.bfloat16))
+    with ThreadPoolExecutor(1) as pool:
+        for one, other in zip(pool.submit(losses, *inputs).result(), losses(*inputs), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("version", [12000, 12040, 12050, 13000])
+def test_the_driver_is_asked_as_each_toolkit_has_it(version, tmp_path):
+    (tmp_path / "launch.cpp").write_text('#include "launch.h"\n')
+    emulated.compile_to(
+        tmp_path / "launch.o", tmp_path / "launch.cpp", f"-DCUDART_VERSION={version}", "-fsyntax-only"
+    )
+
+
 def test_opcheck(cuda):
     q, k, queue = unit(2, 5, 64).bfloat16(), unit(5, 64).bfloat16(), unit(40, 64).bfloat16()
     ops, check = torch.ops.relssl, torch.library.opcheck
@@ -319,6 +356,29 @@ def test_reasons(module, monkeypatch, device, dtype, dim, reason):
         backends.choose("cuda", device, dtype, dim)
     if capability == 86:
         assert backends.choose("cuda", "cuda", torch.float16, 128) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "why"),
+    [
+        (13000, 13010, None),
+        (13000, 12080, "13.0, which needs a driver 580 or later, and the driver here is for CUDA 12.8"),
+        (12060, 12020, None),  # minor versions go together
+        (12060, 11080, "12.6, which needs a driver 525 or later, and the driver here is for CUDA 11.8"),
+        (14010, 13000, "14.1, which needs a driver for CUDA 14, and the driver here is for CUDA 13.0"),
+        (13000, 0, None),
+    ],
+)
+def test_info_tells_of_an_old_driver(toolkit, driver, why, monkeypatch):
+    cuda, failed = backends.MODULES["cuda"], "CUDA driver version is insufficient for CUDA runtime version"
+    found = {"toolkit": toolkit, "driver": lambda: driver, "missing": lambda index: failed}
+    monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(architectures="sm_80", **found))
+    cuda._missing.cache_clear()
+    reason = failed + (f": it was built with CUDA {why}" if why else "")
+    assert cuda._missing(0) == reason
+    (line,) = (line for line in info.report().splitlines() if line.startswith("CUDA C++"))
+    assert line == f"CUDA C++ kernels built for sm_80 with {cuda.built_with()} (cannot run here: {reason})"
+    cuda._missing.cache_clear()
 
 
 def test_not_built(monkeypatch):

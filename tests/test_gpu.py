@@ -7,10 +7,13 @@ from checks import ask_for_hoppers_kernel, batch, check_info_nce, check_logsumex
 from relssl.functional import info_nce, queue_logsumexp, relation_loss
 
 pytestmark = pytest.mark.gpu
+BACKENDS = ["triton", "cuda", "cuda-sm_90a"]
 WIDTHS = {"triton": [64, 128, 256, 512, 1024], "cuda": [64, 128, 256, 512]}
+LARGE_LOGITS = 40, 1000  # B, K
+PUBLISHED = 64, 65_536, 128  # B, K, D
 
 
-@pytest.fixture(params=["triton", "cuda", "cuda-sm_90a"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     name, _, kernel = request.param.partition("-")
     if kernel:
@@ -18,8 +21,14 @@ def backend(request, monkeypatch):
     return name
 
 
-def dtypes(backend):
-    return [torch.bfloat16, torch.float16] + [torch.float32] * (backend == "triton")
+def each(*widths):
+    """Each backend with each dtype that it takes, and each of its widths (or of those given)."""
+    cases = []
+    for name in BACKENDS:
+        dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (name == "triton")
+        dims = widths or WIDTHS[name.partition("-")[0]]
+        cases += [(name, dim, dtype) for dim in dims for dtype in dtypes]
+    return pytest.mark.parametrize(("backend", "dim", "dtype"), cases, ids=str, indirect=["backend"])
 
 
 def step(q, k, queue, backend):
@@ -99,21 +108,20 @@ def test_nothing_waits_for_the_device(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_published_size(backend):
+@each(PUBLISHED[-1])
+def test_the_published_size(backend, dim, dtype):
     """Every split and block of it."""
-    for dtype in dtypes(backend):
-        q, k, queue = batch(None, 64, 65_536, 128, dtype)
-        check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
-        check_info_nce(q, k, queue, 0.2, backend)
+    q, k, queue = batch(None, *PUBLISHED, dtype)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
+    check_info_nce(q, k, queue, 0.2, backend)
 
 
-def test_large_logits_at_every_width(backend):
+@each()
+def test_large_logits_at_every_width(backend, dim, dtype):
     """Each width has tiles, and so instructions, of its own; forward and backward must multiply alike."""
-    for dim in WIDTHS[backend]:
-        for dtype in dtypes(backend):
-            x, _, queue = batch(None, 40, 1000, dim, dtype, norm=100.0)
-            check_logsumexp(x, queue, 0.005, backend)
-            check_relation(x, x.flip(0), queue, 0.1, 0.04, "kl", backend)
+    x, _, queue = batch(None, *LARGE_LOGITS, dim, dtype, norm=100.0)
+    check_logsumexp(x, queue, 0.005, backend)
+    check_relation(x, x.flip(0), queue, 0.1, 0.04, "kl", backend)
 
 
 def test_little_memory(backend):

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from contextvars import Context
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from checks import INTERPRETED
 from relssl.kernels import autotune, heuristics, resources
 from relssl.kernels.heuristics import AMD, Tiles
+from triton import set_allocator
+from triton.runtime._allocation import _allocator
 from triton.runtime.errors import OutOfResources
 
 from relssl import backends
@@ -55,12 +59,37 @@ def test_wide_rows_fit(capability, dim):
 
 def test_logits_are_summed_alike_forward_and_backward():
     """Else p = exp(logit - lse) would be of other logits than lse, by digits that large ones cannot spare."""
-    for capability in resources.CAPABILITIES:
+    for capability, version in itertools.product(resources.CAPABILITIES, [(3, 6), (3, 7), (3, 8)]):
         for itemsize, dim in itertools.product((2, 4), resources.DIMS):
-            chip = heuristics.Chip(capability, 100)
+            chip = heuristics.Chip(capability, 100, version)
             tables = heuristics.forward, heuristics.backward, heuristics.backward_queue
             chunks = {min(table(chip, itemsize, dim).chunk, dim) for table in tables}
             assert len(chunks) == 1, (capability, itemsize, dim)
+
+
+OLDER, NEWER = ("3.5.1", "3.6.0", "3.7.1"), ("3.8.0+git1", "3.9.0", "4.0")
+
+
+# The tiles with which some versions of Triton would spill, and what these have instead.
+@pytest.mark.parametrize(
+    ("table", "capability", "itemsize", "dim", "tiles", "others", "versions"),
+    [
+        ("forward", 100, 2, 64, (128, 128, 8, 3), (128, 128, 8, 3), NEWER),
+        ("forward", 100, 2, 96, (128, 128, 8, 3), (128, 64, 8, 3), NEWER),
+        ("forward", 103, 2, 256, (128, 64, 8, 3), (64, 64, 8, 3), NEWER),
+        ("forward", 90, 2, 128, (128, 128, 8, 3), (128, 128, 8, 3), NEWER),
+        ("forward", 100, 4, 128, (32, 32, 8, 2), (32, 32, 8, 2), NEWER),
+        ("backward", AMD, 2, 256, (32, 32, 8, 1), (32, 16, 8, 1), NEWER),
+        ("backward_queue", AMD, 2, 256, (16, 16, 8, 1), (16, 16, 8, 1), NEWER),
+        ("backward", 80, 4, 128, (16, 32, 8, 2), (16, 32, 8, 1), ("3.6.0",)),
+        ("backward", 80, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), ("3.6.0",)),
+    ],
+)
+def test_tiles_are_of_a_version_of_triton(table, capability, itemsize, dim, tiles, others, versions):
+    for version in OLDER + NEWER:
+        chip = heuristics.Chip(capability, 100, heuristics.version(version))
+        wanted = others if version in versions else tiles
+        assert getattr(heuristics, table)(chip, itemsize, dim)[:4] == wanted, version
 
 
 @pytest.mark.parametrize("rows", [64, 512, 2048, 8192])
@@ -160,6 +189,88 @@ def test_remembered_launches_are_those_of_triton(tmp_path):
     assert run.stdout == "alike\n", run.stderr
 
 
+class Loaded:
+    """In place of a kernel: what is compiled of it is loaded on the device that is current then."""
+
+    arg_names = ()
+
+    def __init__(self, launched, current):
+        self.launched, self.current = launched, current
+
+    def __getitem__(self, grid):
+        own = self.current[-1]
+
+        def launch(*arguments, **options):
+            self.launched.append((own, self.current[-1], _allocator.get()))
+            return self
+
+        return launch
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Of each launch the device that its function was loaded on, the current one, and Triton's allocator."""
+    triton, launches, current = backends.MODULES["triton"], [], [0]
+
+    @contextmanager
+    def on(x):
+        current.append(x.device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(triton, "on", on)
+    monkeypatch.setattr(triton, "_chip", lambda index: heuristics.Chip(90, 132))
+    monkeypatch.setattr(triton, "_plans", {})
+    for name in ("lookup", "combine_rows", "combine_relation", "combine_info_nce"):
+        monkeypatch.setattr(triton._kernels(), name, Loaded(launches, current))
+    return launches
+
+
+def on_device(index, *tensors):
+    """Tensors of the CPU that pass for a GPU's, as what is made of them does."""
+    device = property(lambda self: torch.device("cuda", index))
+    kind = type("OnDevice", (torch.Tensor,), {"device": device, "get_device": lambda self: index})
+    return [t.as_subclass(kind) for t in tensors]
+
+
+@pytest.mark.parametrize("scale", [[10.0, 25.0], torch.tensor([10.0, 25.0])], ids=["numbers", "device"])
+@pytest.mark.parametrize("want", [True, False])
+def test_each_device_launches_its_own_functions(launched, scale, want):
+    triton = backends.MODULES["triton"]
+    for run in (
+        lambda q, k, queue, scale: triton.relation(q, k, queue, scale, "kl", want),
+        lambda q, k, queue, scale: triton.info_nce(q, k, queue, scale[:1], want),
+        lambda q, k, queue, scale: triton.rows(k, queue, scale, 5, None, want),
+    ):
+        launched.clear()
+        for index in (0, 1, 0, 1):
+            inputs = (torch.randn(n, 64).bfloat16() for n in (8, 8, 100))
+            own = on_device(index, scale)[0] if isinstance(scale, torch.Tensor) else scale
+            run(*on_device(index, *inputs), own)
+        half = len(launched) // 2
+        assert [device for device, _, _ in launched] == [current for _, current, _ in launched]
+        assert [device for device, _, _ in launched[:half]] == [0] * (half // 2) + [1] * (half // 2)
+
+
+def test_the_callers_allocator_is_left_alone(launched):
+    """Triton's, for memory that kernels ask for: a context variable, so that each thread has its own."""
+    triton, queue = backends.MODULES["triton"], torch.randn(100, 64).bfloat16()
+
+    def allocators():
+        before = _allocator.get()
+        triton.rows(*on_device(0, queue, queue), [10.0, 25.0], 100, None, True)
+        return before, launched[-2][2], _allocator.get()
+
+    def callers(size, alignment, stream):
+        raise AssertionError
+
+    nobodys = Context().run(_allocator.get)
+    assert Context().run(allocators) == (nobodys, triton._scratch, triton._scratch)
+    context = Context()
+    context.run(set_allocator, callers)
+    assert context.run(allocators) == (callers, callers, callers)
+
+
 # ------------------------------------------------------------------------------------------ autotuning
 
 
@@ -204,6 +315,38 @@ def test_autotuning_that_finds_nothing(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError, match="no tiles that were tried for here fit"):
         autotune.choose("here", [Tiles(128, 128, 8, 3)], measure)
+
+
+def test_autotuning_passes_over_what_does_not_compile(tmp_path, launched, monkeypatch):
+    """Of the candidates half do not; another error, after which no launch can be trusted, ends it."""
+    triton, queue = backends.MODULES["triton"], torch.randn(4096, 64).bfloat16()
+    monkeypatch.setenv("RELSSL_CACHE", str(tmp_path))
+    monkeypatch.setenv("RELSSL_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(triton._kernels(), "do_bench", lambda run: run() and 1.0)
+    tried, errors = [], {8: RuntimeError("PassManager::run failed")}
+
+    class Kernel(Loaded):
+        def __getitem__(self, grid):
+            def launch(*arguments, num_warps, **options):
+                tried.append(num_warps)
+                if num_warps in errors:
+                    raise errors[num_warps]
+                return self
+
+            return launch
+
+    monkeypatch.setattr(triton._kernels(), "lookup", Kernel(None, None))
+    (x,) = on_device(0, queue)
+    type(x).is_cuda = True
+    triton.lookup(x, x[:0], x, (1.0, 1.0), None, True)
+    (chosen,) = json.loads((tmp_path / "tiles.json").read_text()).values()
+    assert set(tried[:-1]) == {4, 8} and tried[-1] == Tiles(*chosen).warps == 4
+    errors[4] = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        triton.lookup(x[:9], x[:0], x, (1.0, 1.0), None, True)
+    assert len(json.loads((tmp_path / "tiles.json").read_text())) == 1
 
 
 def test_autotuning_is_asked_for(monkeypatch):

@@ -20,11 +20,15 @@ def triton():
     return backends.MODULES["triton"]
 
 
-@pytest.fixture(autouse=True)
-def nothing_planned(triton):
-    """Tests change what launches are worked out from."""
-    triton._plans.clear()
-    yield
+@pytest.fixture
+def replace(triton, monkeypatch):
+    """monkeypatch.setattr of what launches are worked out from: what is remembered of them is forgotten."""
+
+    def replace(owner, name, value):
+        monkeypatch.setattr(owner, name, value)
+        triton._plans.clear()
+
+    yield replace
     triton._plans.clear()
 
 
@@ -93,25 +97,27 @@ def test_an_overflowing_mean_is_redone(triton):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] + [torch.bfloat16] * (not INTERPRETED), ids=str)
-def test_both_paths_agree(triton, dtype, monkeypatch):
+def test_both_paths_agree(triton, dtype, replace):
     inputs = on("triton", *batch(None, 20, 600, 40, dtype))
     fixed = with_gradients(*inputs)
     kernels = triton._kernels()
-    launch = kernels.lookup
+    launch, ran = kernels.lookup, []
 
     class Online:
         arg_names = launch.arg_names
 
         def __getitem__(self, grid):
             def run(*args, FIXED, **options):
+                ran.append(FIXED)
                 launch[grid](*args, FIXED=False, **options)
 
             return run
 
-    monkeypatch.setattr(kernels, "lookup", Online())
+    replace(kernels, "lookup", Online())
     loose = 1e-2 if dtype == torch.bfloat16 else 1e-4
     for one, other in zip(fixed, with_gradients(*inputs), strict=True):
         torch.testing.assert_close(other, one, rtol=loose, atol=loose)
+    assert ran == [True] * 4, "one lookup for each loss, and for the primitive"
 
 
 # ------------------------------------------------------------------------------------- how it is cut
@@ -119,10 +125,10 @@ def test_both_paths_agree(triton, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "tma"), [(16, True), (600, False), (600, True), (1024, False)])
-def test_widths(dtype, dim, tma, monkeypatch, heuristics):
+def test_widths(dtype, dim, tma, replace, heuristics):
     if INTERPRETED:  # as Hopper reads 16-bit rows, or any GPU wide ones of float32
         tiles = heuristics.Tiles(16, 32, 4, 1, tma=True) if tma else heuristics.Tiles(16, 32, 4, 1, chunk=64)
-        monkeypatch.setattr(heuristics, "INTERPRETED", tiles)
+        replace(heuristics, "INTERPRETED", tiles)
     inputs = batch(None, 3, 70, dim, dtype)
     check_relation(*inputs, 0.1, 0.04, "kl", "triton")
     check_info_nce(*inputs, 0.2, "triton")
@@ -130,14 +136,21 @@ def test_widths(dtype, dim, tma, monkeypatch, heuristics):
 
 
 @pytest.mark.parametrize("processors", [1, 3, 64])
-def test_any_number_of_splits(processors, monkeypatch, heuristics, triton):
+def test_any_number_of_splits(processors, replace, heuristics, triton):
     """By their number alone results differ in rounding only."""
     inputs = on("triton", *batch(2, 5, 300, 24, torch.float32))
     expected = with_gradients(*inputs)
     chip = triton._chip(inputs[0].device.index)._replace(processors=processors)
-    monkeypatch.setattr(triton, "_chip", lambda index: chip)
+    scales = triton.scales([5.0, 5.0])
+
+    def splits(_, k, queue):
+        return triton.lookup(k, k[:0], queue, scales, None, True)[0].shape[1]
+
+    splits(*inputs)  # remembered, but for the replacements
+    replace(triton, "_chip", lambda index: chip)
     if INTERPRETED:
-        monkeypatch.setattr(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1))
+        replace(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1))
+    assert splits(*inputs) == min(processors, 10 if INTERPRETED else 5)  # tiles of 32, or of 64
     for got, want in zip(with_gradients(*inputs), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 

@@ -110,6 +110,14 @@ RELSSL_DEFINE(RELSSL_MODULE) {
   m.doc() = "CUDA kernels; addresses of memory as integers, 0 for none. See relssl/backends/cuda.py.";
 
   m.attr("architectures") = std::string(RELSSL_ARCHITECTURES);
+  m.attr("toolkit") = CUDART_VERSION;  // 1000 * major + 10 * minor
+
+  // The CUDA that the driver is for, as a number like the toolkit's; 0 without a driver.
+  m.def("driver", [] {
+    int version = 0;
+    check(cudaDriverGetVersion(&version));
+    return version;
+  });
 
   // Of the table: rows of x and of the queue, warps, stages, blocks to a multiprocessor; and bytes of shared memory.
   m.def("tiles", [](int64_t dim, int path) {

@@ -25,14 +25,15 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Makes a device the current one for as long as it lives.
+// Makes a device the current one for as long as it lives. It is set even where it is the current one already: device 0
+// is in a thread's beginning, as in those that autograd runs backward passes in, but has no context there until it is
+// set, and the driver's own functions need one.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_));
-    if (before_ == device) return;
     check(cudaSetDevice(device));
-    changed_ = true;
+    changed_ = before_ != device;
   }
   ~OnDevice() {
     if (changed_) cudaSetDevice(before_);
@@ -58,10 +59,9 @@ template <class Parameters>
 void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, const Where& where,
             const Parameters& parameters) {
   const OnDevice guard(where.device);
-  const void* address = reinterpret_cast<const void*>(kernel);
-  if (shared > 48 << 10) allow_shared(address, shared, where.device);
+  if (shared > 48 << 10) allow_shared(reinterpret_cast<const void*>(kernel), shared, where.device);
   void* arguments[] = {const_cast<Parameters*>(&parameters)};
-  check(cudaLaunchKernel(address, grid, dim3(threads), arguments, shared, where.stream));
+  check(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, where.stream));
 }
 
 // Rows [size, dim] of 16 bits, `stride` elements apart, for the copy engine: boxes of `box` rows by 64 columns, swizzled
@@ -71,7 +71,11 @@ inline CUtensorMap tensor_map(int device, const void* rows, int64_t stride, int 
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION < 12050
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#else
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+#endif
     if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
   }();

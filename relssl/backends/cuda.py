@@ -32,6 +32,7 @@ except ImportError as error:
         missing = f"relssl._cuda is not built: {error}"
 
 WIDTHS = (64, 128, 256, 512)
+DRIVERS = {12: "525 or later", 13: "580 or later"}  # for each CUDA (CUDA Compatibility, minor versions)
 RESERVED = 1024  # bytes of shared memory that each block has beside its own
 Number = tuple[float, int]  # a scale: its value, or its address
 Found = tuple[Tensor, Tensor]  # stats, means
@@ -83,9 +84,18 @@ def _chip(index: int) -> Any:
     return _heuristics().Chip(10 * of.major + of.minor, of.multi_processor_count)
 
 
+def built_with() -> str:
+    major, minor = divmod(_cuda.toolkit, 1000)
+    return f"CUDA {major}.{minor // 10}, which needs a driver {DRIVERS.get(major, f'for CUDA {major}')}"
+
+
 @cache
 def _missing(index: int) -> str | None:
-    return _cuda.missing(index) or None
+    reason = _cuda.missing(index)
+    major, minor = divmod(_cuda.driver(), 1000)
+    if reason and 0 < major < _cuda.toolkit // 1000:
+        reason += f": it was built with {built_with()}, and the driver here is for CUDA {major}.{minor // 10}"
+    return reason or None
 
 
 @cache

@@ -51,12 +51,15 @@ _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from triton import __version__, set_allocator
+    from triton import __version__
+    from triton.runtime._allocation import NullAllocator, _allocator
     from triton.testing import do_bench
 
     from relssl.kernels import autotune, combine, heuristics, lookup, vjp
 
     return SimpleNamespace(
+        NullAllocator=NullAllocator,
+        allocator=_allocator,
         autotune=autotune,
         combine_info_nce=combine.combine_info_nce,
         combine_relation=combine.combine_relation,
@@ -64,7 +67,6 @@ def _kernels() -> SimpleNamespace:
         do_bench=do_bench,
         heuristics=heuristics,
         lookup=lookup.lookup,
-        set_allocator=set_allocator,
         reference=vjp.reference,
         version=__version__,
         vjp_queue=vjp.vjp_queue,
@@ -79,7 +81,8 @@ def _chip(index: int | None) -> Any:
         return heuristics.Chip(heuristics.INTERPRETER, 4)  # four, so that there are splits
     of = torch.cuda.get_device_properties(index)
     capability = heuristics.AMD if torch.version.hip else 10 * of.major + of.minor
-    return heuristics.Chip(capability, of.multi_processor_count)
+    version = heuristics.version(_kernels().version)
+    return heuristics.Chip(capability, of.multi_processor_count, version)
 
 
 def on(x: Tensor) -> Any:
@@ -126,20 +129,21 @@ class _Launch:
 _plans: dict[tuple, Any] = {}  # launches and what goes with them, by what they were worked out from
 
 
-def _planned(work_out: Any, *arguments: Any) -> Any:
-    """work_out(*arguments), remembered for arguments that are alike: tensors in layout, all else in value."""
-    key = (work_out, *(_look(a) if isinstance(a, Tensor) else a for a in arguments))
+def _planned(work_out: Any, device: int, *arguments: Any) -> Any:
+    """work_out(*arguments), remembered for arguments that are alike: tensors in layout, all else in value.
+
+    A plan holds functions that were loaded on one device, the one that all its tensors are on.
+    """
+    key = (work_out, device, *(_look(a) if isinstance(a, Tensor) else a for a in arguments))
     plan = _plans.get(key)
     if plan is None:
-        plan = work_out(*arguments)
-        if not INTERPRETED:
-            _plans[key] = plan
+        plan = _plans[key] = work_out(*arguments)
     return plan
 
 
 def _look(t: Tensor) -> tuple:
     """All of a tensor that Triton compiles apart, and that tiles are chosen by."""
-    return t.dtype, t.shape, t.stride(), t.data_ptr() % 16, t.device.index
+    return t.dtype, t.shape, t.stride(), t.data_ptr() % 16
 
 
 def lookup(
@@ -153,7 +157,8 @@ def lookup(
     """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0]."""
     kinds = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
     allowed = torch.backends.cuda.matmul.fp32_precision
-    launch = _planned(_lookup_launch, first, second, queue, exclude, *kinds, want_mean, allowed)
+    device = queue.get_device()
+    launch = _planned(_lookup_launch, device, first, second, queue, exclude, *kinds, want_mean, allowed)
     return launch(first, second, queue, exclude, *scales)
 
 
@@ -190,8 +195,8 @@ def _lookup_launch(
             bank = arguments[2]
             stats = bank.new_empty((3, splits, rows), dtype=torch.float32)
             means = bank.new_empty(shape, dtype=torch.float32)
-            if tma:
-                kernels.set_allocator(_scratch)
+            if tma and isinstance(kernels.allocator.get(), kernels.NullAllocator):
+                kernels.allocator.set(_scratch)  # the caller has set none
             run(*arguments, stats, means, *sizes)
             return stats, means
 
@@ -239,7 +244,8 @@ def combine_rows(found: Found, scales: tuple, split: int, lse: Tensor, mean: Ten
     _, splits, count = stats.shape
     dim = mean.shape[1]
     flags = ("MEAN", dim > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
-    combine = _planned(_combine_launch, "combine_rows", dim, splits, count, flags, *_tensors(scales))
+    apart = _tensors(scales)
+    combine = _planned(_combine_launch, lse.get_device(), "combine_rows", dim, splits, count, flags, *apart)
     combine(stats, means, *scales, lse, mean, split, count, splits)
 
 
@@ -251,7 +257,7 @@ def combine_relation(
     (_, splits_t, rows_t), (_, splits_s, rows_s) = teacher[0].shape, student[0].shape
     flags = ("KL", form == "kl"), ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
     most, apart = max(splits_t, splits_s), _tensors((q, k, *scales))
-    combine = _planned(_combine_launch, "combine_relation", dim, most, count, flags, *apart)
+    combine = _planned(_combine_launch, q.get_device(), "combine_relation", dim, most, count, flags, *apart)
     combine(
         q, k, *scales, *teacher, *student, loss, entropy, diff, lse, mean_t,
         q.stride(0), k.stride(0), batch, rows_t, splits_t, rows_s, splits_s, offset,
@@ -264,7 +270,7 @@ def combine_info_nce(
     (count, dim), splits = q.shape, found[0].shape[1]
     flags = ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
     apart = _tensors((q, k, *scales))
-    combine = _planned(_combine_launch, "combine_info_nce", dim, splits, count, flags, *apart)
+    combine = _planned(_combine_launch, q.get_device(), "combine_info_nce", dim, splits, count, flags, *apart)
     strides = q.stride(0), k.stride(0)
     combine(q, k, *scales, *found, loss, sigma, diff, lse, *strides, k.shape[0], count, splits)
 

@@ -1,10 +1,9 @@
-// CUDA on a CPU, for tests: csrc/cuda is compiled with g++ and this header in place of ptx.h and launch.h. The layouts
-// of fragments and matrices are those that the PTX ISA draws; machine.h says how threads run.
+// CUDA on a CPU, for tests: csrc/cuda is compiled with g++ and this header in place of ptx.h. The layouts of fragments
+// and matrices are those that the PTX ISA draws; machine.h says how threads run, and toolkit/ has CUDA's own headers.
 
 #ifndef RELSSL_EMULATION_CUDA_H
 #define RELSSL_EMULATION_CUDA_H
 #define RELSSL_PTX_H
-#define RELSSL_LAUNCH_H
 
 #include <cmath>
 #include <cstdint>
@@ -13,6 +12,7 @@
 #include <string>
 
 #include "machine.h"
+#include "toolkit/cuda_runtime.h"
 
 #define __device__
 #define __global__
@@ -26,7 +26,6 @@
 struct float2 {
   float x, y;
 };
-using cudaStream_t = void*;
 
 // ------------------------------------------------------------------------------------------- CUDA's own
 
@@ -81,32 +80,9 @@ inline bool __any_sync(unsigned, bool own) {
 
 namespace relssl {
 
-// --------------------------------------------------------------------------------------------- launch.h
-
-struct Where {
-  int device;
-  cudaStream_t stream;
-};
-
-template <class Parameters>
-void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, const Where&, const Parameters& parameters) {
-  emulation::machine.run(grid, threads, shared, [&] { kernel(parameters); });
-}
-
-inline void require(const void*, int) {}
-inline int shared_memory_of(int) { return 1 << 20; }
-
-struct TensorMap {
-  const uint16_t* rows;
-  int64_t stride;
-  int size, dim, box;
-};
-
-inline TensorMap tensor_map(int, const void* rows, int64_t stride, int size, int dim, int box) {
-  return {static_cast<const uint16_t*>(rows), stride, size, dim, box};
-}
-
 // ------------------------------------------------------------------------------------------------ ptx.h
+
+using TensorMap = CUtensorMap;
 
 struct BF16 {};
 struct FP16 {};

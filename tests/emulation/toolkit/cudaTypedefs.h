@@ -1,0 +1,3 @@
+// The types of the driver's functions.
+#pragma once
+#include "cuda.h"
