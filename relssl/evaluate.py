@@ -282,7 +282,7 @@ def linear_accuracy(
     steps = epochs * -(-len(x) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+        for rows in torch.randperm(len(x), generator=generator, device="cpu").to(x.device).split(batch):
             optimizer.zero_grad()
             F.cross_entropy(probe(x[rows]), y[rows]).backward()
             optimizer.step()

@@ -68,7 +68,7 @@ def neighbours(
     training images are asked, each without its own entry.
     """
     images, what = _pictured(data)
-    everything = torch.randperm(len(data.seen), generator=torch.Generator().manual_seed(0))
+    everything = torch.randperm(len(data.seen), generator=torch.Generator().manual_seed(0), device="cpu")
     skipped = method.config.skip_list()
     entries = datasets.Numbered(data.seen, everything[:size].tolist())
     queue, known = collect(method.embed, entries, skipped=skipped)
