@@ -22,7 +22,7 @@ def load_batches(
     """
     loader: DataLoader = DataLoader(
         _Caught(images), sampler=batches, batch_size=None, generator=torch.Generator(),  # type: ignore[arg-type]
-        num_workers=workers if reads_files(images) else 0, worker_init_fn=_ignore_interrupts,
+        num_workers=workers if reads_files(images) else 0, worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     for found in loader:
@@ -44,8 +44,10 @@ class _Caught:
             return error
 
 
-def _ignore_interrupts(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """Signals often reach a whole group of processes: the parent decides, and a worker ends with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def channel_statistics(images: Images) -> tuple[Tensor, Tensor]:
