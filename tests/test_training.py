@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from relssl import data as datasets
 from relssl.checkpoint import fresh_seed, load_method, read
@@ -74,6 +75,17 @@ def arrays(count):
     return datasets.Arrays(images + (100 * labels).to(torch.uint8).view(-1, 1, 1, 1), labels)
 
 
+# 5 steps an epoch of 8 x 8 pixels.
+FEW = replace(TINY, batch_size=64, image_size=8)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    images, test = (arrays(n) for n in (320, 128))
+    data = datasets.Data(images, images, test, list("0123456789"), unlabelled=images)
+    monkeypatch.setattr(datasets, "load", lambda *_: data)
+
+
 RESUMED = {
     "ressl": (replace(TINY, bn_splits=8), ReSSL),
     "ressl whole": (replace(TINY, crops=3, predictor=32, info_nce_epochs=3, epochs=3), ReSSL),
@@ -95,12 +107,9 @@ RESUMED = {
         ("sacc, stl10", 19),
     ],
 )
-def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, case, stop_at):
+def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, stop_at):
     config, method = RESUMED[case]
     config = replace(config, batch_size=64, image_size=8)
-    few, test = (arrays(n) for n in (320, 128))
-    data = datasets.Data(few, few, test, list("0123456789"), unlabelled=few)
-    monkeypatch.setattr(datasets, "load", lambda *_: data)
     whole = state(train(replace(config, out=config.out / "whole")))
 
     part = replace(config, out=config.out / "part")
@@ -189,7 +198,7 @@ ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 
 
 @ENDING
-def test_signal_in_the_loop_saves_the_step(monkeypatch, capsys, number):
+def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
     handlers = []
 
     def interrupt():
@@ -199,30 +208,30 @@ def test_signal_in_the_loop_saves_the_step(monkeypatch, capsys, number):
     before = signal.getsignal(number)
     monkeypatch.setattr(ReSSL, "forward", after(8, interrupt, ReSSL))
     with pytest.raises(SystemExit) as stop:
-        train(TINY)
+        train(FEW)
     assert stop.value.code == 143 and signal.getsignal(number) is before
     # A second signal would have ended the process.
     assert handlers == [signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler]
-    saved = read(TINY.out / "checkpoint.pt")
+    saved = read(FEW.out / "checkpoint.pt")
     assert (saved["epoch"], saved["step"]) == (1, 3)
-    line = f"stopped by {number.name} and saved {TINY.out}/checkpoint.pt; --resume goes on from here\n"
+    line = f"stopped by {number.name} and saved {FEW.out}/checkpoint.pt; --resume goes on from here\n"
     assert capsys.readouterr().out == line
 
 
 @ENDING
-def test_signal_before_the_first_step_ends_at_once(monkeypatch, capsys, number):
+def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, number):
     monkeypatch.setattr("relssl.train.channel_statistics", lambda _: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
-        train(TINY)
-    assert stop.value.code == 143 and not TINY.out.exists()
+        train(FEW)
+    assert stop.value.code == 143 and not FEW.out.exists()
     assert capsys.readouterr().out == f"stopped by {number.name} before the first step\n"
 
 
-def test_evaluation_cut_off_by_a_signal_is_made_up_for(monkeypatch, capsys):
+def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys):
     """The epoch is saved before it, so the signal breaks it off; the resumed run begins with it."""
-    config = replace(TINY, epochs=2, judge_every=1)
-    train(replace(config, out=TINY.out / "whole"))
-    config = replace(config, out=TINY.out / "part")
+    config = replace(FEW, epochs=2, judge_every=1)
+    train(replace(config, out=FEW.out / "whole"))
+    config = replace(config, out=FEW.out / "part")
     for resume in (False, True):  # After the first epoch, and again when it is to be made up for.
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(
@@ -235,10 +244,10 @@ def test_evaluation_cut_off_by_a_signal_is_made_up_for(monkeypatch, capsys):
         ]
         assert "stopped by SIGTERM and saved" in capsys.readouterr().out
     train(replace(config, resume=True))
-    assert history(TINY.out / "whole") == history(config.out)
+    assert history(FEW.out / "whole") == history(config.out)
 
 
-def test_save_every(monkeypatch):
+def test_save_every(few, monkeypatch):
     """5 steps an epoch: every third step of all, or with a minute gone by; and at the ends of epochs."""
     saved, clock = [], [0.0]
     monkeypatch.setattr("relssl.train.save", lambda *a, **_: saved.append((a[3], a[4])))
@@ -254,7 +263,7 @@ def test_save_every(monkeypatch):
     ends = {(1, 0), (2, 0)}
     for every, on_the_way in {"3": {(0, 3), (1, 1), (1, 4)}, "1m": {(0, 3), (1, 3)}, "": set()}.items():
         saved.clear()
-        train(replace(TINY, epochs=2, save_every=every))
+        train(replace(FEW, epochs=2, save_every=every))
         assert saved == sorted(ends | on_the_way)
 
 
@@ -266,7 +275,7 @@ def test_what_save_every_means():
     for wrong in ("ten", "10s", "-1", "1.5", "m", "10m "):
         message = rf"save_every must be a number of steps \(500\) or of minutes \(10m\), got '{wrong}'"
         with pytest.raises(ValueError, match=message):
-            train(replace(TINY, save_every=wrong))
+            train(replace(FEW, save_every=wrong))
 
 
 def spoilt(step, monkeypatch, spoil):
@@ -282,17 +291,17 @@ def spoilt(step, monkeypatch, spoil):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, value):
+def test_a_loss_that_is_not_finite_stops_the_run(few, monkeypatch, value):
     """Looked at only every ten steps, the first bad one is named, and nothing after it is saved."""
-    config = replace(TINY, batch_size=64, epochs=2, warmup_epochs=1)  # 22 steps an epoch
+    config = replace(FEW, batch_size=16, epochs=2)  # 20 steps an epoch
     with monkeypatch.context() as patch:
-        spoilt(22 + 13, patch, lambda loss, call: loss * (value if call == 22 + 13 else 1))
+        spoilt(20 + 13, patch, lambda loss, call: loss * (value if call == 20 + 13 else 1))
         with pytest.raises(FloatingPointError) as error:
             train(config)
     path = config.out / "checkpoint.pt"
-    rate = 0.06 * 0.5 * (1 + math.cos(math.pi * 12 / 22))
+    rate = 0.06 * 0.5 * (1 + math.cos(math.pi * 12 / 20))
     assert str(error.value) == (
-        f"the loss is not finite at epoch 2, step 13 of 22 (learning rate {rate:.3g}): {path} holds all"
+        f"the loss is not finite at epoch 2, step 13 of 20 (learning rate {rate:.3g}): {path} holds all"
         " before epoch 2 and is kept; --resume with a lower --lr goes on from there"
     )
     assert read(path)["epoch"] == 1 and len(history(config.out)) == 1
@@ -300,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, value):
     assert train(replace(config, resume=True)).epoch == 2
 
 
-def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(few, monkeypatch):
     """A finite loss of the epoch's last step, whose gradient is not: only the weights show it."""
 
     class Poison(torch.autograd.Function):
@@ -316,8 +325,8 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
     with pytest.raises(
         FloatingPointError, match=r"weights are not finite at epoch 2, step 5 of 5 .* before epoch 2"
     ):
-        train(TINY)
-    assert read(TINY.out / "checkpoint.pt")["epoch"] == 1
+        train(FEW)
+    assert read(FEW.out / "checkpoint.pt")["epoch"] == 1
 
 
 def test_a_run_that_diverges_says_so_in_a_line(command):
@@ -332,7 +341,7 @@ def test_a_run_that_diverges_says_so_in_a_line(command):
 
 
 @pytest.fixture
-def rates(monkeypatch):
+def rates():
     """Learning rate, weight decay and momentum of every step taken."""
     seen = []
 
@@ -340,15 +349,15 @@ def rates(monkeypatch):
         group = optimizer.param_groups[0]
         seen.append((group["lr"], group["weight_decay"], group["momentum"]))
 
-    handle = torch.optim.optimizer.register_optimizer_step_pre_hook(note)
+    handle = register_optimizer_step_pre_hook(note)
     yield seen
     handle.remove()
 
 
-def test_other_rates_take_effect_on_resuming(rates, capsys):
+def test_other_rates_take_effect_on_resuming(few, rates, capsys):
     """Each is named in a line; the cosine is the same curve, scaled."""
-    first = replace(TINY, epochs=4, warmup_epochs=1)
-    train(replace(first, epochs=4, out=TINY.out / "whole"))
+    first = replace(FEW, epochs=4, warmup_epochs=1)
+    train(replace(first, epochs=4, out=FEW.out / "whole"))
     whole = rates.copy()
     rates.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -370,11 +379,11 @@ def test_other_rates_take_effect_on_resuming(rates, capsys):
     ]
 
 
-def test_another_number_of_epochs_on_resuming(rates, capsys):
+def test_another_number_of_epochs_on_resuming(few, rates, capsys):
     """With a constant rate, or on request along the other cosine; never fewer than begun."""
-    short = replace(TINY, epochs=2, warmup_epochs=1)
+    short = replace(FEW, epochs=2, warmup_epochs=1)
     train(short)
-    path = TINY.out / "checkpoint.pt"
+    path = FEW.out / "checkpoint.pt"
     before = path.read_bytes()
     longer = replace(short, epochs=4, resume=True)
     message = "is of 2 epochs, this run of 4: the learning rate would leave its cosine; pass --reschedule"
@@ -389,10 +398,10 @@ def test_another_number_of_epochs_on_resuming(rates, capsys):
     cosine = [0.06 * 0.5 * (1 + math.cos(math.pi * (step - 5) / 15)) for step in range(10, 20)]
     assert [rate for rate, *_ in rates] == pytest.approx(cosine)
     assert "\nepochs was 2, is 4, with its cosine from epoch 3 on\n" in "\n" + capsys.readouterr().err
-    assert len(history(TINY.out)) == 4
+    assert len(history(FEW.out)) == 4
     train(replace(longer, epochs=4))  # As it is now, without a word.
 
-    constant = replace(short, schedule="constant", out=TINY.out / "constant")
+    constant = replace(short, schedule="constant", out=FEW.out / "constant")
     train(constant)
     rates.clear()
     capsys.readouterr()
@@ -401,11 +410,11 @@ def test_another_number_of_epochs_on_resuming(rates, capsys):
     assert "\nepochs was 2, is 3 from epoch 3 on\n" in "\n" + capsys.readouterr().err
 
 
-def test_another_kind_of_device_on_resuming(capsys):
+def test_another_kind_of_device_on_resuming(few, capsys):
     """No random state is there for it, so numbers are drawn anew, the same every time; a line says so."""
-    config = replace(TINY, epochs=1, schedule="constant")
+    config = replace(FEW, epochs=1, schedule="constant")
     train(config)
-    path = TINY.out / "checkpoint.pt"
+    path = FEW.out / "checkpoint.pt"
     state_on_gpu = read(path) | {"device": "cuda"}
     capsys.readouterr()
     found = []
