@@ -208,9 +208,8 @@ def _nearest(x: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     while start < len(bank):
         # The first tile is all candidates, so tiles start small and double.
         size = min(max(2 * k, start), max(1, 2**21 // max(x.shape)))
-        tile = bank[start : start + size].to(x)
+        tile = F.normalize(bank[start : start + size].to(x), dim=1)
         similarity = x @ tile.T
-        similarity /= tile.norm(dim=1).clamp_min(1e-12)
         worst, _ = _unpack(best.amin(1, keepdim=True))
         row, column = (similarity > worst).nonzero(as_tuple=True)
         count = row.bincount(minlength=len(x))

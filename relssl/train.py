@@ -123,7 +123,8 @@ def _train(config: TrainConfig, device: torch.device, stop: "_Stop") -> Method:
             keep(epochs, 0, {}, unjudged=scores is None)
 
         def stopped() -> Method:
-            bar.write(f"stopped by {stop.name} and saved {path}; --resume goes on from here")
+            if distributed.rank() == 0:
+                bar.write(f"stopped by {stop.name} and saved {path}; --resume goes on from here")
             return method.eval()
 
         stop.at_once = False  # From here on there is something to save.

@@ -152,7 +152,7 @@ def wait_for(path, child, seconds=120):
 def test_killed_and_resumed_run_is_bitwise_equal(tmp_path):
     """kill -TERM of a real process in the middle of an epoch: one line, status 143, nothing lost."""
     config = replace(TINY, batch_size=64, epochs=2, save_every="3")
-    settings = f"train ressl --data digits --hidden 64 --dim 32 --queue-size 300 --batch-size 64 --epochs 2 \
+    settings = "train ressl --data digits --hidden 64 --dim 32 --queue-size 300 --batch-size 64 --epochs 2 \
         --judge-every 0 --save-every 3 --out killed"
     child = subprocess.Popen(
         [sys.executable, "-m", "relssl", *settings.split()], cwd=tmp_path, text=True,
