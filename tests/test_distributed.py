@@ -74,7 +74,7 @@ def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
 
 
 def test_torchrun(tmp_path):
-    """The README's line on two processes, stopped as a cluster does it, and resumed: one record, one checkpoint.
+    """The README's line on two processes, stopped as by a cluster and resumed: one record, one checkpoint.
 
     The launcher passes on to its processes the signal that they have got already.
     """
