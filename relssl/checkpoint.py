@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +14,13 @@ import torch
 from relssl import distributed, methods
 from relssl.methods.base import Method, TrainConfig
 
-# Settings that a run may change when it goes on.
+# Settings that a run may change when it goes on, without a word...
 FREE = {
-    "resume", "out", "data_root", "download", "device", "workers", "backend", "epochs", "judge_every",
-    "skip_unreadable",
+    "resume", "out", "data_root", "download", "device", "workers", "backend", "judge_every", "save_every",
+    "reschedule", "skip_unreadable",
 }  # fmt: skip
+# ... and those that no other step depends on, which take effect from there.
+RATES = {"lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum"}
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -38,10 +42,15 @@ def save(
     step: int,
     sums: dict,
     history: list,
+    *,
+    steps: int | None = None,
+    unjudged: bool = False,
 ) -> None:
     """Write checkpoint and metrics so that at any moment there is a whole file of each.
 
     Every process must call it; the first writes, the random state of all.
+
+    steps: of an epoch. unjudged: whether the last epoch's evaluation is yet to be made.
     """
     randomness = distributed.collect(_randomness())
     if distributed.rank():
@@ -54,6 +63,8 @@ def save(
         "config": settings,
         "epoch": epoch,
         "step": step,
+        "steps": steps,
+        "unjudged": unjudged,
         "sums": sums,
         "history": history,
         "randomness": randomness,
@@ -94,28 +105,80 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def restore(
-    path: Path, config: TrainConfig, run: dict[str, Any], device: torch.device
-) -> tuple[int, int, dict, list]:
-    """Put everything back as `save` found it; returns epoch, step, sums and history."""
+    path: Path, config: TrainConfig, run: dict[str, Any], device: torch.device, steps: int
+) -> tuple[int, int, dict, list, bool]:
+    """Put everything back as `save` found it; returns epoch, step, sums, history and unjudged.
+
+    What has changed between the runs is said in a line each, on standard error.
+
+    steps: of an epoch of this run.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or the run cannot go on from it with these settings.
+    """
     state = read(path)
+    lines = _changes(path, state, config, device, steps)
+    epoch, step = state["epoch"], state["step"]
+    if distributed.rank() == 0:
+        for line in lines:
+            print(f"{line} from {place(epoch + 1, step)} on", file=sys.stderr)
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in run["optimizer"].param_groups]
+    for key, part in run.items():
+        part.load_state_dict(state[key])
+    for group, new in zip(run["optimizer"].param_groups, settings, strict=True):
+        group.update(new)  # Rates are those of the config, not of the checkpoint.
+    if (len(state["randomness"]), state["device"]) == (distributed.world(), device.type):
+        randomness = state["randomness"][distributed.rank()]
+        torch.set_rng_state(randomness["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(randomness["cuda"], device)
+    else:
+        torch.manual_seed(fresh_seed(config.seed, distributed.rank(), epoch, step))
+    sums = {name: total.to(device) for name, total in state["sums"].items()}
+    return epoch, step, sums, state["history"], state.get("unjudged", False)
+
+
+def place(epoch: int, step: int) -> str:
+    """An epoch, counted from 1, and the step in it, if that is not its first."""
+    return f"epoch {epoch}, step {step + 1}" if step else f"epoch {epoch}"
+
+
+def fresh_seed(seed: int, rank: int, epoch: int, step: int) -> int:
+    """For a process whose random state no checkpoint holds: 63 bits, others for each process and step."""
+    return random.Random(f"{seed} {rank} {epoch} {step}").getrandbits(63)
+
+
+def _changes(
+    path: Path, state: dict[str, Any], config: TrainConfig, device: torch.device, steps: int
+) -> list[str]:
+    """What the run that goes on changes, in words; ValueError where that is not well defined."""
     if methods.CONFIGS[state["method"]] is not type(config):
         raise ValueError(f"{path} is of method {state['method']}: give --out another folder")
     now = _settings(config)
-    changed = [f"{k} was {v}" for k, v in state["config"].items() if k not in FREE and now.get(k) != v]
-    if changed:
-        raise ValueError(f"{path} is of other settings ({', '.join(changed)}): they cannot change on the way")
-    then, here = (len(state["randomness"]), state["device"]), (distributed.world(), device.type)
-    if then != here:
-        which = "{} is of {} processes on {}, this run of {} on {}"
-        raise ValueError(which.format(path, *then, *here))
-    for key, part in run.items():
-        part.load_state_dict(state[key])
-    randomness = state["randomness"][distributed.rank()]
-    torch.set_rng_state(randomness["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(randomness["cuda"], device)
-    sums = {name: total.to(device) for name, total in state["sums"].items()}
-    return state["epoch"], state["step"], sums, state["history"]
+    changed = {k: v for k, v in state["config"].items() if k not in FREE and now.get(k) != v}
+    fixed = [f"{name} was {old}" for name, old in changed.items() if name not in RATES | {"epochs"}]
+    if fixed:
+        raise ValueError(f"{path} is of other settings ({', '.join(fixed)}): they cannot change on the way")
+    if (then := state.get("steps") or steps) != steps:
+        raise ValueError(f"{path} has {then} steps an epoch, these data make {steps}: they are not the same")
+    begun = state["epoch"] + (state["step"] > 0)
+    if config.epochs < begun:
+        raise ValueError(f"{path} is in epoch {begun}, past the end of {config.epochs} epochs")
+    lines = [f"{name} was {old}, is {now[name]}" for name, old in changed.items()]
+    if "epochs" in changed and config.schedule == "cosine":
+        if not config.reschedule:
+            raise ValueError(
+                f"{path} is of {changed['epochs']} epochs, this run of {config.epochs}: the learning rate"
+                " would leave its cosine; pass --reschedule to let it jump to the other, or --epochs"
+                f" {changed['epochs']}"
+            )
+        lines = [f"{line}, with its cosine" if line.startswith("epochs ") else line for line in lines]
+    anew = "; random numbers are drawn anew, not bit for bit as before,"
+    if (was := len(state["randomness"])) != distributed.world():
+        lines.append(f"processes was {was}, is {distributed.world()}{anew}")
+    if (was := state["device"]) != device.type:
+        lines.append(f"device was {was}, is {device.type}{anew}")
+    return lines
 
 
 def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:

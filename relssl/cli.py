@@ -18,7 +18,7 @@ commands:
 
 
 def main() -> None:
-    """Bad usage exits with status 2; a bad setting or a missing file with 1 and a line that says which."""
+    """Bad usage exits with status 2; a bad setting, file or loss with 1 and a line that says which."""
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
@@ -34,7 +34,7 @@ def main() -> None:
             sys.exit(f"relssl {command} needs more packages: pip install 'relssl[train]'")
         try:
             commands[command](arguments)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"relssl {command}: {error}")
     else:
         print(USAGE, file=sys.stderr)

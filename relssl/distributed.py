@@ -126,9 +126,14 @@ def first_ahead(run: Callable[[], T]) -> T:
     return result if rank() == 0 else run()
 
 
-def anyone(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process."""
-    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+@torch.no_grad()
+def maximum(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over all processes."""
+    if not _several():
+        return values
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def collect(value: Any) -> list[Any]:

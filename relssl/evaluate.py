@@ -238,20 +238,61 @@ def knn_accuracy(
     (Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, 2018, section 3.4;
     k and T as published for ReSSL's small data sets.) k is at most the number of training features.
 
+    The training features are read in tiles: beyond the features, memory is O(batch * (k + tile)), whatever
+    their number. Of equally near ones the lowest index votes.
+
     Args:
-        train, test: features [N, d] and labels [N].
-        batch: test rows at a time; memory is batch x N.
+        train, test: features [N, d] and labels [N]. The training features may be of another dtype and on
+            another device than the test features, which decide where and (in float32) how it is computed.
+        batch: test rows at a time.
     """
     (bank, bank_labels), (queries, labels) = train, test
-    bank = F.normalize(bank, dim=1)
     classes = int(max(bank_labels.max(), labels.max())) + 1
     correct = 0
     for x, y in zip(queries.split(batch), labels.split(batch), strict=True):
-        similarity, nearest = (F.normalize(x, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
+        similarity, nearest = _nearest(F.normalize(x.float(), dim=1), bank, min(k, len(bank)))
+        voters = bank_labels[nearest.to(bank_labels.device)].to(x.device)
         votes = similarity.new_zeros(len(x), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        votes.scatter_add_(1, voters, (similarity / temperature).exp())
         correct += int((votes.argmax(1) == y).sum())
     return correct / len(labels)
+
+
+def _nearest(x: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and indices [R, k], in no order, of the k rows of a bank [N, d] nearest to unit-norm x [R, d].
+
+    A running top-k over tiles. Only what exceeds a row's k-th best so far is a candidate, so after the first
+    tiles few are, and each tile costs little more than its product. Similarity and index are one integer:
+    none are equal, and topk has no choice.
+    """
+    none = x.new_full((len(x), k), -torch.inf)
+    best = _pack(none, torch.zeros_like(none, dtype=torch.int64))
+    start = 0
+    while start < len(bank):
+        # The first tile is all candidates, so tiles start small and double.
+        size = min(max(2 * k, start), max(1, 2**21 // max(x.shape)))
+        tile = F.normalize(bank[start : start + size].to(x), dim=1)
+        similarity = x @ tile.T
+        worst, _ = _unpack(best.amin(1, keepdim=True))
+        row, column = (similarity > worst).nonzero(as_tuple=True)
+        count = row.bincount(minlength=len(x))
+        place = torch.arange(len(row), device=x.device) - (count.cumsum(0) - count)[row]
+        candidates = best.new_full((len(x), int(count.max())), torch.iinfo(torch.int64).min)
+        candidates[row, place] = _pack(similarity[row, column], start + column)
+        best = torch.cat((best, candidates), 1).topk(k, dim=1, sorted=False).values
+        start += size
+    return _unpack(best)
+
+
+def _pack(similarity: Tensor, index: Tensor) -> Tensor:
+    """int64 that sort by similarity (float32), among equals by falling index (below 2**32)."""
+    bits = (similarity + 0.0).view(torch.int32)  # The sum makes -0 of equal bits with 0.
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (0xFFFFFFFF - index)
+
+
+def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    bits = (packed >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (packed & 0xFFFFFFFF)
 
 
 def linear_accuracy(

@@ -1,6 +1,11 @@
 """What test_distributed runs in one process and in each of two, whose children import it."""
 
+import contextlib
+import math
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -8,6 +13,8 @@ from torch import nn
 
 from relssl import distributed
 from relssl.methods import PRESETS
+from relssl.methods.sacc import SACC, SACCConfig
+from relssl.train import train
 
 CASES = {
     "ressl": replace(
@@ -66,8 +73,65 @@ def steps(case):
     return found
 
 
+# 14 steps an epoch.
+RUN = replace(
+    CASES["sacc with a queue"], batch_size=128, epochs=1, schedule="constant", judge_every=0, device="cpu"
+)
+
+
+def build(config, mean, std):
+    """SACC that any number of processes trains alike: no BatchNorm, and views that draw nothing."""
+    method = SACC(config, mean, std).double()
+    without_batch_norm(method)
+    method.weak, method.strong = FixedView(0.1), FixedView(0.3)
+    return method
+
+
+@contextlib.contextmanager
+def at_step(step, act):
+    """Within, what act(loss) returns is the loss of the given step, counted from 1, of SACC as built here."""
+    forward, made, calls = SACC.forward, SACCConfig.build, [0]
+
+    def counted(self, images, part):
+        loss, logs = forward(self, images, part)
+        calls[0] += 1
+        return (act(loss) if calls[0] == step else loss), logs
+
+    SACC.forward, SACCConfig.build = counted, build
+    try:
+        yield
+    finally:
+        SACC.forward, SACCConfig.build = forward, made
+
+
+def terminated(loss):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+
+def ended(config, step, act):
+    """How a run ended in which act came at a step: a status, or a message."""
+    try:
+        with at_step(step, act):
+            train(config)
+    except (SystemExit, FloatingPointError) as end:
+        return end.code if isinstance(end, SystemExit) else str(end)
+    return "at its end"
+
+
+def runs(folder):
+    """Training in two processes: the second of them is stopped, or has a bad loss; one that goes on."""
+    mine = distributed.rank() == 1
+    return {
+        "stopped": ended(replace(RUN, out=folder / "two"), 4 if mine else 0, terminated),
+        "bad": ended(replace(RUN, out=folder / "bad"), 3 if mine else 0, lambda loss: loss * math.nan),
+        "resumed": ended(replace(RUN, out=folder / "one", resume=True), 0, None),
+    }
+
+
 def both(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.save({case: steps(case) for case in CASES}, f"{folder}/{rank}.pt")
+    found = {case: steps(case) for case in CASES} | {"runs": runs(Path(folder))}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

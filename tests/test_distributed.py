@@ -1,19 +1,32 @@
 """Training over two processes: gradients of the whole batch, and the command under torchrun."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from parallel_worker import CASES, both, steps
+from parallel_worker import CASES, RUN, both, ended, steps, terminated
+
+from relssl.checkpoint import read
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def folder(tmp_path_factory):
+    """What both processes leave, and in one/ a run that a process alone began."""
     folder = tmp_path_factory.mktemp("ranks")
+    assert ended(replace(RUN, out=folder / "one"), 4, terminated) == 143
     mp.spawn(both, (2, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -29,17 +42,65 @@ def test_two_processes_find_the_gradients_of_one(ranks, case):
             assert (together[name] - expected).norm() < 1e-10 * expected.norm(), name
 
 
+def test_another_number_of_processes_on_resuming(folder, ranks, capfd):
+    """One, then two, and two, then one, from the middle of an epoch: the weights are those of one alone."""
+    whole, one, two = (replace(RUN, out=folder / name, resume=True) for name in ("whole", "one", "two"))
+    assert ended(whole, 0, None) == "at its end"
+    expected = read(whole.out / "checkpoint.pt")
+    assert {rank["runs"]["stopped"] for rank in ranks} == {143}
+    between = read(two.out / "checkpoint.pt")
+    assert (between["step"], len(between["randomness"])) == (10, 2)  # Both stopped where they had agreed to.
+    assert ended(two, 0, None) == "at its end"
+    anew = "random numbers are drawn anew, not bit for bit as before, from epoch 1, step 11 on"
+    assert capfd.readouterr().err.count(f"processes was 2, is 1; {anew}\n") == 1
+    assert {rank["runs"]["resumed"] for rank in ranks} == {"at its end"}
+    for config in (one, two):
+        found = read(config.out / "checkpoint.pt")
+        assert (found["epoch"], found["step"]) == (1, 0)
+        assert found["history"][0]["loss"] == pytest.approx(expected["history"][0]["loss"], rel=1e-6)
+        for name, tensor in expected["model"].items():
+            torch.testing.assert_close(found["model"][name], tensor, rtol=1e-7, atol=1e-9)
+    first, second = (r["cpu"] for r in read(one.out / "checkpoint.pt")["randomness"])
+    assert not torch.equal(first, second)
+
+
+def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
+    message = (
+        "the loss is not finite at epoch 1, step 3 of 14 (learning rate 0.001):"
+        f" no checkpoint has been written to {folder}/bad/checkpoint.pt yet"
+    )
+    assert [rank["runs"]["bad"] for rank in ranks] == [message] * 2
+    assert not (folder / "bad/checkpoint.pt").exists()
+
+
 def test_torchrun(tmp_path):
-    """The README's line on two processes: one record, one checkpoint, and no going on with one process."""
-    settings = "train sacc --data digits --queue-size 64 --epochs 1 --judge-every 0 --out run"
-    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m relssl"
-    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200}
-    run = subprocess.run([sys.executable, "-m", *f"{launcher} {settings}".split()], **how)
+    """The README's line on two processes, stopped as by a cluster and resumed: one record, one checkpoint.
+
+    The launcher passes on to its processes the signal that they have got already.
+    """
+    settings = "train sacc --data digits --queue-size 64 --epochs 1 --judge-every 0 --out run --resume"
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m relssl"
+    launcher = [sys.executable, *launch.split()]
+    how = {"cwd": tmp_path, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    begun = subprocess.Popen(
+        [*launcher, *settings.split(), "--save-every", "1"], **how, **pipes, start_new_session=True
+    )
+    end = time.monotonic() + 200
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert begun.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(begun.pid, signal.SIGTERM)
+    stdout, stderr = begun.communicate(timeout=200)
+    assert stdout == "stopped by SIGTERM and saved run/checkpoint.pt; --resume goes on from here\n", stderr
+    state = read(tmp_path / "run/checkpoint.pt")
+    assert state["epoch"] == 0 and 0 < state["step"] < 14
+    with pytest.raises(ProcessLookupError):
+        os.killpg(begun.pid, 0)
+    run = subprocess.run([*launcher, *settings.split()], **how, capture_output=True, timeout=200)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 1 and json.loads(run.stdout)["trained encoder"]["knn"] > 0.8
     assert len(json.loads((tmp_path / "run/metrics.json").read_text())["epochs"]) == 1
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    state = read(tmp_path / "run/checkpoint.pt")
     first, second = (r["cpu"] for r in state["randomness"])
     assert not torch.equal(first, second)  # the processes augment differently
-    alone = subprocess.run([sys.executable, "-m", "relssl", *settings.split(), "--resume"], **how)
-    assert alone.returncode == 1 and "is of 2 processes on cpu, this run of 1 on cpu" in alone.stderr

@@ -11,7 +11,7 @@ from PIL import Image
 
 from relssl import data as datasets
 from relssl.checkpoint import load_method, save
-from relssl.evaluate import clustering_scores, clusters, entropy, evaluate, glance
+from relssl.evaluate import clustering_scores, clusters, entropy, evaluate, glance, knn_accuracy
 from relssl.methods import PRESETS
 from relssl.methods.backbones import build, torchvision
 from relssl.train import train
@@ -78,6 +78,60 @@ def test_evaluation_of_a_method_that_clusters(trained):
     again = glance(method, data)
     assert {name: noted[name] for name in again} == again
     assert 0 < noted["entropy_at_instance_temperature"] <= math.log(300)
+
+
+def vote_by_sorting(bank, bank_labels, queries, k, temperature):
+    """Predicted classes, in float64, with all similarities at once and a stable sort."""
+    similarity = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (
+        bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    ).T
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    votes = np.zeros((len(queries), bank_labels.max() + 1))
+    for row, at in enumerate(nearest):
+        np.add.at(votes[row], bank_labels[at], np.exp(similarity[row, at] / temperature))
+    return votes.argmax(1)
+
+
+@pytest.mark.parametrize(("k", "count"), [(1, 3000), (5, 3000), (200, 5000), (200, 130)])
+def test_knn_votes_as_a_stable_sort_does(k, count):
+    """Rows of 16 signs have few cosines, all exact: nearly every k-th neighbour is one of many equals.
+
+    Labels are random, so which of them votes decides.
+    """
+    generator = np.random.default_rng(k)
+    bank, queries = (generator.choice([-1.0, 1.0], (n, 16)) for n in (count, 300))
+    labels = generator.integers(0, 7, count)
+    expected = vote_by_sorting(bank, labels, queries, k, 0.5)
+    train_set = torch.from_numpy(bank).float(), torch.from_numpy(labels)
+    test_set = torch.from_numpy(queries).float(), torch.from_numpy(expected)
+    for batch in (1024, 7):
+        assert knn_accuracy(train_set, test_set, k=k, temperature=0.5, batch=batch) == 1
+    half = train_set[0].half(), train_set[1]  # Signs are exact in it, too.
+    assert knn_accuracy(half, test_set, k=k, temperature=0.5) == 1
+
+
+def test_knn_gives_ties_to_the_lowest_index():
+    """Of equal cosines in one tile and across tiles; 0 and -0 are equal, and worse ones come last."""
+    bank = torch.zeros(9000, 4)
+    bank[:, 1] = torch.tensor([0.0, -0.0]).repeat(4500)
+    bank[:, 2] = 1
+    bank[6000:6004, 0] = 1
+    labels = torch.ones(9000, dtype=torch.long)
+    labels[:6] = 0  # the first six of those that are equally near
+    query = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([1])
+    for k, right in ((4, 1), (7, 1), (10, 0), (17, 1)):  # 4 near ones, 6 of class 0, then class 1 again
+        assert knn_accuracy((bank, labels), query, k=k, temperature=1e6) == right, k
+
+
+def test_knn_by_any_order_of_the_bank():
+    """From the farthest to the nearest every tile brings better ones; the other way round none does."""
+    bank, queries = torch.randn(4000, 8), torch.randn(50, 8)
+    labels = torch.randint(0, 5, (4000,))
+    expected = vote_by_sorting(bank.double().numpy(), labels.numpy(), queries.double().numpy(), 20, 0.1)
+    order = (bank / bank.norm(dim=1, keepdim=True) @ queries[0]).argsort()
+    for rows in (order, order.flip(0)):
+        train_set = bank[rows], labels[rows]
+        assert knn_accuracy(train_set, (queries, torch.from_numpy(expected)), k=20) == 1
 
 
 def test_plots(trained, command):

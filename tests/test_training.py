@@ -1,23 +1,28 @@
 """The training loop end to end on scikit-learn's digits: it learns, resumes bit for bit, stops cleanly."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from relssl import data as datasets
-from relssl.checkpoint import load_method, read
+from relssl.checkpoint import fresh_seed, load_method, read
 from relssl.evaluate import evaluate, knn_accuracy, linear_accuracy
 from relssl.methods import sacc
 from relssl.methods.ressl import PRESETS, ReSSL
 from relssl.methods.sacc import SACC
-from relssl.train import learning_rate, train
+from relssl.train import interval, learning_rate, train
 
 TINY = replace(PRESETS["digits"], hidden=64, dim=32, queue_size=300, batch_size=256, epochs=4, judge_every=0)
 SACC_TINY = replace(sacc.PRESETS["digits"], dim=32, batch_size=256, epochs=2, judge_every=2)
@@ -70,6 +75,17 @@ def arrays(count):
     return datasets.Arrays(images + (100 * labels).to(torch.uint8).view(-1, 1, 1, 1), labels)
 
 
+# 5 steps an epoch of 8 x 8 pixels.
+FEW = replace(TINY, batch_size=64, image_size=8)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    images, test = (arrays(n) for n in (320, 128))
+    data = datasets.Data(images, images, test, list("0123456789"), unlabelled=images)
+    monkeypatch.setattr(datasets, "load", lambda *_: data)
+
+
 RESUMED = {
     "ressl": (replace(TINY, bn_splits=8), ReSSL),
     "ressl whole": (replace(TINY, crops=3, predictor=32, info_nce_epochs=3, epochs=3), ReSSL),
@@ -91,12 +107,9 @@ RESUMED = {
         ("sacc, stl10", 19),
     ],
 )
-def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, case, stop_at):
+def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, stop_at):
     config, method = RESUMED[case]
     config = replace(config, batch_size=64, image_size=8)
-    few, test = (arrays(n) for n in (320, 128))
-    data = datasets.Data(few, few, test, list("0123456789"), unlabelled=few)
-    monkeypatch.setattr(datasets, "load", lambda *_: data)
     whole = state(train(replace(config, out=config.out / "whole")))
 
     part = replace(config, out=config.out / "part")
@@ -121,6 +134,301 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, case, stop_at
     for one, other in zip(*records, strict=True):
         del one["images_per_second"], other["images_per_second"]
         assert one == other
+
+
+def history(out):
+    """What metrics.json has of each epoch, less the speed."""
+    entries = json.loads((out / "metrics.json").read_text())["epochs"]
+    return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in entries]
+
+
+def wait_for(path, child, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert child.poll() is None and time.monotonic() < end, child.communicate()
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_run_is_bitwise_equal(tmp_path):
+    """kill -TERM of a real process in the middle of an epoch: one line, status 143, nothing lost."""
+    config = replace(TINY, batch_size=64, epochs=2, save_every="3")
+    settings = "train ressl --data digits --hidden 64 --dim 32 --queue-size 300 --batch-size 64 --epochs 2 \
+        --judge-every 0 --save-every 3 --out killed"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "relssl", *settings.split()], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    wait_for(tmp_path / "killed/checkpoint.pt", child)
+    child.terminate()
+    stdout, _ = child.communicate(timeout=120)
+    assert child.returncode == 143
+    assert stdout == "stopped by SIGTERM and saved killed/checkpoint.pt; --resume goes on from here\n"
+    assert 3 <= read(tmp_path / "killed/checkpoint.pt")["step"] < 22
+    whole = train(replace(config, out=tmp_path / "whole"))
+    assert_same(
+        state(whole), state(train(replace(config, out=tmp_path / "killed", data="digits", resume=True)))
+    )
+    assert history(tmp_path / "whole") == history(tmp_path / "killed")
+
+
+def test_signal_to_a_group_leaves_no_worker_behind(tmp_path):
+    """As a cluster sends it: workers that load images get it, too, and neither die early nor stay."""
+    for number in range(40):
+        path = tmp_path / f"pets/{'train' if number < 36 else 'val'}/{'cat' if number % 2 else 'dog'}"
+        path.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (5 * number, 9, 0)).save(path / f"{number}.png")
+    settings = "train sacc --data folder --data-root pets --arch conv4 --image-size 16 --batch-size 2 \
+        --save-every 2 --workers 2 --judge-every 0 --out run"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "relssl", *settings.split()], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    wait_for(tmp_path / "run/checkpoint.pt", child)
+    os.killpg(child.pid, signal.SIGTERM)
+    stdout, stderr = child.communicate(timeout=120)
+    assert child.returncode == 143, stderr
+    assert stdout == "stopped by SIGTERM and saved run/checkpoint.pt; --resume goes on from here\n"
+    assert "Traceback" not in stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+
+
+ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+
+
+@ENDING
+def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
+    handlers = []
+
+    def interrupt():
+        os.kill(os.getpid(), number)
+        handlers.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(ReSSL, "forward", after(8, interrupt, ReSSL))
+    with pytest.raises(SystemExit) as stop:
+        train(FEW)
+    assert stop.value.code == 143 and signal.getsignal(number) is before
+    # A second signal would have ended the process.
+    assert handlers == [signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler]
+    saved = read(FEW.out / "checkpoint.pt")
+    assert (saved["epoch"], saved["step"]) == (1, 3)
+    line = f"stopped by {number.name} and saved {FEW.out}/checkpoint.pt; --resume goes on from here\n"
+    assert capsys.readouterr().out == line
+
+
+@ENDING
+def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, number):
+    monkeypatch.setattr("relssl.train.channel_statistics", lambda _: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        train(FEW)
+    assert stop.value.code == 143 and not FEW.out.exists()
+    assert capsys.readouterr().out == f"stopped by {number.name} before the first step\n"
+
+
+def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys):
+    """The epoch is saved before it, so the signal breaks it off; the resumed run begins with it."""
+    config = replace(FEW, epochs=2, judge_every=1)
+    train(replace(config, out=FEW.out / "whole"))
+    config = replace(config, out=FEW.out / "part")
+    for resume in (False, True):  # After the first epoch, and again when it is to be made up for.
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(
+                "relssl.train.glance", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"knn": 9}
+            )
+            train(replace(config, resume=resume))
+        assert stop.value.code == 143
+        assert [sorted(entry) for entry in history(config.out)] == [
+            ["epoch", "loss", "lr", "teacher_entropy"]
+        ]
+        assert "stopped by SIGTERM and saved" in capsys.readouterr().out
+    train(replace(config, resume=True))
+    assert history(FEW.out / "whole") == history(config.out)
+
+
+def test_save_every(few, monkeypatch):
+    """5 steps an epoch: every third step of all, or with a minute gone by; and at the ends of epochs."""
+    saved, clock = [], [0.0]
+    monkeypatch.setattr("relssl.train.save", lambda *a, **_: saved.append((a[3], a[4])))
+    now = {"monotonic": lambda: clock[0], "perf_counter": time.perf_counter}
+    monkeypatch.setattr("relssl.train.time", SimpleNamespace(**now))
+    forward = ReSSL.forward
+
+    def slow(self, images, part):
+        clock[0] += 25
+        return forward(self, images, part)
+
+    monkeypatch.setattr(ReSSL, "forward", slow)
+    ends = {(1, 0), (2, 0)}
+    for every, on_the_way in {"3": {(0, 3), (1, 1), (1, 4)}, "1m": {(0, 3), (1, 3)}, "": set()}.items():
+        saved.clear()
+        train(replace(FEW, epochs=2, save_every=every))
+        assert saved == sorted(ends | on_the_way)
+
+
+def test_what_save_every_means():
+    never = math.inf
+    cases = {"": (0, never), "0": (0, never), "0m": (0, never), "500": (500, never), "10m": (0, 600)}
+    assert {text: interval(text) for text in cases} == cases
+    assert interval("0.5m") == (0, 30)
+    for wrong in ("ten", "10s", "-1", "1.5", "m", "10m "):
+        message = rf"save_every must be a number of steps \(500\) or of minutes \(10m\), got '{wrong}'"
+        with pytest.raises(ValueError, match=message):
+            train(replace(FEW, save_every=wrong))
+
+
+def spoilt(step, monkeypatch, spoil):
+    """From the given step on, counted from 1, the loss is what spoil makes of it."""
+    forward, calls = ReSSL.forward, [0]
+
+    def spoiling(self, images, part):
+        loss, logs = forward(self, images, part)
+        calls[0] += 1
+        return (spoil(loss, calls[0]) if calls[0] >= step else loss), logs
+
+    monkeypatch.setattr(ReSSL, "forward", spoiling)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(few, monkeypatch, value):
+    """Looked at only every ten steps, the first bad one is named, and nothing after it is saved."""
+    config = replace(FEW, batch_size=16, epochs=2)  # 20 steps an epoch
+    with monkeypatch.context() as patch:
+        spoilt(20 + 13, patch, lambda loss, call: loss * (value if call == 20 + 13 else 1))
+        with pytest.raises(FloatingPointError) as error:
+            train(config)
+    path = config.out / "checkpoint.pt"
+    rate = 0.06 * 0.5 * (1 + math.cos(math.pi * 12 / 20))
+    assert str(error.value) == (
+        f"the loss is not finite at epoch 2, step 13 of 20 (learning rate {rate:.3g}): {path} holds all"
+        " before epoch 2 and is kept; --resume with a lower --lr goes on from there"
+    )
+    assert read(path)["epoch"] == 1 and len(history(config.out)) == 1
+    assert all(tensor.isfinite().all() for tensor in read(path)["model"].values())
+    assert train(replace(config, resume=True)).epoch == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(few, monkeypatch):
+    """A finite loss of the epoch's last step, whose gradient is not: only the weights show it."""
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * math.nan
+
+    spoilt(10, monkeypatch, lambda loss, _: Poison.apply(loss))
+    with pytest.raises(
+        FloatingPointError, match=r"weights are not finite at epoch 2, step 5 of 5 .* before epoch 2"
+    ):
+        train(FEW)
+    assert read(FEW.out / "checkpoint.pt")["epoch"] == 1
+
+
+def test_a_run_that_diverges_says_so_in_a_line(command):
+    settings = (
+        "--data digits --hidden 64 --dim 32 --queue-size 300 --batch-size 256 --lr 1e30 --warmup-epochs 0"
+    )
+    run = command("train", "ressl", *settings.split(), "--out", "run")
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    (line,) = run.stderr.split("relssl train: ")[1].splitlines()
+    assert line.startswith("the loss is not finite at epoch 1, step ") and "(learning rate 1e+30)" in line
+    assert line.endswith("no checkpoint has been written to run/checkpoint.pt yet")
+
+
+@pytest.fixture
+def rates():
+    """Learning rate, weight decay and momentum of every step taken."""
+    seen = []
+
+    def note(optimizer, *_):
+        group = optimizer.param_groups[0]
+        seen.append((group["lr"], group["weight_decay"], group["momentum"]))
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield seen
+    handle.remove()
+
+
+def test_other_rates_take_effect_on_resuming(few, rates, capsys):
+    """Each is named in a line; the cosine is the same curve, scaled."""
+    first = replace(FEW, epochs=4, warmup_epochs=1)
+    train(replace(first, epochs=4, out=FEW.out / "whole"))
+    whole = rates.copy()
+    rates.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReSSL, "forward", after(8, lambda: os.kill(os.getpid(), signal.SIGINT), ReSSL))
+        train(first)
+    capsys.readouterr()
+    changed = replace(first, lr=0.03, weight_decay=0.0, sgd_momentum=0.5, momentum=0.9, resume=True)
+    method = train(changed)
+    cosine = [0.5 * (1 + math.cos(math.pi * (step - 5) / 15)) for step in range(8, 20)]
+    assert rates[:8] == whole[:8]
+    assert rates[8:] == [(pytest.approx(0.03 * factor), 0.0, 0.5) for factor in cosine]
+    assert method.config.momentum == 0.9
+    lines = [line for line in capsys.readouterr().err.splitlines() if " was " in line]
+    assert lines == [
+        "lr was 0.06, is 0.03 from epoch 2, step 4 on",
+        "sgd_momentum was 0.9, is 0.5 from epoch 2, step 4 on",
+        "weight_decay was 0.0005, is 0.0 from epoch 2, step 4 on",
+        "momentum was 0.99, is 0.9 from epoch 2, step 4 on",
+    ]
+
+
+def test_another_number_of_epochs_on_resuming(few, rates, capsys):
+    """With a constant rate, or on request along the other cosine; never fewer than begun."""
+    short = replace(FEW, epochs=2, warmup_epochs=1)
+    train(short)
+    path = FEW.out / "checkpoint.pt"
+    before = path.read_bytes()
+    longer = replace(short, epochs=4, resume=True)
+    message = "is of 2 epochs, this run of 4: the learning rate would leave its cosine; pass --reschedule"
+    with pytest.raises(ValueError, match=message):
+        train(longer)
+    with pytest.raises(ValueError, match="is in epoch 2, past the end of 1 epochs"):
+        train(replace(short, epochs=1, resume=True, reschedule=True))
+    assert path.read_bytes() == before
+    rates.clear()
+    capsys.readouterr()
+    train(replace(longer, reschedule=True))
+    cosine = [0.06 * 0.5 * (1 + math.cos(math.pi * (step - 5) / 15)) for step in range(10, 20)]
+    assert [rate for rate, *_ in rates] == pytest.approx(cosine)
+    assert "\nepochs was 2, is 4, with its cosine from epoch 3 on\n" in "\n" + capsys.readouterr().err
+    assert len(history(FEW.out)) == 4
+    train(replace(longer, epochs=4))  # As it is now, without a word.
+
+    constant = replace(short, schedule="constant", out=FEW.out / "constant")
+    train(constant)
+    rates.clear()
+    capsys.readouterr()
+    train(replace(constant, epochs=3, resume=True))
+    assert [rate for rate, *_ in rates] == [0.06] * 5
+    assert "\nepochs was 2, is 3 from epoch 3 on\n" in "\n" + capsys.readouterr().err
+
+
+def test_another_kind_of_device_on_resuming(few, capsys):
+    """No random state is there for it, so numbers are drawn anew, the same every time; a line says so."""
+    config = replace(FEW, epochs=1, schedule="constant")
+    train(config)
+    path = FEW.out / "checkpoint.pt"
+    state_on_gpu = read(path) | {"device": "cuda"}
+    capsys.readouterr()
+    found = []
+    for _ in range(2):
+        torch.save(state_on_gpu, path)
+        torch.manual_seed(len(found))
+        found.append(state(train(replace(config, epochs=2, resume=True))))
+        anew = "random numbers are drawn anew, not bit for bit as before, from epoch 2 on"
+        assert f"\ndevice was cuda, is cpu; {anew}\n" in capsys.readouterr().err
+    assert_same(*found)
+    places = [
+        (seed, rank, epoch, step) for seed in (0, 1) for rank in (0, 1) for epoch in (0, 1) for step in (0, 1)
+    ]
+    assert len({fresh_seed(*place) for place in places}) == 16
 
 
 def test_kill_during_a_checkpoint_leaves_the_last_one(tmp_path):
@@ -165,9 +473,9 @@ def test_checkpoints_that_do_not_fit_are_refused():
     (TINY.out / "checkpoint.pt").unlink()
     train(replace(TINY, epochs=1))
     state = read(path)
-    torch.save(state | {"device": "cuda"}, path)
-    with pytest.raises(ValueError, match="is of 1 processes on cuda, this run of 1 on cpu"):
-        train(replace(TINY, resume=True))
+    torch.save(state | {"steps": 7}, path)  # other images under the same data root
+    with pytest.raises(ValueError, match="has 7 steps an epoch, these data make 5"):
+        train(replace(TINY, epochs=1, resume=True))
     torch.save(state | {"config": state["config"] | {"warp": 9}}, path)
     with pytest.raises(ValueError, match=r"another version of relssl: .*warp"):
         load_method(path, "cpu")

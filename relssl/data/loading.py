@@ -35,7 +35,7 @@ def load_batches(
     loader: DataLoader = DataLoader(
         _Caught(images, skipped is not None, fill),  # type: ignore[arg-type]
         sampler=batches, batch_size=None, generator=torch.Generator(),  # type: ignore[arg-type]
-        num_workers=workers if several else 0, worker_init_fn=_ignore_interrupts,
+        num_workers=workers if several else 0, worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     for found in loader:
@@ -97,8 +97,10 @@ def left_out(paths: Sequence[str]) -> str:
     return f"unreadable images left out: {len(names)} ({', '.join(names[:3])}{more})"
 
 
-def _ignore_interrupts(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """Signals often reach a whole group of processes: the parent decides, and a worker ends with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def channel_statistics(images: Images, skipped: list[str] | None = None) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,11 @@ class TrainConfig:
     out: Path = Path("out/train")
     """Folder for checkpoint.pt, metrics.json and TensorBoard events."""
     resume: bool = False
-    """Go on from out/checkpoint.pt, bit for bit, if it is there."""
+    """Go on from out/checkpoint.pt, if it is there: bit for bit where no setting has changed."""
+    save_every: str = ""
+    """Steps (500) or minutes (10m) between checkpoints, besides those at the ends of epochs. [relssl]"""
+    reschedule: bool = False
+    """On resuming with another number of epochs, let the rate jump to that number's cosine. [relssl]"""
     epochs: int = 200
     """Passes over the training images. [ReSSL, all data sets]"""
     batch_size: int = 256
