@@ -1,5 +1,6 @@
 """What the build says where it cannot go on. (That it works is what every other test stands on.)"""
 
+import ensurepip
 import os
 import subprocess
 import sys
@@ -31,6 +32,45 @@ def test_left_out(tmp_path):
     run = build(tmp_path, CXX="no-such-compiler", RELSSL_CPU="0")
     assert run.returncode == 0, run.stderr
     assert not list(tmp_path.rglob("_cpu*"))
+
+
+# ------------------------------------------------------------------- without build isolation
+
+OLD = next((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-*.whl"), None)  # of Python < 3.12
+
+
+def with_old_setuptools(tmp_path, *command, **environment):
+    """setup.py where Python's own setuptools (65.5 of Python 3.11) is the only package there is."""
+    if OLD is None:
+        pytest.skip("this Python brings no setuptools")
+    return subprocess.run(
+        [sys.executable, "-S", "setup.py", "-q", *command],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "RELSSL_CUDA": "0", **environment, "PYTHONPATH": str(OLD)},
+    )  # fmt: skip
+
+
+def test_metadata_with_an_old_setuptools(tmp_path):
+    run = with_old_setuptools(tmp_path, "egg_info", "--egg-base", tmp_path, RELSSL_CPU="0")
+    assert run.returncode == 0, run.stderr
+    lines = (tmp_path / "relssl.egg-info/PKG-INFO").read_text().splitlines()
+    assert {"Name: relssl", "Version: 0.1.0", "License: MIT"} <= set(lines)
+
+
+def test_metadata_without_a_deprecation(tmp_path):
+    command = "setup.py", "-q", "egg_info", "--egg-base", tmp_path
+    run = subprocess.run([sys.executable, "-W", "error", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "\nLicense: MIT\n" in (tmp_path / "relssl.egg-info/PKG-INFO").read_text()
+
+
+def test_missing_build_tools_are_named(tmp_path):
+    run = with_old_setuptools(tmp_path, "build_ext", "--build-lib", tmp_path)
+    needs = "relssl: building needs ninja, pybind11, which "
+    assert run.returncode == 1 and run.stderr.startswith(needs) and len(run.stderr.splitlines()) == 1
+    assert run.stderr.endswith("Run pip install 'ninja' 'pybind11', or leave out --no-build-isolation.\n")
+    run = with_old_setuptools(tmp_path, "dist_info", "--output-dir", tmp_path, RELSSL_CPU="0")
+    assert run.returncode == 1 and run.stderr.startswith("relssl: building needs wheel, which ")
 
 
 # ------------------------------------------------------------------------------------------------ CUDA
