@@ -405,6 +405,7 @@ def compiled():
     return list(resources.kernels(file))
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_nothing_is_spilled(compiled):
     built = importlib.import_module("relssl._cuda").architectures
     chips = [name for name in built.split(", ") if name.startswith("sm_")]
@@ -415,6 +416,7 @@ def test_nothing_is_spilled(compiled):
     assert max(r.shared for r in compiled) <= 232_448  # of Hopper
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_tensor_cores_and_copy_engines_do_the_work(compiled):
     for r in compiled:
         if r.kernel == "lookup_sm80":
@@ -430,6 +432,7 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
             assert r.late == 0 or not r.mean or r.dim == 512, f"{r}: exponentials that nothing hides"
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_docs_list_them(compiled):
     """Registers aside, which another nvcc may count otherwise."""
     built = importlib.import_module("relssl._cuda").architectures

@@ -9,6 +9,8 @@ import torch
 import torch.multiprocessing as mp
 from parallel_worker import CASES, both, steps
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
