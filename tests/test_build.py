@@ -13,16 +13,18 @@ for name in ("ninja", "pybind11", "setuptools"):
 ROOT = Path(__file__).parents[1]
 
 
-def only_the_baseline(tmp_path):
-    """A compiler that refuses every instruction set beyond it, so that one file is compiled, not five."""
-    script = tmp_path / "c++"
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Builds that share their object files, by a compiler that refuses all but the baseline."""
+    folder = tmp_path_factory.mktemp("quick")
+    script = folder / "c++"
     script.write_text('#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec c++ "$@"\n')
     script.chmod(0o755)
-    return {"CXX": str(script), "CXXFLAGS": "-O0"}
+    return {"temp": folder / "temp", "CXX": str(script), "CXXFLAGS": "-O0"}
 
 
-def build(tmp_path, **environment):
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp")]
+def build(tmp_path, temp=None, **environment):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(temp or tmp_path / "temp")]
     return subprocess.run(
         [*command, "--build-lib", str(tmp_path / "lib")],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
@@ -108,20 +110,22 @@ def test_cuda_asked_for_without_nvcc(tmp_path):
     assert "Traceback" not in run.stderr
 
 
-def test_cuda_left_out(tmp_path):
-    run = build(tmp_path, RELSSL_CUDA="0", **only_the_baseline(tmp_path))
+@pytest.mark.xdist_group("build")
+def test_cuda_left_out(tmp_path, quick):
+    run = build(tmp_path, RELSSL_CUDA="0", **quick)
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.rglob("_cpu*.so")) and not list(tmp_path.rglob("_cuda*"))
     assert "RELSSL_CUDA=0" in record(tmp_path)
 
 
-def test_a_failing_nvcc_leaves_the_rest(tmp_path):
+@pytest.mark.xdist_group("build")
+def test_a_failing_nvcc_leaves_the_rest(tmp_path, quick):
     home = toolkit(tmp_path / "cuda", compiles="echo no such luck >&2; exit 1")
-    run = build(tmp_path, RELSSL_CUDA="auto", CUDA_HOME=home, **only_the_baseline(tmp_path))
+    run = build(tmp_path, RELSSL_CUDA="auto", CUDA_HOME=home, **quick)
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.rglob("_cpu*.so")) and not list(tmp_path.rglob("_cuda*.so"))
     assert "nvcc failed" in record(tmp_path) and "nvcc failed" in run.stderr
-    run = build(tmp_path, RELSSL_CUDA="1", CUDA_HOME=home, **only_the_baseline(tmp_path))
+    run = build(tmp_path, RELSSL_CUDA="1", CUDA_HOME=home, **quick)
     assert run.returncode == 1 and "compiling the CUDA kernels failed" in run.stderr
     assert "no such luck" in run.stdout + run.stderr and "Traceback" not in run.stderr
 
