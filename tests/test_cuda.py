@@ -265,7 +265,9 @@ def test_any_number_of_splits(cuda, processors, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize(
+    "dim", [pytest.param(d, marks=[pytest.mark.slow] * (d in (128, 256))) for d in WIDTHS]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_schedule_gives_equal_results(cuda, module, dtype, dim):
     inputs = batch(None, 20, 400, dim, dtype)
