@@ -1,9 +1,11 @@
 # make demo      train on real images, and time the loss against eager PyTorch: under two minutes of CPU
-# make test      the test suite                  make check   lint, format and types
+# make test      the test suite, but for what is slow: six minutes
+# make test-slow what is slow: fifteen minutes          make check   lint, format and types
 # make bench     time everything against its peers: five minutes; ARGS=--full for the large grid
 # make figures   draw bench/results/*.json anew and write the README's tables from them
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
+# make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
 # Each makes its own .venv with the versions in constraints.txt; nothing need be there before.
 
@@ -17,16 +19,27 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 	$(shell find relssl kernels csrc -type f -not -name '*.pyc' -not -name '* *')
 
-.PHONY: demo test check bench figures fuzz sanitize clean
+.PHONY: demo test test-slow check bench figures fuzz matrix sanitize clean
 
 demo: .venv/installed
 	$(BIN)/python bench/demo.py --out out/demo
 
-# pytest's own script, not python -m: the package under test is the installed one, never the source folder.
-# Triton is interpreted or compiles, in a process; so there are two.
+# Workers with a thread each, one for every core; then, one by one, what has threads or processes of its own.
+# Triton is interpreted or compiles, in a process; so there are two halves. With ARGS a part may be empty (status 5).
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+define tests
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not alone and $(1)" $(ARGS) $(EMPTY)
+	$(BIN)/pytest -m "alone and $(1)" $(ARGS) $(EMPTY)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -k triton -m "$(1)" tests/test_losses.py tests/test_triton.py \
+		$(ARGS) $(EMPTY)
+endef
+EMPTY := $(if $(ARGS),|| test $$? -eq 5)
+
 test: .venv/installed
-	$(BIN)/pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -k triton tests/test_losses.py tests/test_triton.py $(ARGS)
+	$(call tests,not slow)
+
+test-slow: .venv/installed
+	$(call tests,slow)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -44,6 +57,9 @@ figures: .venv/installed
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz.py $(ARGS)
 	$(BIN)/python tests/fuzz.py --backend cuda --calls 1000
+
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 # The sanitized package lies in a folder of its own, before the other on the path.
 SANITIZE := -fsanitize=address,undefined

@@ -12,6 +12,7 @@ torch is not needed to build: the extensions take raw addresses. kernels/ stands
 and is installed as relssl.kernels ("kernels" alone is another project's name).
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -238,11 +239,32 @@ def extensions() -> list[Extension]:
     return found
 
 
+def require_build_tools() -> None:
+    """Name in a line what is missing, and pip brings unless told --no-build-isolation."""
+
+    def absent(name: str) -> bool:
+        return importlib.util.find_spec(name) is None
+
+    wheel = {"dist_info", "editable_wheel", "bdist_wheel"} & set(sys.argv)
+    needed = ["ninja", "pybind11"] if EXTENSIONS else []
+    needed += ["wheel"] if wheel and absent("setuptools.command.bdist_wheel") else []
+    missing = [name for name in needed if absent(name)]
+    missing += ["setuptools>=64"] if absent("setuptools.command.editable_wheel") else []
+    if missing:
+        raise SystemExit(
+            f"relssl: building needs {', '.join(missing)}, which {sys.executable} does not have."
+            f" Run pip install {' '.join(map(repr, missing))}, or leave out --no-build-isolation."
+        )
+
+
 TOOLKIT = toolkit()
+EXTENSIONS = extensions()
+require_build_tools()
 setup(
+    license="MIT",  # In pyproject.toml no one form of it suits both setuptools 76 and 77.
     packages=[*find_packages(include=["relssl", "relssl.*"]), "relssl.kernels"],
     package_dir={"relssl": "relssl", "relssl.kernels": "kernels"},
     package_data={"relssl": ["py.typed"]},
-    ext_modules=extensions(),
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": NinjaBuildExt},
 )

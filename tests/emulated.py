@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from relssl.kernels.heuristics import Chip
 
 from relssl import backends
@@ -59,13 +60,16 @@ def build():
     state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     folder = ROOT / "build/emulated" / state
     module = folder / "_emulated.so"
-    if not module.exists():
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        folder.mkdir(parents=True)
-        files = objects(folder)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda item: compile_to(item[0], *item[1]), files.items()))
-        link(module, files)
+    folder.parent.parent.mkdir(exist_ok=True)
+    with FileLock(folder.parent.with_suffix(".lock")):  # One process compiles, the others wait for it.
+        if not module.exists():
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            folder.mkdir(parents=True)
+            files = objects(folder)
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda item: compile_to(item[0], *item[1]), files.items()))
+            link(folder / "linked", files)
+            (folder / "linked").rename(module)  # It is there only when it is whole.
     return module
 
 

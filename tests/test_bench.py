@@ -132,6 +132,7 @@ def test_ratio():
     assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (2.0, 2.0, 3.0)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not memory.measurable(), reason="needs /proc/self/clear_refs")
 def test_memory_sees_the_similarities():
     eager, fused = (
@@ -143,6 +144,8 @@ def test_memory_sees_the_similarities():
         memory.case_memory(work.Case("info_nce", 64, 2**10, 16), "relssl cuda")
 
 
+@pytest.mark.alone
+@pytest.mark.slow
 def test_a_run_ends_with_table_json_and_plots(tmp_path):
     """The case whose work is nothing, and two of its peers; from another folder."""
     nothing = f"{ROOT}/bench/test_losses.py::test_loss[{work.Case('relation', 8, 64, 32)}-{{}}]"

@@ -1,5 +1,6 @@
 """What the build says where it cannot go on. (That it works is what every other test stands on.)"""
 
+import ensurepip
 import os
 import subprocess
 import sys
@@ -12,8 +13,18 @@ for name in ("ninja", "pybind11", "setuptools"):
 ROOT = Path(__file__).parents[1]
 
 
-def build(tmp_path, **environment):
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp")]
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Builds that share their object files, by a compiler that refuses all but the baseline."""
+    folder = tmp_path_factory.mktemp("quick")
+    script = folder / "c++"
+    script.write_text('#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec c++ "$@"\n')
+    script.chmod(0o755)
+    return {"temp": folder / "temp", "CXX": str(script), "CXXFLAGS": "-O0"}
+
+
+def build(tmp_path, temp=None, **environment):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(temp or tmp_path / "temp")]
     return subprocess.run(
         [*command, "--build-lib", str(tmp_path / "lib")],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
@@ -31,6 +42,45 @@ def test_left_out(tmp_path):
     run = build(tmp_path, CXX="no-such-compiler", RELSSL_CPU="0")
     assert run.returncode == 0, run.stderr
     assert not list(tmp_path.rglob("_cpu*"))
+
+
+# ------------------------------------------------------------------- without build isolation
+
+OLD = next((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-*.whl"), None)  # of Python < 3.12
+
+
+def with_old_setuptools(tmp_path, *command, **environment):
+    """setup.py where Python's own setuptools (65.5 of Python 3.11) is the only package there is."""
+    if OLD is None:
+        pytest.skip("this Python brings no setuptools")
+    return subprocess.run(
+        [sys.executable, "-S", "setup.py", "-q", *command],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "RELSSL_CUDA": "0", **environment, "PYTHONPATH": str(OLD)},
+    )  # fmt: skip
+
+
+def test_metadata_with_an_old_setuptools(tmp_path):
+    run = with_old_setuptools(tmp_path, "egg_info", "--egg-base", tmp_path, RELSSL_CPU="0")
+    assert run.returncode == 0, run.stderr
+    lines = (tmp_path / "relssl.egg-info/PKG-INFO").read_text().splitlines()
+    assert {"Name: relssl", "Version: 0.1.0", "License: MIT"} <= set(lines)
+
+
+def test_metadata_without_a_deprecation(tmp_path):
+    command = "setup.py", "-q", "egg_info", "--egg-base", tmp_path
+    run = subprocess.run([sys.executable, "-W", "error", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "\nLicense: MIT\n" in (tmp_path / "relssl.egg-info/PKG-INFO").read_text()
+
+
+def test_missing_build_tools_are_named(tmp_path):
+    run = with_old_setuptools(tmp_path, "build_ext", "--build-lib", tmp_path)
+    needs = "relssl: building needs ninja, pybind11, which "
+    assert run.returncode == 1 and run.stderr.startswith(needs) and len(run.stderr.splitlines()) == 1
+    assert run.stderr.endswith("Run pip install 'ninja' 'pybind11', or leave out --no-build-isolation.\n")
+    run = with_old_setuptools(tmp_path, "dist_info", "--output-dir", tmp_path, RELSSL_CPU="0")
+    assert run.returncode == 1 and run.stderr.startswith("relssl: building needs wheel, which ")
 
 
 # ------------------------------------------------------------------------------------------------ CUDA
@@ -60,20 +110,22 @@ def test_cuda_asked_for_without_nvcc(tmp_path):
     assert "Traceback" not in run.stderr
 
 
-def test_cuda_left_out(tmp_path):
-    run = build(tmp_path, RELSSL_CUDA="0", CXXFLAGS="-O0")
+@pytest.mark.xdist_group("build")
+def test_cuda_left_out(tmp_path, quick):
+    run = build(tmp_path, RELSSL_CUDA="0", **quick)
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.rglob("_cpu*.so")) and not list(tmp_path.rglob("_cuda*"))
     assert "RELSSL_CUDA=0" in record(tmp_path)
 
 
-def test_a_failing_nvcc_leaves_the_rest(tmp_path):
+@pytest.mark.xdist_group("build")
+def test_a_failing_nvcc_leaves_the_rest(tmp_path, quick):
     home = toolkit(tmp_path / "cuda", compiles="echo no such luck >&2; exit 1")
-    run = build(tmp_path, RELSSL_CUDA="auto", CUDA_HOME=home, CXXFLAGS="-O0")
+    run = build(tmp_path, RELSSL_CUDA="auto", CUDA_HOME=home, **quick)
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.rglob("_cpu*.so")) and not list(tmp_path.rglob("_cuda*.so"))
     assert "nvcc failed" in record(tmp_path) and "nvcc failed" in run.stderr
-    run = build(tmp_path, RELSSL_CUDA="1", CUDA_HOME=home, CXXFLAGS="-O0")
+    run = build(tmp_path, RELSSL_CUDA="1", CUDA_HOME=home, **quick)
     assert run.returncode == 1 and "compiling the CUDA kernels failed" in run.stderr
     assert "no such luck" in run.stdout + run.stderr and "Traceback" not in run.stderr
 

@@ -185,6 +185,7 @@ def everything(q, k, queue):
     return loss.detach(), lse.detach(), mean.detach(), *(t.grad for t in inputs)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("rows", [3, 40, 700])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_bitwise_equal_from_run_to_run(threads, count, rows):
@@ -195,12 +196,14 @@ def test_bitwise_equal_from_run_to_run(threads, count, rows):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("count", [2, 3, 16])
 def test_any_number_of_threads(threads, count):
     threads(count)
     check_relation(*batch(None, 70, 9001, 40, torch.float32), 0.1, 0.04, "kl", "cpu")
 
 
+@pytest.mark.alone
 def test_callers_at_the_same_time():
     """The pool serves one of them; the others do their work alone, and all get the same."""
     inputs = [unit(n, 64) for n in (50, 50, 20_000)]
@@ -236,6 +239,7 @@ class Losses(Dataset):
         return relation_loss(q, k, queue, backend="cpu")
 
 
+@pytest.mark.alone
 def test_in_a_forked_worker(threads):
     threads(2)
     direct = torch.stack([Losses()[i] for i in range(4)])  # our threads are there when the fork comes

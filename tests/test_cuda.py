@@ -267,7 +267,9 @@ def test_any_number_of_splits(cuda, processors, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize(
+    "dim", [pytest.param(d, marks=[pytest.mark.slow] * (d in (128, 256))) for d in WIDTHS]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_schedule_gives_equal_results(cuda, module, dtype, dim):
     inputs = batch(None, 20, 400, dim, dtype)
@@ -465,6 +467,7 @@ def compiled():
     return list(resources.kernels(file))
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_nothing_is_spilled(compiled):
     built = importlib.import_module("relssl._cuda").architectures
     chips = [name for name in built.split(", ") if name.startswith("sm_")]
@@ -475,6 +478,7 @@ def test_nothing_is_spilled(compiled):
     assert max(r.shared for r in compiled) <= 232_448  # of Hopper
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_tensor_cores_and_copy_engines_do_the_work(compiled):
     for r in compiled:
         if r.kernel == "lookup_sm80":
@@ -490,6 +494,7 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
             assert r.late == 0 or not r.mean or r.dim == 512, f"{r}: exponentials that nothing hides"
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_docs_list_them(compiled):
     """Registers aside, which another nvcc may count otherwise."""
     built = importlib.import_module("relssl._cuda").architectures

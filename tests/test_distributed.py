@@ -15,6 +15,8 @@ from parallel_worker import CASES, RUN, both, ended, steps, terminated
 
 from relssl.checkpoint import read
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -16,6 +16,8 @@ from relssl.methods import PRESETS
 from relssl.methods.backbones import build, torchvision
 from relssl.train import train
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # which share what is trained
+
 SACC = replace(
     PRESETS["sacc"]["digits"], clusters=10, epochs=2, batch_size=256, queue_size=300, judge_every=1
 )

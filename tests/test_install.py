@@ -7,10 +7,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import relssl
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # An import error here must not hide behind a fallback to another backend.
@@ -48,6 +51,21 @@ def test_the_cuda_extension_needs_no_cuda_library(tmp_path):
         pytest.skip("installed without it")
     run = subprocess.run(["ldd", file.origin], capture_output=True, text=True, check=True)
     assert "cuda" not in run.stdout.replace(file.origin, "")
+
+
+def test_the_source_folder_does_not_stand_in_for_the_package():
+    """Neither here nor in processes that multiprocessing starts, which get this path."""
+    assert ROOT not in [Path(entry).resolve() for entry in sys.path]
+
+
+def test_python_m_pytest_tests_the_installed_package():
+    tests = "test_imports[relssl.kernels]", "test_the_source_folder_does_not_stand_in_for_the_package"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
+    run = subprocess.run(
+        [*command, *(f"tests/test_install.py::{name}" for name in tests)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
 
 
 def test_version():

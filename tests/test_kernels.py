@@ -24,10 +24,13 @@ from relssl.functional import relation_loss
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
 # Every kernel of the default tables that a training step in bfloat16 uses, on every chip; the other dtypes on
-# two. docs/kernels.md has all.
+# two, and on these two quickly. docs/kernels.md has all.
 CASES = [
     pytest.param(
-        capability, case, id=f"{resources.chip_name(capability)}-{case.name}-{case.dtype}-{case.dim}"
+        capability,
+        case,
+        id=f"{resources.chip_name(capability)}-{case.name}-{case.dtype}-{case.dim}",
+        marks=[pytest.mark.slow] * (capability not in (80, 90) and dim != 128),
     )
     for capability in resources.CAPABILITIES
     for dtype, dims in (("bf16", (64, 128, 256)), ("fp16", (128,)), ("fp32", (128,)))

@@ -5,9 +5,12 @@ import pytest
 import torch
 from work import Case
 
-pytestmark = pytest.mark.skipif(
-    not memory.measurable(), reason="needs /proc/self/clear_refs to reset the high-water mark"
-)
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(
+        not memory.measurable(), reason="needs /proc/self/clear_refs to reset the high-water mark"
+    ),
+]
 MIB = 2**20
 
 

@@ -1,5 +1,7 @@
 """The registered ops under PyTorch's own checks, under torch.compile, and bit for bit from run to run."""
 
+from itertools import product
+
 import pytest
 import torch
 from oracle import unit
@@ -14,12 +16,20 @@ LAYOUTS = {
     "sliced": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
 }
 SCALES = {"numbers": ([10.0, 25.0], None), "device": ([], torch.tensor([10.0, 25.0]))}
+# Each value of each of the three is quickly checked with some of the others'.
+QUICK = {
+    ("contiguous", "numbers", torch.float32),
+    ("transposed", "device", torch.bfloat16),
+    ("sliced", "device", torch.float32),
+}
+CHECKED = [
+    pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in QUICK))
+    for case in product(LAYOUTS, SCALES, (torch.float32, torch.bfloat16))
+]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "scale", "dtype"), CHECKED)
 def test_opcheck(layout, scale, dtype, backend):
     q, k, queue = (LAYOUTS[layout](unit(*s, 16, dtype=dtype)) for s in ((2, 5), (5,), (40,)))
     by_value, on_device = SCALES[scale]

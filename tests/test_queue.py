@@ -146,6 +146,7 @@ def test_compiles_once():
         assert torch.equal(queue.state_dict()[name], value), name
 
 
+@pytest.mark.alone
 def test_gather_over_processes(tmp_path):
     mp.spawn(gather, (2, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
