@@ -145,6 +145,7 @@ def test_plots(trained, command):
         assert min(pixels.shape) > 400 and 0.02 < (pixels < 250).mean() < 0.8
 
 
+@pytest.mark.slow
 def test_nothing_to_draw_yet_is_said(trained, command, tmp_path):
     """After Ctrl-C in the first epoch; an export onto a folder is an error of its own."""
     state = torch.load(trained, weights_only=True)

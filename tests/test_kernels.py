@@ -24,13 +24,13 @@ from relssl.functional import relation_loss
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
 # Every kernel of the default tables that a training step in bfloat16 uses, on every chip; the other dtypes on
-# two, and on these two quickly. docs/kernels.md has all.
+# two. docs/kernels.md has all.
 CASES = [
     pytest.param(
         capability,
         case,
         id=f"{resources.chip_name(capability)}-{case.name}-{case.dtype}-{case.dim}",
-        marks=[pytest.mark.slow] * (capability not in (80, 90) and dim != 128),
+        marks=[pytest.mark.slow] * (dim != 128),
     )
     for capability in resources.CAPABILITIES
     for dtype, dims in (("bf16", (64, 128, 256)), ("fp16", (128,)), ("fp32", (128,)))
@@ -53,7 +53,14 @@ def test_compiled(capability, case):
         assert got.narrow == 0
 
 
-@pytest.mark.parametrize(("capability", "dim"), [(86, 512), (90, 512), (90, 1024)])
+@pytest.mark.parametrize(
+    ("capability", "dim"),
+    [
+        (86, 512),
+        pytest.param(90, 512, marks=pytest.mark.slow),
+        pytest.param(90, 1024, marks=pytest.mark.slow),
+    ],
+)
 def test_wide_rows_fit(capability, dim):
     for case in resources.cases(capability, dim, "bf16"):
         got = resources.resources(case, capability)
