@@ -42,6 +42,11 @@ def marked(*values, backend):
     return pytest.param(*values, marks=[pytest.mark.gpu] * (device(backend) == "cuda"))
 
 
+def slow_if_interpreted(*values):
+    """A pytest parameter, left to make test-slow in Triton's interpreter alone."""
+    return pytest.param(*values, marks=[pytest.mark.slow] * INTERPRETED)
+
+
 def backends_of(*names):
     return pytest.mark.parametrize("backend", [marked(name, backend=name) for name in names])
 

@@ -213,6 +213,7 @@ print(len(everything) > 250)
 """
 
 
+@pytest.mark.slow
 def test_the_gpu_report_runs_each_test_for_a_gpu_once(tmp_path):
     command = [sys.executable, "-P", "-W", "ignore", "-c", COLLECT, ROOT / "bench", ROOT / "tests"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -231,6 +232,7 @@ print(compile_all(("float16", (None, 3, 17, 16), "info_nce"), 90, 132))
 """
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_before_tests_need_them(tmp_path):
     """Two launches forward, and two backward: exponents, and the gradient of the queue."""
     command = [sys.executable, "-P", "-W", "ignore", "-c", COMPILE, ROOT / "tests", ROOT / "bench"]

@@ -110,6 +110,7 @@ def test_cuda_asked_for_without_nvcc(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("build")
 def test_cuda_left_out(tmp_path, quick):
     run = build(tmp_path, RELSSL_CUDA="0", **quick)

@@ -456,7 +456,7 @@ def test_an_error_of_cuda_names_the_shape():
 # ----------------------------------------------------------------------------------- what nvcc made of them
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled():
     spec = importlib.util.spec_from_file_location("resources", emulated.CUDA / "resources.py")
     resources = importlib.util.module_from_spec(spec)
@@ -467,6 +467,7 @@ def compiled():
     return list(resources.kernels(file))
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
 def test_nothing_is_spilled(compiled):
     built = importlib.import_module("relssl._cuda").architectures
@@ -494,6 +495,7 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
             assert r.late == 0 or not r.mean or r.dim == 512, f"{r}: exponentials that nothing hides"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
 def test_docs_list_them(compiled):
     """Registers aside, which another nvcc may count otherwise."""

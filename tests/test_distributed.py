@@ -75,6 +75,7 @@ def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
     assert not (folder / "bad/checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     """The README's line on two processes, stopped as by a cluster and resumed: one record, one checkpoint.
 

@@ -23,7 +23,7 @@ SACC = replace(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # xdist may run tests of other files in between
 def trained(tmp_path_factory):
     """A checkpoint of SACC on digits after two epochs."""
     config = replace(SACC, out=tmp_path_factory.mktemp("sacc"))

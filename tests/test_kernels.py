@@ -53,14 +53,8 @@ def test_compiled(capability, case):
         assert got.narrow == 0
 
 
-@pytest.mark.parametrize(
-    ("capability", "dim"),
-    [
-        (86, 512),
-        pytest.param(90, 512, marks=pytest.mark.slow),
-        pytest.param(90, 1024, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dim"), [(86, 512), (90, 512), (90, 1024)])
 def test_wide_rows_fit(capability, dim):
     for case in resources.cases(capability, dim, "bf16"):
         got = resources.resources(case, capability)

@@ -15,6 +15,7 @@ from checks import (
     every,
     on,
     reduced,
+    slow_if_interpreted,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,13 +78,14 @@ def test_logsumexp(dtype, shape, backend):
     check_logsumexp(x, queue, 0.1, backend)
 
 
+@pytest.mark.parametrize("shape", [slow_if_interpreted(LARGE)], ids=str)
 @every(*DTYPES)
-def test_large_queue(dtype, backend, monkeypatch):
+def test_large_queue(dtype, backend, shape, monkeypatch):
     if INTERPRETED:  # A tile takes it milliseconds: 17 of them instead of 257.
         from relssl.kernels import heuristics
 
         monkeypatch.setattr(heuristics, "INTERPRETED", heuristics.Tiles(16, 4096, 4, 1))
-    q, k, queue = batch(*LARGE, dtype)
+    q, k, queue = batch(*shape, dtype)
     check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
     check_logsumexp(q, queue, 0.1, backend)
     check_info_nce(q, k, queue, 0.2, backend)
@@ -244,7 +246,7 @@ def test_extreme_temperatures_and_norms(dtype, tau_s, tau_t, norm, backend):
 
 
 @backends_of(*BACKENDS)
-@pytest.mark.parametrize("size", [1, 33, 9000])  # one row, one tile, two tiles
+@pytest.mark.parametrize("size", [1, 33, slow_if_interpreted(9000)])  # one row, one tile, two tiles
 def test_all_logits_equal(size, backend):
     q, k, queue = batch(None, 4, 1, 64, torch.float32)
     queue = queue.repeat(size, 1)
@@ -258,7 +260,9 @@ def test_all_logits_equal(size, backend):
 
 
 @backends_of(*BACKENDS)
-@pytest.mark.parametrize("place", [0, 8999])  # seen first, and after a tile of small ones
+@pytest.mark.parametrize(
+    "place", [0, slow_if_interpreted(8999)]
+)  # seen first, and after a tile of small ones
 def test_one_huge_logit(place, backend):
     q, k, queue = batch(None, 4, 9000, 64, torch.float32)
     queue[place] = q[1] * 1e4
@@ -289,7 +293,7 @@ def test_exclude(dtype, backend):
 
 @every(torch.float32, torch.float64)
 # All of the last tile is one row, and it is excluded: for each power of two a tile may be wide.
-@pytest.mark.parametrize("size", [129, 257, 513, 1025, 2049, 4097, 8193, 16385, 65537])
+@pytest.mark.parametrize("size", [129, 257, 513, 1025, 2049, 4097, 8193, 16385, slow_if_interpreted(65537)])
 def test_exclude_all_of_a_tile(size, dtype, backend):
     x, _, queue = batch(None, 2, size, 8, dtype)
     check_logsumexp(x, queue, 0.1, backend, torch.tensor([size - 1, -1]))

@@ -24,7 +24,8 @@ def test_the_measurement_sees_a_temporary():
 
 # One matrix of similarities would be 1 GiB, and eager code keeps several.
 @pytest.mark.parametrize(
-    ("name", "allowed"), [("relssl", 16 * torch.get_num_threads()), ("relssl chunked", 64)]
+    ("name", "allowed"),
+    [("relssl", 16 * torch.get_num_threads()), pytest.param("relssl chunked", 64, marks=pytest.mark.slow)],
 )
 def test_relation_loss_at_a_million_rows(name, allowed):
     assert memory.case_memory(Case("relation", 256, 2**20, 128), name) < allowed * MIB

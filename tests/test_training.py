@@ -221,7 +221,7 @@ def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
 
 @ENDING
 def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, number):
-    monkeypatch.setattr("relssl.train.channel_statistics", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
         train(FEW)
     assert stop.value.code == 143 and not FEW.out.exists()
@@ -432,6 +432,7 @@ def test_another_kind_of_device_on_resuming(few, capsys):
     assert len({fresh_seed(*place) for place in places}) == 16
 
 
+@pytest.mark.slow
 def test_kill_during_a_checkpoint_leaves_the_last_one(tmp_path):
     """kill -9 of a training process in the middle of writing its second checkpoint; --resume then goes on."""
     code = """

@@ -3,7 +3,16 @@
 import checks
 import pytest
 import torch
-from checks import INTERPRETED, batch, check_info_nce, check_logsumexp, check_relation, device, on
+from checks import (
+    INTERPRETED,
+    batch,
+    check_info_nce,
+    check_logsumexp,
+    check_relation,
+    device,
+    on,
+    slow_if_interpreted,
+)
 from oracle import unit
 
 from relssl import backends
@@ -124,7 +133,9 @@ def test_both_paths_agree(triton, dtype, replace):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "tma"), [(16, True), (600, False), (600, True), (1024, False)])
+@pytest.mark.parametrize(
+    ("dim", "tma"), [(16, True), slow_if_interpreted(600, False), (600, True), (1024, False)]
+)
 def test_widths(dtype, dim, tma, replace, heuristics):
     if INTERPRETED:  # as Hopper reads 16-bit rows, or any GPU wide ones of float32
         tiles = heuristics.Tiles(16, 32, 4, 1, tma=True) if tma else heuristics.Tiles(16, 32, 4, 1, chunk=64)
@@ -135,7 +146,7 @@ def test_widths(dtype, dim, tma, replace, heuristics):
     check_logsumexp(inputs[0], inputs[2], 0.1, "triton", torch.tensor([0, -1, 69]))
 
 
-@pytest.mark.parametrize("processors", [1, 3, 64])
+@pytest.mark.parametrize("processors", [slow_if_interpreted(1), 3, slow_if_interpreted(64)])
 def test_any_number_of_splits(processors, replace, heuristics, triton):
     """By their number alone results differ in rounding only."""
     inputs = on("triton", *batch(2, 5, 300, 24, torch.float32))
@@ -189,7 +200,9 @@ def test_without_gradients_the_same_values(dtype):
 # ------------------------------------------------------------------------------- as torch's own ops
 
 
-@pytest.mark.parametrize("scale", [([10.0, 25.0], None), ([], (10.0, 25.0))], ids=["numbers", "device"])
+@pytest.mark.parametrize(
+    "scale", [slow_if_interpreted(([10.0, 25.0], None)), ([], (10.0, 25.0))], ids=["numbers", "device"]
+)
 def test_opcheck(scale):
     q, k, queue = on("triton", unit(2, 5, 16), unit(5, 16), unit(40, 16).mT.contiguous().mT)
     by_value, on_device = scale
