@@ -120,6 +120,7 @@ def test_cuda_left_out(tmp_path, quick):
 
 
 @pytest.mark.xdist_group("build")
+@pytest.mark.slow
 def test_a_failing_nvcc_leaves_the_rest(tmp_path, quick):
     home = toolkit(tmp_path / "cuda", compiles="echo no such luck >&2; exit 1")
     run = build(tmp_path, RELSSL_CUDA="auto", CUDA_HOME=home, **quick)

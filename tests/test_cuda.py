@@ -479,6 +479,7 @@ def test_nothing_is_spilled(compiled):
     assert max(r.shared for r in compiled) <= 232_448  # of Hopper
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
 def test_tensor_cores_and_copy_engines_do_the_work(compiled):
     for r in compiled:

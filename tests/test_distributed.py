@@ -15,7 +15,7 @@ from parallel_worker import CASES, RUN, both, ended, steps, terminated
 
 from relssl.checkpoint import read
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.xdist_group("distributed")  # which share what two processes leave
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_torchrun(tmp_path):
     """The README's line on two processes, stopped as by a cluster and resumed: one record, one checkpoint.
 
