@@ -201,7 +201,7 @@ def far_apart(t):
     return store.as_strided(t.shape, (2**29, 1)).copy_(t)
 
 
-@pytest.mark.parametrize("layout", [transposed, sliced, expanded])
+@pytest.mark.parametrize("layout", [transposed, sliced, slow_if_interpreted(expanded)])
 @every(torch.float32, torch.bfloat16)
 def test_strides(dtype, layout, backend):
     for which in range(3):
@@ -261,7 +261,7 @@ def test_all_logits_equal(size, backend):
 
 @backends_of(*BACKENDS)
 @pytest.mark.parametrize(
-    "place", [0, slow_if_interpreted(8999)]
+    "place", [slow_if_interpreted(place) for place in (0, 8999)]
 )  # seen first, and after a tile of small ones
 def test_one_huge_logit(place, backend):
     q, k, queue = batch(None, 4, 9000, 64, torch.float32)
@@ -355,7 +355,8 @@ def test_bad_row_spoils_its_own_loss_only(grad, side, bad, backend):
 
 
 @backends_of(*BACKENDS)
-@pytest.mark.parametrize("place", [0, 8999])  # in the first and in the last of several tiles
+# In the first and in the last of several tiles.
+@pytest.mark.parametrize("place", [0, slow_if_interpreted(8999)])
 @pytest.mark.parametrize("grad", [False, True])
 def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
     q, k, queue = on(backend, *batch(None, 3, 9000, 40, torch.float32))

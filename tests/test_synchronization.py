@@ -18,7 +18,7 @@ FILES = ["lookup_sm80", "lookup_sm90", "combine"]
 
 
 def sites():
-    """File and line number of everything that orders, where it is called; the first barrier is for make test."""
+    """File and line number of everything that orders, where it is called; the first barrier is quick."""
     quick = True
     for name in ("lookup_sm90", *(name for name in FILES if name != "lookup_sm90")):
         for number, line in enumerate((emulated.CUDA / f"{name}.cu").read_text().splitlines()):
