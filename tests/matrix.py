@@ -27,7 +27,7 @@ CELLS = [f"3.11-{torch}" for torch in ("2.9.1", "2.10.0", "2.11.0", "2.12.0", "2
     "3.13-2.14.1"
 ]
 COMPILED = [f"tests/test_{name}.py" for name in ("ops", "autograd", "callers", "queue", "errors", "kernels")]
-INTERPRETED = ["-k", "triton", "tests/test_losses.py", "tests/test_triton.py"]
+INTERPRETED = ["-k", "triton", "-m", "not slow", "tests/test_losses.py", "tests/test_triton.py"]
 NEEDS = ["hypothesis", "ninja", "numpy", "psutil", "pybind11", "pytest", "pytest-xdist", "setuptools"]
 HEAD = """# Compatibility
 
@@ -100,16 +100,7 @@ def tried(folder: Path) -> tuple[dict[str, str], list[str]]:
     ):
         report = folder / f"{name}.xml"
         report.unlink(missing_ok=True)
-        command = [
-            folder / "bin/pytest",
-            "-q",
-            "-n",
-            str(os.cpu_count()),
-            "--dist",
-            "loadgroup",
-            "-m",
-            "not slow",
-        ]
+        command = [folder / "bin/pytest", "-q", "-n", str(os.cpu_count()), "--dist", "loadgroup"]
         with (folder / f"{name}.log").open("w") as log:
             environ = os.environ | {"OMP_NUM_THREADS": "1"} | more
             subprocess.run([*command, f"--junitxml={report}", *arguments], cwd=ROOT, env=environ, stdout=log)
