@@ -82,7 +82,7 @@ def _temperature(name: str, value: Temperature, device: torch.device) -> Tempera
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         kind = type(value).__name__
         raise TypeError(f"{name} must be a number or a tensor of one element, got {kind}")
-    if not (number > 0 and math.isfinite(number)):
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {number}")
     return value
 

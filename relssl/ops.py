@@ -220,12 +220,13 @@ def _version(queue: Tensor) -> int | None:
 
 
 def _witness(queue: Tensor) -> Tensor:
-    """An empty tensor whose shape tells the queue's version, for autograd to save.
+    """A small tensor whose shape tells the queue's version modulo 1,024, for autograd to save.
 
     Activation checkpointing runs forward again for backward and raises where the two runs save other shapes:
     so it raises where the queue has moved in between, and the gradient would be another queue's.
     """
-    return queue.new_empty((_version(queue) or 0, 0))
+    version = _version(queue) or 0
+    return queue.new_zeros((1 + version % 32, 1 + version // 32 % 32))
 
 
 def _save(ctx: Any, queue: Tensor, keep: bool, *tensors: Tensor | None) -> None:
@@ -490,7 +491,7 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, result, queue):
         _save(ctx, queue, False)
-        return result.view_as(result)
+        return result.clone()
 
     @staticmethod
     def backward(ctx, g):
@@ -500,8 +501,9 @@ class _Watched(torch.autograd.Function):
 
 def _watched(result: Tensor, queue: Tensor) -> Tensor:
     """A result of the reference, whose own backward would not notice that the queue has moved."""
-    plain = not result.requires_grad or torch.compiler.is_compiling() or transformed()
-    return result if plain else _Watched.apply(result, queue)
+    if not result.requires_grad or torch.compiler.is_compiling() or transformed() or not saving_is_hooked():
+        return result
+    return _Watched.apply(result, queue)
 
 
 def _kept(queue: Tensor) -> Tensor:

@@ -361,3 +361,13 @@ def test_checkpointing(name, backend, learns):
         queue.enqueue(k)
     with pytest.raises(RuntimeError, match="different metadata"):
         moved.backward()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_hooks_may_read_what_is_saved_and_results_may_be_changed(backend):
+    q, k, queue = unit(B, D).requires_grad_(), unit(B, D), FeatureQueue(K, D)
+    (want,) = torch.autograd.grad(relation_loss(q, k, queue, backend=backend), q)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.min(), t)[1], lambda t: t):
+        loss = relation_loss(q, k, queue, backend=backend)
+    loss += 1
+    assert torch.equal(torch.autograd.grad(loss, q)[0], want)

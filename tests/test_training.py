@@ -57,6 +57,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # With one thread other roundings take a run this short elsewhere.
 def test_learns_beyond_its_initial_features():
     config = replace(PRESETS["digits"], epochs=8, out=TINY.out / "learns")
     method = train(config)
