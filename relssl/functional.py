@@ -47,7 +47,12 @@ def relation_loss(
     the loss in eager code and raises RuntimeError if the queue has changed since. Activation checkpointing
     runs the forward pass again in backward: around this loss, enqueue after backward. Otherwise
     checkpoint(..., use_reentrant=False) raises RuntimeError; use_reentrant=True notices nothing, and the
-    gradient is the changed queue's.
+    gradient is the changed queue's. Nothing notices it either where the queue is made inside the checkpoint,
+    as by rows.clone(), or the loss is compiled.
+
+    Known fault: where one compiled graph holds this loss and, behind it, the enqueueing, gradients of k, of
+    the temperatures and of the queue can be wrong; q's is right. Where these learn, enqueue outside the graph
+    and after backward. The same holds for every gradient of `queue_logsumexp`.
 
     Args:
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.

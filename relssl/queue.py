@@ -85,7 +85,7 @@ class FeatureQueue(nn.Module):
         self.reset()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "FeatureQueue":
-        # `to`, `to_empty` and the like all call this; out of the meta device come no values.
+        # `to`, `to_empty` and the like all call this; meta buffers that become real hold garbage.
         was_meta = self.rows.is_meta
         super()._apply(fn, recurse)
         if was_meta:
