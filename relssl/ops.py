@@ -417,9 +417,9 @@ class _LogSumExp(torch.autograd.Function):
         needs_queue = ctx.needs_input_grad[1]
         scale = _scales((tau, tau), x)
         lse, mean = _rows(x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend)
-        # A plain reference would be none to a compiled graph, and nothing tells that a queue of inference mode
-        # has changed: there the queue, or a copy of the latter, is saved. (That does not protect a compiled
-        # graph in which the queue moves behind the loss: see relation_loss.)
+        # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there
+        # the queue, or a copy of the latter, is saved. (It does not protect a compiled graph in which the
+        # queue moves behind the loss: see relation_loss.)
         keep = needs_queue or (want_mean and (torch.compiler.is_compiling() or queue.is_inference()))
         _save(ctx, queue, keep, x, _tensor(tau), exclude, lse, mean)
         ctx.number = None if isinstance(tau, Tensor) else tau
