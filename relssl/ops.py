@@ -198,7 +198,7 @@ class _Bank:
 
     def __init__(self, queue: Tensor) -> None:
         self.queue = queue
-        self.version = _version(queue)
+        self.version = None if queue.is_inference() else queue._version  # None: changes are not counted
 
     def get(self) -> Tensor:
         if self.version is None:
@@ -214,18 +214,13 @@ class _Bank:
         return self.queue
 
 
-def _version(queue: Tensor) -> int | None:
-    """How often the queue has been written to, which inference tensors do not count."""
-    return None if queue.is_inference() else queue._version
-
-
 def _witness(queue: Tensor) -> Tensor:
     """A small tensor whose shape tells the queue's version modulo 1,024, for autograd to save.
 
     Activation checkpointing runs forward again for backward and raises where the two runs save other shapes:
     so it raises where the queue has moved in between, and the gradient would be another queue's.
     """
-    version = _version(queue) or 0
+    version = 0 if queue.is_inference() else queue._version
     return queue.new_zeros((1 + version % 32, 1 + version // 32 % 32))
 
 
