@@ -50,10 +50,6 @@ def relation_loss(
     gradient is the changed queue's. Nothing notices it either where the queue is made inside the checkpoint,
     as by rows.clone(), or the loss is compiled.
 
-    Known fault: where one compiled graph holds this loss and, behind it, the enqueueing, gradients of k, of
-    the temperatures and of the queue can be wrong; q's is right. Where these learn, enqueue outside the graph
-    and after backward. The same holds for every gradient of `queue_logsumexp`.
-
     Args:
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.
         k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher learns nothing.

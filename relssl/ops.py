@@ -2,13 +2,17 @@
 
     relssl::rows       lse and mean of stacked rows: the primitive
     relssl::rows_vjp   its vector-Jacobian product
-    relssl::relation   loss rows, teacher entropy and grad_q of the relation loss in one call
+    relssl::relation   loss rows, teacher entropy, grad_q and grad_k of the relation loss in one call
     relssl::info_nce   loss rows and grad_q of InfoNCE
+    relssl::snapshot   a copy of a queue
 
 Ops are opaque to torch.compile and know nothing of autograd. The autograd.Functions around them compute
 gradients in the forward pass, so the queue may change before backward: they keep a plain reference to
-it, and a backward that must read the queue again raises if it has changed. Double backward recomputes
-the result with the reference, which can be differentiated any number of times.
+it, and a backward that must read the queue again raises if it has changed. torch.compile moves what
+only backward needs behind everything else, an enqueueing among it; so there gradients made in forward
+come from the op that makes the loss, and a queue that backward reads is a snapshot that the loss reads,
+too. Double backward recomputes the result with the reference, which can be differentiated any number
+of times.
 """
 
 from collections.abc import Callable, Sequence
@@ -124,13 +128,13 @@ def _rows_vjp(
     return run(x, queue, scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue)
 
 
-def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
+def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, want_k, backend):
     dtype = accumulator(q.dtype)
     views = q.shape[:-1]
     return (
         q.new_empty(views, dtype=dtype),
         k.new_empty(k.shape[0], dtype=dtype),
-        q.new_empty(q.shape if want_diff else (views.numel(), 0), dtype=dtype),
+        q.new_empty((2,) * want_k + q.shape if want_diff else (views.numel(), 0), dtype=dtype),
         q.new_empty(2, k.shape[0] + views.numel(), dtype=dtype),
         k.new_empty(k.shape, dtype=dtype),
     )
@@ -138,13 +142,23 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, backend):
 
 @_op(
     "relation(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, str form,"
-    " bool want_diff, str backend)"
+    " bool want_diff, bool want_k, str backend)"
     " -> (Tensor loss, Tensor entropy, Tensor diff, Tensor lse, Tensor mean_t)",
     _relation_fake,
 )
-def _relation(q, k, queue, scale, device_scale, form, want_diff, backend):
+def _relation(q, k, queue, scale, device_scale, form, want_diff, want_k, backend):
     scale = scale if device_scale is None else device_scale
-    return backends.MODULES[backend].relation(q, k, queue, scale, form, want_diff)
+    found = backends.MODULES[backend].relation(q, k, queue, scale, form, want_diff)
+    if not want_k:
+        return found
+    # grad_k, put behind diff: an output of its own would cost those who do not want it. It has a row for each
+    # student view, since reduction="none" weighs them apart.
+    loss, entropy, diff, lse, mean_t = found
+    lse_t = lse[:, None, : k.shape[0]].expand(2, loss.numel() // k.shape[0], -1).flatten(1)
+    mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, k))
+    g_mean = _cotangent(q, k, scale, form, mean_t.dtype).flatten(0, -2)
+    grad_k, _ = _vjp(rows, queue, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
+    return loss, entropy, torch.stack((diff, grad_k.view(q.shape))), lse, mean_t
 
 
 def _info_nce_fake(q, k, queue, scale, device_scale, want_diff, backend):
@@ -165,6 +179,11 @@ def _info_nce(q, k, queue, scale, device_scale, want_diff, backend):
     if hasattr(module, "info_nce"):
         return module.info_nce(q, k, queue, scale, want_diff)
     return common.info_nce(module.rows, q, k, queue, scale, want_diff)
+
+
+@_op("snapshot(Tensor queue) -> Tensor", torch.empty_like)
+def _snapshot(queue):
+    return queue.clone()
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -243,6 +262,11 @@ def _save(ctx: Any, queue: Tensor, keep: bool, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*saved)
 
 
+def _readable_later(queue: Tensor, wanted: bool) -> Tensor:
+    """The queue, or a snapshot if backward will read it in a compiled graph, which checks no versions."""
+    return _snapshot(queue) if wanted and torch.compiler.is_compiling() else queue
+
+
 def _apart(*inputs: Any) -> Sequence[Any]:
     """The inputs as torch.compile takes those of an autograd.Function: a view where a tensor comes again.
 
@@ -275,16 +299,13 @@ class _Relation(torch.autograd.Function):
     def forward(ctx, q, k, queue, tau_s, tau_t, how):
         form, reduction, dtype, backend = how
         _, needs_k, needs_queue, _, needs_t, _ = ctx.needs_input_grad
+        queue = _readable_later(queue, needs_queue)
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
         scale = _scales((tau_s, tau_t), q)
-        loss, entropy, diff, lse, mean_t = _relation(x_q, x_k, bank, *_pass(scale), form, True, backend)
-        grad_k = None
-        if needs_k or needs_t:  # A row for each student view: reduction="none" weighs them apart.
-            lse_t = lse[:, None, : k.shape[0]].expand(2, loss.numel() // k.shape[0], -1).flatten(1)
-            mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, x_k))
-            g_mean = _cotangent(x_q, x_k, scale, form, mean_t.dtype).flatten(0, -2)
-            grad_k, _ = _vjp(rows, bank, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
-            grad_k = grad_k.view(q.shape)
+        want_k = needs_k or needs_t
+        found = _relation(x_q, x_k, bank, *_pass(scale), form, True, want_k, backend)
+        loss, entropy, diff, lse, mean_t = found
+        diff, grad_k = diff if want_k else (diff, None)
         kept = (lse, mean_t) if needs_queue else (None, None)
         _save(ctx, queue, needs_queue, q, k, _tensor(tau_s), _tensor(tau_t), diff, grad_k, *kept)
         ctx.numbers = _number(tau_s), _number(tau_t)
@@ -364,6 +385,7 @@ class _InfoNCE(torch.autograd.Function):
     def forward(ctx, q, k, queue, tau, how):
         reduction, dtype, backend = how
         needs_queue = ctx.needs_input_grad[2]
+        queue = _readable_later(queue, needs_queue)
         scale = _scales((tau,), q)
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
         loss, sigma, diff, lse = _info_nce(x_q, x_k, bank, *_pass(scale), True, backend)
@@ -410,11 +432,11 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, queue, tau, exclude, want_mean, dtype, backend):
         needs_queue = ctx.needs_input_grad[1]
+        queue = _readable_later(queue, needs_queue or want_mean)
         scale = _scales((tau, tau), x)
         lse, mean = _rows(x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend)
         # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there
-        # the queue, or a copy of the latter, is saved. (It does not protect a compiled graph in which the
-        # queue moves behind the loss: see relation_loss.)
+        # a copy is saved.
         keep = needs_queue or (want_mean and (torch.compiler.is_compiling() or queue.is_inference()))
         _save(ctx, queue, keep, x, _tensor(tau), exclude, lse, mean)
         ctx.number = None if isinstance(tau, Tensor) else tau
@@ -529,7 +551,7 @@ def relation(
         return _Relation.apply(*inputs, (form, reduction, dtype, backend))
     scale = _pass(_scales((tau_s, tau_t), q))
     q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
-    loss, entropy, *_ = _relation(q, k, queue, *scale, form, False, backend)
+    loss, entropy, *_ = _relation(q, k, queue, *scale, form, False, False, backend)
     return reduce(loss, reduction), entropy
 
 

@@ -82,14 +82,18 @@ def exact(name):
     leaves = inputs(torch.float64)
     value = ALIASED[name](*leaves, "reference")
     grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    return value.detach(), *grads
+    return value.detach(), *(g.detach() for g in grads)
+
+
+def close(name, got, want, tolerance=1e-5):
+    error = (got.detach().double() - want).norm()
+    assert error <= tolerance * max(float(want.norm()), 1), f"{name}: {error:.1e} of {want.norm():.1e}"
 
 
 def holds(name, value, leaves):
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     for got, want in zip((value, *grads), exact(name), strict=True):
-        error = (got.detach().double() - want).norm()
-        assert error <= 1e-5 * max(float(want.norm()), 1), f"{name}: {error:.1e} of {want.norm():.1e}"
+        close(name, got, want)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
@@ -127,6 +131,88 @@ def test_aliased_and_compiled_by_inductor():
     sum(values.values()).backward()
     for name, value in values.items():
         holds(name, value, leaves[name])
+
+
+# ------------------------------------------------------------------ a queue that moves behind the loss
+
+# Called with x and y [B, D], a queue [K, D] and a temperature.
+BEFORE_ENQUEUE = {
+    "relation_loss": lambda x, y, queue, t: relation(x, y, queue, t, t),
+    "relation_loss of views": lambda x, y, queue, t: relation(
+        torch.stack((x, y)), y, queue, 0.1, t, form="ce", reduction="none"
+    ).sum(),
+    "info_nce": lambda x, y, queue, t: info_nce(x, y, queue, temperature=t).square(),
+    "nt_xent": lambda x, y, queue, t: nt_xent(x, y, queue=queue, temperature=t).square(),
+    "lse": lambda x, y, queue, t: queue_logsumexp(x, queue, t)[0].square().sum(),
+    "lse and mean": lambda x, y, queue, t: primitive(x, queue, t),
+    "mean": lambda x, y, queue, t: queue_logsumexp(x, queue, t)[1].square().sum(),
+}
+LEARNERS = {"x": 0, "y": 1, "queue": 2, "temperature": 3}
+
+
+def step_then_enqueue(name, leaves, ring):
+    """Loss and enqueue; the queue is a buffer that may learn."""
+    x, y, t = leaves
+    loss = BEFORE_ENQUEUE[name](x, y, ring.rows, t)
+    ring.enqueue(x.detach() + 1)
+    return loss
+
+
+def moved(name, learner, dtype=torch.float32):
+    """Leaves x, y and the temperature, and a FeatureQueue, of which one learns, or all."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(B, D, generator=generator, dtype=torch.float64).to(dtype) / 3 for _ in range(2))
+    ring = FeatureQueue(K, D, dtype=torch.float32).to(dtype)
+    tensors = x, y, ring.rows, torch.tensor(0.2, dtype=torch.float64).to(dtype)
+    for at, t in enumerate(tensors):
+        t.requires_grad_(learner in ("all", [*LEARNERS][at]))
+    return tensors, ring
+
+
+def holds_when_moved(name, learner, value, tensors):
+    exact, _ = moved(name, learner, torch.float64)
+    want = BEFORE_ENQUEUE[name](*exact)
+    close(name, value, want.detach())
+    if not want.requires_grad:
+        return
+    want.backward()
+    for t, other in zip(tensors, exact, strict=True):
+        zero = torch.zeros_like(other, requires_grad=False)
+        got, grad = (zero if g is None else g for g in (t.grad, other.grad))
+        close(f"{name}, {learner}", got, grad, 1e-4)  # A temperature's is a sum of larger terms.
+
+
+@pytest.mark.parametrize("learner", [*LEARNERS, "all"])
+@pytest.mark.parametrize("name", BEFORE_ENQUEUE)
+def test_enqueueing_behind_a_compiled_loss(name, learner):
+    """In one graph: what backward needs of the queue must have been read before."""
+    tensors, ring = moved(name, learner)
+    x, y, _, t = tensors
+    torch.compiler.reset()
+    step = torch.compile(step_then_enqueue, fullgraph=True, backend="aot_eager")
+    value = step(name, (x, y, t), ring)
+    if value.requires_grad:
+        value.backward()
+    holds_when_moved(name, learner, value, tensors)
+    assert int(ring.pointer) == B
+
+
+@pytest.mark.slow
+def test_enqueueing_behind_losses_compiled_by_inductor():
+    cases = {
+        (name, learner): moved(name, learner) for name in BEFORE_ENQUEUE for learner in [*LEARNERS, "all"]
+    }
+
+    def everything(cases):
+        return {
+            (name, learner): step_then_enqueue(name, (x, y, t), ring)
+            for (name, learner), ((x, y, _, t), ring) in cases.items()
+        }
+
+    values = torch.compile(everything, fullgraph=True)(cases)
+    sum(values.values()).backward()
+    for (name, learner), value in values.items():
+        holds_when_moved(name, learner, value, cases[name, learner][0])
 
 
 # --------------------------------------------------------------------------------------- inference mode

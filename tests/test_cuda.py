@@ -320,7 +320,7 @@ def test_opcheck(cuda):
     ops, check = torch.ops.relssl, torch.library.opcheck
     exclude = torch.tensor([0, -1, 3, 39, -1])
     for want in (True, False):
-        check(ops.relation.default, (q, k, queue, [10.0, 25.0], None, "kl", want, "cuda"))
+        check(ops.relation.default, (q, k, queue, [10.0, 25.0], None, "kl", want, want, "cuda"))
         check(ops.info_nce.default, (q, k, queue, [], torch.tensor([10.0]), want, "cuda"))
         check(ops.rows.default, (k, queue, [10.0, 25.0], None, 3, exclude, want, "cuda"))
 

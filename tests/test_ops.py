@@ -34,9 +34,10 @@ def test_opcheck(layout, scale, dtype, backend):
     q, k, queue = (LAYOUTS[layout](unit(*s, 16, dtype=dtype)) for s in ((2, 5), (5,), (40,)))
     by_value, on_device = SCALES[scale]
     ops = torch.ops.relssl
-    for views, form, want in ((q, "kl", True), (q[0], "ce", True), (q, "ce", False)):
-        arguments = (views, k, queue, by_value, on_device, form, want, backend)
+    for views, form, *want in ((q, "kl", True, True), (q[0], "ce", True, False), (q, "ce", False, False)):
+        arguments = (views, k, queue, by_value, on_device, form, *want, backend)
         torch.library.opcheck(ops.relation.default, arguments)
+    torch.library.opcheck(ops.snapshot.default, (queue,))
     for views, want in ((q, True), (q[0], False)):
         one = (by_value[:1], None if on_device is None else on_device[:1])
         torch.library.opcheck(ops.info_nce.default, (views, k, queue, *one, want, backend))
