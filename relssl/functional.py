@@ -54,7 +54,8 @@ def relation_loss(
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.
         k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher learns nothing.
         queue: [K, D], or a FeatureQueue. Any strides.
-        student_temperature: number or tensor of one element, which may require grad. Published: 0.1.
+        student_temperature: number or tensor of one element, which may require grad. Published: 0.1. Where it
+            changes under torch.compile, pass a tensor: every other number is compiled anew.
         teacher_temperature: number or tensor of one element, which may require grad. Published: 0.04.
         form: "kl" or "ce".
         reduction: "mean" and "sum" over all rows, "none" for a loss of shape [B] or [V, B].

@@ -16,6 +16,7 @@ of times.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -131,11 +132,12 @@ def _rows_vjp(
 def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, want_k, backend):
     dtype = accumulator(q.dtype)
     views = q.shape[:-1]
+    rows = prod(views)  # rows would be a constant to torch.compile.
     return (
         q.new_empty(views, dtype=dtype),
         k.new_empty(k.shape[0], dtype=dtype),
-        q.new_empty((2,) * want_k + q.shape if want_diff else (views.numel(), 0), dtype=dtype),
-        q.new_empty(2, k.shape[0] + views.numel(), dtype=dtype),
+        q.new_empty((2,) * want_k + q.shape if want_diff else (rows, 0), dtype=dtype),
+        q.new_empty(2, k.shape[0] + rows, dtype=dtype),
         k.new_empty(k.shape, dtype=dtype),
     )
 
@@ -164,8 +166,8 @@ def _relation(q, k, queue, scale, device_scale, form, want_diff, want_k, backend
 def _info_nce_fake(q, k, queue, scale, device_scale, want_diff, backend):
     views, kind = q.shape[:-1], {"dtype": accumulator(q.dtype)}
     loss, sigma = q.new_empty(views, **kind), q.new_empty(views, **kind)
-    diff = q.new_empty(q.shape if want_diff else (views.numel(), 0), **kind)
-    return loss, sigma, diff, q.new_empty(2, views.numel(), **kind)
+    diff = q.new_empty(q.shape if want_diff else (prod(views), 0), **kind)
+    return loss, sigma, diff, q.new_empty(2, prod(views), **kind)
 
 
 @_op(

@@ -55,7 +55,7 @@ class FeatureQueue(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating-point, got {dtype}")
         self.seed = seed
-        with torch.inference_mode(False):  # Whose tensors could not be written to outside of it.
+        with torch.inference_mode(False):  # See _make_writable.
             self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))
             self.register_buffer("pointer", torch.empty((), dtype=torch.int64, device=device))
             self.register_buffer("count", torch.empty((), dtype=torch.int64, device=device))
@@ -73,6 +73,7 @@ class FeatureQueue(nn.Module):
         """Back to the random start: unit-norm rows drawn from the seed, pointer and count 0."""
         if self.rows.is_meta:
             return
+        self._make_writable()
         # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
         generator = torch.Generator("cpu").manual_seed(0x5EED_0F_0EE + self.seed)
         start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -86,11 +87,21 @@ class FeatureQueue(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "FeatureQueue":
         # `to`, `to_empty` and the like all call this; meta buffers that become real hold garbage.
-        was_meta = self.rows.is_meta
+        was_meta = any(t.is_meta for t in self.buffers())
         super()._apply(fn, recurse)
         if was_meta:
             self.reset()
         return self
+
+    def _make_writable(self) -> None:
+        """Replace buffers made under inference mode, which nothing outside of it may write to.
+
+        A queue gets such buffers when it is moved, copied or loaded under inference mode.
+        """
+        for name, t in self._buffers.items():
+            if t.is_inference():
+                with torch.inference_mode(False):
+                    self._buffers[name] = t.clone()
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -107,15 +118,18 @@ class FeatureQueue(nn.Module):
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
             kind = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
             raise TypeError(f"keys must be a floating-point tensor, got {kind}")
-        size, dim = self.rows.shape
+        if not torch.compiler.is_compiling():
+            self._make_writable()
+        rows, pointer = self.rows, self.pointer
+        size, dim = rows.shape
         if keys.dim() != 2 or keys.shape[1] != dim or len(keys) == 0:
             raise ValueError(f"keys must be [B, {dim}] with B ≥ 1, got shape {tuple(keys.shape)}")
-        if keys.device != self.rows.device:
-            raise RuntimeError(f"keys is on {keys.device}, but the queue on {self.rows.device}")
-        keys = gather(keys.to(self.rows.dtype))
+        if keys.device != rows.device:
+            raise RuntimeError(f"keys is on {keys.device}, but the queue on {rows.device}")
+        keys = gather(keys.to(rows.dtype))
         total, keys = len(keys), keys[-size:]
-        first = self.pointer + (total - len(keys))
+        first = pointer + (total - len(keys))
         at = (first + torch.arange(len(keys), device=keys.device)) % size
-        self.rows.index_copy_(0, at, keys)
-        self.pointer.add_(total).remainder_(size)
+        rows.index_copy_(0, at, keys)
+        pointer.add_(total).remainder_(size)
         self.count.add_(total).clamp_(max=size)

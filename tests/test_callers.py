@@ -4,6 +4,7 @@ float64, which is plain PyTorch.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -283,6 +284,10 @@ def test_inference_keys_under_compile(loss, dynamo):
     torch.testing.assert_close(*grads)
 
 
+def same_state(queue, other):
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in queue.state_dict().items())
+
+
 def test_feature_queue_built_and_fed_under_inference_mode():
     plain = FeatureQueue(K, D)
     keys = unit(5, D)
@@ -293,8 +298,7 @@ def test_feature_queue_built_and_fed_under_inference_mode():
     queue.enqueue(frozen)
     plain.enqueue(keys)
     plain.enqueue(keys)
-    for name, value in plain.state_dict().items():
-        assert torch.equal(queue.state_dict()[name], value), name
+    assert same_state(plain, queue)
     q = unit(B, D).requires_grad_()
     loss = relation_loss(q, unit(B, D), queue)
     with torch.inference_mode():
@@ -303,11 +307,35 @@ def test_feature_queue_built_and_fed_under_inference_mode():
         torch.autograd.grad(loss, q, create_graph=True)
 
 
+def assign_state(queue):
+    other = FeatureQueue(len(queue), D)
+    other.load_state_dict({name: t.clone() for name, t in queue.state_dict().items()}, assign=True)
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda queue: queue.double().float(),
+        copy.deepcopy,
+        lambda queue: pickle.loads(pickle.dumps(queue)),
+        assign_state,
+        lambda queue: FeatureQueue(K, D, device="meta").to_empty(device="cpu"),
+    ],
+    ids=["to", "deepcopy", "pickle", "load_state_dict", "to_empty"],
+)
+def test_feature_queue_changed_under_inference_mode(change):
+    with torch.inference_mode():
+        queue, other = change(FeatureQueue(K, D)), change(FeatureQueue(K, D))
+    other.reset()
+    plain, keys = FeatureQueue(K, D), unit(5, D)
+    assert same_state(plain, other)
+    for ring in (queue, plain):
+        ring.enqueue(keys)
+    assert same_state(plain, queue)
+
+
 # ------------------------------------------------------------------------------- meta and default devices
-
-
-def same_state(queue, other):
-    return all(torch.equal(value, other.state_dict()[name]) for name, value in queue.state_dict().items())
 
 
 def test_feature_queue_from_the_meta_device():

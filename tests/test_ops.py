@@ -82,6 +82,20 @@ def test_compiled_equals_eager(backend, wants):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
+def test_dynamic_shapes_compile_once():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend=counter)
+    torch.compiler.reset()
+    for batch, size in ((4, 20), (5, 30), (7, 33)):
+        values = unit(batch, 16), unit(batch, 16), unit(size, 16), torch.tensor(0.1 + batch / 100)
+        grads = []
+        for run in (losses, compiled):
+            inputs = [t.clone().requires_grad_() for t in values]
+            grads.append(torch.autograd.grad(sum(run(*inputs)), inputs))
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
 def test_compiled_step_with_enqueue_does_not_recompile():
     """Loss, enqueue and backward in one graph, three times; the ring wraps in the third."""
     counter = CompileCounterWithBackend("aot_eager")
