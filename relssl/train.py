@@ -49,6 +49,9 @@ def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
     path = config.out / "checkpoint.pt"
     if path.exists() and not config.resume:
         raise FileExistsError(f"{path} exists: pass --resume to go on from it, or another --out")
+    for name, value in {"epochs": config.epochs, "batch_size": config.batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     every_steps, every_seconds = interval(config.save_every)
     if config.batch_size % distributed.world():
         processes = f"{distributed.world()} processes"

@@ -279,6 +279,15 @@ def test_bad_usage(command, arguments, status, message):
     assert run.returncode == status and message in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("setting", ["batch_size", "epochs"])
+def test_nothing_to_train_is_refused(command, tmp_path, setting):
+    option = f"--{setting.replace('_', '-')}"
+    run = command("train", "ressl", "--data", "digits", "--out", tmp_path / "out", option, 0)
+    assert run.returncode == 1
+    assert f"relssl train: {setting} must be at least 1, got 0" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_info_needs_torch_and_numpy_only(tmp_path):
     block = "import sys\nfor name in ('tyro', 'kornia', 'torchvision', 'sklearn', 'matplotlib', 'tqdm'):\n"
     block += (
