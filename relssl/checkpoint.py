@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +49,8 @@ def save(
 ) -> None:
     """Write checkpoint and metrics so that at any moment there is a whole file of each.
 
-    Every process must call it; the first writes, the random state of all.
+    The checkpoint before it remains as `previous(path)`, where the file system has hard links. Every process
+    must call it; the first writes, the random state of all.
 
     steps: of an epoch. unjudged: whether the last epoch's evaluation is yet to be made.
     """
@@ -70,19 +72,32 @@ def save(
         "randomness": randomness,
         "device": next(run["model"].parameters()).device.type,
     }
+    with suppress(OSError):
+        previous(path).unlink(missing_ok=True)
+        os.link(path, previous(path))
     _replace(path, lambda file: torch.save(state, file))
     metrics = {"method": name, "config": settings, "epochs": history}
     _replace(path.with_name("metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
 
 
+def previous(path: Path) -> Path:
+    """The checkpoint before the last one."""
+    return path.with_stem(path.stem + ".previous")
+
+
 def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside the file, to the disk, and only then take its place."""
+    """Write beside the file, to the disk, and only then take its place. OSError if that fails."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former.
+        temporary.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {reason}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def restore(
             print(f"{line} from {place(epoch + 1, step)} on", file=sys.stderr)
     settings = [{k: v for k, v in g.items() if k != "params"} for g in run["optimizer"].param_groups]
     for key, part in run.items():
-        part.load_state_dict(state[key])
+        _load(path, part, state[key])
     for group, new in zip(run["optimizer"].param_groups, settings, strict=True):
         group.update(new)  # Rates are those of the config, not of the checkpoint.
     if (len(state["randomness"]), state["device"]) == (distributed.world(), device.type):
@@ -136,6 +151,14 @@ def restore(
         torch.manual_seed(fresh_seed(config.seed, distributed.rank(), epoch, step))
     sums = {name: total.to(device) for name, total in state["sums"].items()}
     return epoch, step, sums, state["history"], state.get("unjudged", False)
+
+
+def _load(path: Path, part: Any, state: dict[str, Any]) -> None:
+    """part.load_state_dict(state); ValueError where they do not fit."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from error
 
 
 def place(epoch: int, step: int) -> str:
@@ -193,6 +216,6 @@ def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
         raise ValueError(f"{path} is of another version of relssl: {error}") from error
     unknown = torch.ones(3)  # The statistics are buffers and come with the state.
     method = config.make(unknown, unknown)
-    method.load_state_dict(state["model"])
+    _load(path, method, state["model"])
     method.eval()
     return method, config

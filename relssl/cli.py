@@ -36,6 +36,9 @@ def main() -> None:
             commands[command](arguments)
         except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"relssl {command}: {error}")
+        except KeyboardInterrupt:
+            print(f"relssl {command}: interrupted", file=sys.stderr)
+            sys.exit(130)  # What a shell reports of a process that Ctrl-C ended.
     else:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
@@ -181,6 +184,8 @@ def _export(arguments: list[str]) -> None:
             torch.save(state, file)
     size = sum(t.numel() for t in state.values())
     print(f"{options.out}: {config.arch}, stem {config.stem}, {len(state)} tensors, {size:,} numbers")
+    library = "relssl.methods.backbones" if options.library == "relssl" else options.library
+    reader, read = ("safetensors.torch", "load_file") if safe else ("torch", "load")
+    print(f"import {reader}, {library}; from torch import nn")
     print(recipe(config.arch, config.stem, options.library))
-    read = "safetensors.torch.load_file" if safe else "torch.load"
-    print(f'net.load_state_dict({read}("{options.out}"), strict=True)')
+    print(f"net.load_state_dict({reader}.{read}({str(options.out)!r}), strict=True)")

@@ -245,7 +245,12 @@ def knn_accuracy(
         train, test: features [N, d] and labels [N]. The training features may be of another dtype and on
             another device than the test features, which decide where and (in float32) how it is computed.
         batch: test rows at a time.
+
+    Raises:
+        ValueError: k is below 1, or the temperature is not positive.
     """
+    if k < 1 or not temperature > 0:
+        raise ValueError(f"k must be at least 1 and temperature positive, got {k} and {temperature}")
     (bank, bank_labels), (queries, labels) = train, test
     classes = int(max(bank_labels.max(), labels.max())) + 1
     correct = 0
@@ -311,7 +316,12 @@ def linear_accuracy(
 
     Args:
         train, test: features [N, d] and labels [N].
+
+    Raises:
+        ValueError: epochs is below 1.
     """
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
     (x, y), (test_x, test_y) = train, test
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     x, test_x = (x - mean) / std, (test_x - mean) / std

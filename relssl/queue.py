@@ -99,7 +99,7 @@ class FeatureQueue(nn.Module):
         A queue gets such buffers when it is moved, copied or loaded under inference mode.
         """
         for name, t in self._buffers.items():
-            if t.is_inference():
+            if t is not None and t.is_inference():
                 with torch.inference_mode(False):
                     self._buffers[name] = t.clone()
 

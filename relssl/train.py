@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from relssl import data as datasets
 from relssl import distributed
-from relssl.checkpoint import place, restore, save
+from relssl.checkpoint import place, previous, restore, save
 from relssl.data.loading import channel_statistics, left_out, load_batches
 from relssl.evaluate import glance
 from relssl.interruption import Stop, interruption
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> Method:
         ValueError: fewer training images than one batch, a batch that does not divide among the processes, or
             a checkpoint that is damaged, of another method or of settings that cannot change.
         FileExistsError: config.out holds a checkpoint and config.resume is off.
-        FloatingPointError: the loss or a weight is not finite; the last checkpoint is kept.
+        FloatingPointError: the loss or a weight is not finite; the last two checkpoints are kept.
         SystemExit: with status 143, after SIGTERM or SIGUSR1.
     """
     device = config.pick_device()
@@ -49,9 +49,7 @@ def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
     path = config.out / "checkpoint.pt"
     if path.exists() and not config.resume:
         raise FileExistsError(f"{path} exists: pass --resume to go on from it, or another --out")
-    for name, value in {"epochs": config.epochs, "batch_size": config.batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    config.check()
     every_steps, every_seconds = interval(config.save_every)
     if config.batch_size % distributed.world():
         processes = f"{distributed.world()} processes"
@@ -84,11 +82,10 @@ def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
     start, step, unjudged = 0, 0, False
     sums: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
-    held = f"no checkpoint has been written to {path} yet"
-    kept = "{} holds all before {} and is kept; --resume with a lower --lr goes on from there"
+    saved: tuple[int, int] | None = None  # Epoch and step of the checkpoint.
     if config.resume and path.exists():
         start, step, sums, history, unjudged = restore(path, config, run, device, steps)
-        held = kept.format(path, place(start + 1, step))
+        saved = start, step
     method.epoch = start + step / steps
     forward = distributed.parallel(method, unused=len(passes) > 1)
     written = time.monotonic()
@@ -96,17 +93,25 @@ def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
     def fail(what: str, epoch: int, step: int) -> NoReturn:
         rate = learning_rate(config, epoch * steps + step, steps)
         at = f"epoch {epoch + 1}, step {step + 1} of {steps} (learning rate {rate:.3g})"
+        held = f"no checkpoint has been written to {path} yet"
+        if saved == (epoch, step):  # No other rate helps: this step reads weights alone.
+            held = f"the weights in {path} make it so"
+            if (before := previous(path)).exists():
+                held += f"; copy {before} over it, and --resume with a lower --lr goes on from there"
+        elif saved:
+            held = f"{path} holds all before {place(saved[0] + 1, saved[1])} and is kept;"
+            held += " --resume with a lower --lr goes on from there"
         raise FloatingPointError(f"{what} not finite at {at}: {held}")
 
     def keep(epoch: int, step: int, sums: dict[str, Tensor], unjudged: bool = False) -> None:
-        nonlocal held, written
+        nonlocal saved, written
         report_skipped(skipped, bar)
         finite = torch.stack([t.isfinite().all() for t in method.state_dict().values()]).all()
         (spoilt,) = distributed.maximum([float(not finite)], device)
         if spoilt:  # The loss was of the weights before the last step.
             fail("weights are", *((epoch, step - 1) if step else (epoch - 1, steps - 1)))
         save(path, config, run, epoch, step, sums, history, steps=steps, unjudged=unjudged)
-        held, written = kept.format(path, place(epoch + 1, step)), time.monotonic()
+        saved, written = (epoch, step), time.monotonic()
 
     with reporting(config, start * steps + step, steps) as (board, bar):
 

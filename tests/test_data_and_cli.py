@@ -1,6 +1,7 @@
 """Data sets by name, and the command line as a user types it."""
 
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -279,12 +280,24 @@ def test_bad_usage(command, arguments, status, message):
     assert run.returncode == status and message in run.stderr and "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("setting", ["batch_size", "epochs"])
-def test_nothing_to_train_is_refused(command, tmp_path, setting):
+@pytest.mark.parametrize(
+    ("setting", "value", "wanted"),
+    [
+        ("batch_size", 0, "at least 1"),
+        ("epochs", 0, "at least 1"),
+        ("queue_size", -1, "at least 0"),
+        ("warmup_epochs", -1, "at least 0"),
+        ("weight_decay", -1.0, "at least 0"),
+        ("lr", math.nan, "at least 0"),
+        ("momentum", 2.0, "from 0 to 1"),
+        ("info_nce_weight", 3.0, "from 0 to 1"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused(command, tmp_path, setting, value, wanted):
     option = f"--{setting.replace('_', '-')}"
-    run = command("train", "ressl", "--data", "digits", "--out", tmp_path / "out", option, 0)
+    run = command("train", "ressl", "--data", "digits", "--out", tmp_path / "out", option, value)
     assert run.returncode == 1
-    assert f"relssl train: {setting} must be at least 1, got 0" in run.stderr
+    assert f"relssl train: {setting} must be {wanted}, got {value}" in run.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,7 @@
 """Image files of every mode, through a folder data set: the pixels that an image viewer shows."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,28 @@ def test_modes(tmp_path, name):
     for half, expected in ((found[:, :, :15], left), (found[:, :, 17:], right)):
         difference = half.int() - torch.tensor(expected).view(3, 1, 1)
         assert difference.abs().max() <= tolerance, half[:, 0, 0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_transparent_grey_of_few_bits(tmp_path, bits):
+    """A PNG by hand: PIL writes none. Left is level 1, which is transparent, right is level 0."""
+    row = (sum(1 << at for at in range(0, 8, bits)).to_bytes(1, "big") * (SIDE // 2 * bits // 8)).ljust(
+        SIDE * bits // 8, b"\0"
+    )
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = SIDE.to_bytes(4, "big") * 2 + bytes([bits, 0, 0, 0, 0])
+    parts = (
+        (b"IHDR", header),
+        (b"tRNS", b"\0\1"),
+        (b"IDAT", zlib.compress((b"\0" + row) * SIDE)),
+        (b"IEND", b""),
+    )
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    found = through_a_folder(tmp_path, "a.png", lambda path: path.write_bytes(png))
+    assert found[:, 0, :16].unique().tolist() == [255] and found[:, 0, 16:].unique().tolist() == [0]
 
 
 def test_grey_of_12_bits(tmp_path):

@@ -11,7 +11,15 @@ from PIL import Image
 
 from relssl import data as datasets
 from relssl.checkpoint import load_method, save
-from relssl.evaluate import clustering_scores, clusters, entropy, evaluate, glance, knn_accuracy
+from relssl.evaluate import (
+    clustering_scores,
+    clusters,
+    entropy,
+    evaluate,
+    glance,
+    knn_accuracy,
+    linear_accuracy,
+)
 from relssl.methods import PRESETS
 from relssl.methods.backbones import build, torchvision
 from relssl.train import train
@@ -110,6 +118,15 @@ def test_knn_votes_as_a_stable_sort_does(k, count):
         assert knn_accuracy(train_set, test_set, k=k, temperature=0.5, batch=batch) == 1
     half = train_set[0].half(), train_set[1]  # Signs are exact in it, too.
     assert knn_accuracy(half, test_set, k=k, temperature=0.5) == 1
+
+
+def test_votes_and_probes_of_nothing_are_refused():
+    features = torch.eye(4), torch.arange(4)
+    for k, temperature in ((0, 0.1), (1, 0.0), (1, -1.0), (1, math.nan)):
+        with pytest.raises(ValueError, match="k must be at least 1 and temperature positive, got "):
+            knn_accuracy(features, features, k=k, temperature=temperature)
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        linear_accuracy(features, features, epochs=0)
 
 
 def test_knn_gives_ties_to_the_lowest_index():

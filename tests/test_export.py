@@ -13,7 +13,7 @@ from torch import nn
 from relssl.checkpoint import save
 from relssl.evaluate import clustering_scores
 from relssl.methods import PRESETS
-from relssl.methods.backbones import Arch, build, torchvision
+from relssl.methods.backbones import Arch, build
 from relssl.methods.export import encoder_state, recipe
 
 
@@ -31,17 +31,9 @@ def stirred(module):
 
 def built(library, *lines):
     """`net` after the lines that the command prints."""
-    names = {"torch": torch, "nn": nn, "torchvision": torchvision}
     if library == "timm":
-        names["timm"] = pytest.importorskip("timm")
-    if library == "relssl":
-        import relssl.methods.backbones
-
-        names["relssl"] = relssl
-    if any("safetensors" in line for line in lines):
-        import safetensors.torch
-
-        names["safetensors"] = safetensors
+        pytest.importorskip("timm")
+    names = {}
     for line in lines:
         exec(line, names)
     return names["net"].eval()
@@ -60,7 +52,8 @@ def test_the_librarys_own_model_loads_every_tensor(arch, stem, splits, library):
     """With strict=True, and its features are the encoder's."""
     encoder, width = build(arch, stem, splits)
     state = encoder_state(stirred(encoder), arch, library)
-    net = built(library, recipe(arch, stem, library))
+    imports = f"import {library}; from torch import nn"
+    net = built(library, imports, recipe(arch, stem, library))
     net.load_state_dict(state, strict=True)
     images = torch.randn(2, 3, 40, 40)
     found, expected = net(images), encoder(images)

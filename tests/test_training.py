@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -311,6 +312,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(few, monkeypatch, value):
     assert train(replace(config, resume=True)).epoch == 2
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "resumed"])
+def test_a_checkpoint_of_spoilt_weights_leaves_the_one_before(few, monkeypatch, again):
+    """The loss after a checkpoint is not finite: the weights in it are to blame, and no rate helps."""
+    config = replace(FEW, batch_size=16, epochs=2, save_every="5")
+    path = config.out / "checkpoint.pt"
+    if again:
+        with monkeypatch.context() as patch:
+            patch.setattr(ReSSL, "forward", after(10, lambda: os.kill(os.getpid(), signal.SIGINT), ReSSL))
+            train(config)
+    with monkeypatch.context() as patch:
+        spoilt(1 if again else 11, patch, lambda loss, _: loss * math.nan)
+        with pytest.raises(FloatingPointError) as error:
+            train(replace(config, resume=again))
+    before = config.out / "checkpoint.previous.pt"
+    assert str(error.value).endswith(
+        f"step 11 of 20 (learning rate 0.033): the weights in {path} make it so; copy {before} over it, and"
+        " --resume with a lower --lr goes on from there"
+    )
+    assert (read(before)["step"], read(path)["step"]) == (5, 10)
+    os.replace(before, path)
+    assert train(replace(config, lr=0.01, resume=True)).epoch == 2
+
+
 def test_weights_that_are_not_finite_are_not_saved(few, monkeypatch):
     """A finite loss of the epoch's last step, whose gradient is not: only the weights show it."""
 
@@ -482,9 +506,32 @@ def test_checkpoints_that_do_not_fit_are_refused():
     torch.save(state | {"config": state["config"] | {"warp": 9}}, path)
     with pytest.raises(ValueError, match=r"another version of relssl: .*warp"):
         load_method(path, "cpu")
+    name = next(iter(state["model"]))
+    torch.save(state | {"model": {k: t for k, t in state["model"].items() if k != name}}, path)
+    for load in (lambda: load_method(path, "cpu"), lambda: train(replace(TINY, epochs=1, resume=True))):
+        with pytest.raises(
+            ValueError, match=rf"checkpoint\.pt does not fit: .*Missing key.* \"{name}\""
+        ) as error:
+            load()
+        assert "\n" not in str(error.value)
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match=r"no checkpoint of relssl"):
         load_method(path, "cpu")
+
+
+def test_a_full_disk_is_an_error_of_one_line_and_loses_nothing():
+    """Simulated by the system's limit on the size of a file."""
+    train(replace(TINY, epochs=1))
+    path = TINY.out / "checkpoint.pt"
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"^cannot write .*checkpoint\.pt: .*File too large") as error:
+            train(replace(TINY, epochs=2, reschedule=True, resume=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == whole and not list(TINY.out.glob("*.tmp"))
 
 
 def test_a_queue_larger_than_the_data_is_warned_of():

@@ -1,5 +1,7 @@
 """Triton's kernels: what the grid of test_losses.py does not reach. On a GPU, or in the interpreter."""
 
+from importlib.metadata import version
+
 import checks
 import pytest
 import torch
@@ -140,6 +142,8 @@ def test_widths(dtype, dim, tma, replace, heuristics):
     if INTERPRETED:  # as Hopper reads 16-bit rows, or any GPU wide ones of float32
         tiles = heuristics.Tiles(16, 32, 4, 1, tma=True) if tma else heuristics.Tiles(16, 32, 4, 1, chunk=64)
         replace(heuristics, "INTERPRETED", tiles)
+        if version("triton").startswith("3.5.") and dim == 600:
+            dim = 592  # Its interpreter wants of a stride in elements what holds for one in bytes.
     inputs = batch(None, 3, 70, dim, dtype)
     check_relation(*inputs, 0.1, 0.04, "kl", "triton")
     check_info_nce(*inputs, 0.2, "triton")

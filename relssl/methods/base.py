@@ -1,6 +1,7 @@
 """What the training loop and the methods agree on: a config that builds a module that makes a loss."""
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,15 @@ from relssl.data import Data, Images
 from relssl.distributed import local_rank
 from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
+
+# The least and the greatest value of settings; what a method does not have is passed by.
+RANGES = {
+    **dict.fromkeys(("epochs", "batch_size", "image_size", "dim", "hidden", "bn_splits"), (1, inf)),
+    **dict.fromkeys(("queue_size", "warmup_epochs", "judge_every", "workers", "clusters"), (0, inf)),
+    **dict.fromkeys(("predictor", "info_nce_epochs", "randaugment"), (0, inf)),
+    **dict.fromkeys(("lr", "weight_decay", "sigma", "weak_jitter"), (0, inf)),
+    **dict.fromkeys(("sgd_momentum", "momentum", "info_nce_weight", "crop_min"), (0, 1)),
+}
 
 DataName = Literal["digits", "cifar10", "cifar100", "cifar20", "stl10", "folder", "arrays"]
 
@@ -85,6 +95,14 @@ class TrainConfig:
     number of the unreadable one, take their places in training. [relssl]"""
     seed: int = 0
     """Of weights, batches and augmentations. [relssl]"""
+
+    def check(self) -> None:
+        """ValueError if a number is out of its range."""
+        for name, (least, greatest) in RANGES.items():
+            value = getattr(self, name, least)
+            if not least <= value <= greatest:
+                wanted = f"at least {least}" if greatest == inf else f"from {least} to {greatest}"
+                raise ValueError(f"{name} must be {wanted}, got {value}")
 
     def pick_device(self) -> torch.device:
         """Of a process of torchrun, the GPU of its local rank. ValueError where there is no such device."""
