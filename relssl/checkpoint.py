@@ -46,13 +46,15 @@ def save(
     *,
     steps: int | None = None,
     unjudged: bool = False,
+    again: bool = False,
 ) -> None:
     """Write checkpoint and metrics so that at any moment there is a whole file of each.
 
     The checkpoint before it remains as `previous(path)`, where the file system has hard links. Every process
     must call it; the first writes, the random state of all.
 
-    steps: of an epoch. unjudged: whether the last epoch's evaluation is yet to be made.
+    steps: of an epoch. unjudged: whether the last epoch's evaluation is yet to be made. again: whether the
+    checkpoint in place is of the same step, and goes.
     """
     randomness = distributed.collect(_randomness())
     if distributed.rank():
@@ -72,9 +74,10 @@ def save(
         "randomness": randomness,
         "device": next(run["model"].parameters()).device.type,
     }
-    with suppress(OSError):
-        previous(path).unlink(missing_ok=True)
-        os.link(path, previous(path))
+    if not again:
+        with suppress(OSError):
+            previous(path).unlink(missing_ok=True)
+            os.link(path, previous(path))
     _replace(path, lambda file: torch.save(state, file))
     metrics = {"method": name, "config": settings, "epochs": history}
     _replace(path.with_name("metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))

@@ -94,7 +94,7 @@ def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
         rate = learning_rate(config, epoch * steps + step, steps)
         at = f"epoch {epoch + 1}, step {step + 1} of {steps} (learning rate {rate:.3g})"
         held = f"no checkpoint has been written to {path} yet"
-        if saved == (epoch, step):  # No other rate helps: this step reads weights alone.
+        if what == "the loss is" and saved == (epoch, step):  # It is of the saved weights, whatever the rate.
             held = f"the weights in {path} make it so"
             if (before := previous(path)).exists():
                 held += f"; copy {before} over it, and --resume with a lower --lr goes on from there"
@@ -110,7 +110,8 @@ def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
         (spoilt,) = distributed.maximum([float(not finite)], device)
         if spoilt:  # The loss was of the weights before the last step.
             fail("weights are", *((epoch, step - 1) if step else (epoch - 1, steps - 1)))
-        save(path, config, run, epoch, step, sums, history, steps=steps, unjudged=unjudged)
+        again = saved == (epoch, step)
+        save(path, config, run, epoch, step, sums, history, steps=steps, unjudged=unjudged, again=again)
         saved, written = (epoch, step), time.monotonic()
 
     with reporting(config, start * steps + step, steps) as (board, bar):

@@ -332,7 +332,9 @@ def test_a_checkpoint_of_spoilt_weights_leaves_the_one_before(few, monkeypatch, 
     )
     assert (read(before)["step"], read(path)["step"]) == (5, 10)
     os.replace(before, path)
-    assert train(replace(config, lr=0.01, resume=True)).epoch == 2
+    assert train(replace(config, lr=0.01, judge_every=1, resume=True)).epoch == 2
+    # The last was saved before and after its evaluation.
+    assert (read(before)["epoch"], read(before)["step"], read(path)["epoch"]) == (1, 15, 2)
 
 
 def test_weights_that_are_not_finite_are_not_saved(few, monkeypatch):
