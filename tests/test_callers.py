@@ -148,7 +148,7 @@ BEFORE_ENQUEUE = {
     "lse and mean": lambda x, y, queue, t: primitive(x, queue, t),
     "mean": lambda x, y, queue, t: queue_logsumexp(x, queue, t)[1].square().sum(),
 }
-LEARNERS = {"x": 0, "y": 1, "queue": 2, "temperature": 3}
+LEARNERS = "x", "y", "queue", "temperature"
 
 
 def step_then_enqueue(name, leaves, ring):
@@ -166,7 +166,7 @@ def moved(name, learner, dtype=torch.float32):
     ring = FeatureQueue(K, D, dtype=torch.float32).to(dtype)
     tensors = x, y, ring.rows, torch.tensor(0.2, dtype=torch.float64).to(dtype)
     for at, t in enumerate(tensors):
-        t.requires_grad_(learner in ("all", [*LEARNERS][at]))
+        t.requires_grad_(learner in ("all", LEARNERS[at]))
     return tensors, ring
 
 
@@ -183,7 +183,7 @@ def holds_when_moved(name, learner, value, tensors):
         close(f"{name}, {learner}", got, grad, 1e-4)  # A temperature's is a sum of larger terms.
 
 
-@pytest.mark.parametrize("learner", [*LEARNERS, "all"])
+@pytest.mark.parametrize("learner", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in LEARNERS)])
 @pytest.mark.parametrize("name", BEFORE_ENQUEUE)
 def test_enqueueing_behind_a_compiled_loss(name, learner):
     """In one graph: what backward needs of the queue must have been read before."""
