@@ -54,7 +54,7 @@ def save(
     must call it; the first writes, the random state of all.
 
     steps: of an epoch. unjudged: whether the last epoch's evaluation is yet to be made. again: whether the
-    checkpoint in place is of the same step, and goes.
+    checkpoint in place is of the same step, and is not kept.
     """
     randomness = distributed.collect(_randomness())
     if distributed.rank():
@@ -74,11 +74,7 @@ def save(
         "randomness": randomness,
         "device": next(run["model"].parameters()).device.type,
     }
-    if not again:
-        with suppress(OSError):
-            previous(path).unlink(missing_ok=True)
-            os.link(path, previous(path))
-    _replace(path, lambda file: torch.save(state, file))
+    _replace(path, lambda file: torch.save(state, file), None if again else previous(path))
     metrics = {"method": name, "config": settings, "epochs": history}
     _replace(path.with_name("metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
 
@@ -88,16 +84,23 @@ def previous(path: Path) -> Path:
     return path.with_stem(path.stem + ".previous")
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside the file, to the disk, and only then take its place. OSError if that fails."""
+def _replace(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
+    """Write beside the file, to the disk, and only then take its place. OSError if that fails.
+
+    keep: where to keep the file that was there.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep:
+            with suppress(OSError):
+                keep.unlink(missing_ok=True)
+                os.link(path, keep)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former.
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter for the former.
         temporary.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"cannot write {path}: {reason}") from error

@@ -50,10 +50,6 @@ def relation_loss(
     gradient is the changed queue's. Nothing notices it either where the queue is made inside the checkpoint,
     as by rows.clone(), or the loss is compiled.
 
-    What needs no gradient may come from torch.inference_mode. torch.compile cannot save such a tensor for
-    backward, though, and raises where backward needs one: k for the gradients of the queue and of
-    teacher_temperature, the temperature of `nt_xent`. Clone it outside of inference mode there.
-
     Args:
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.
         k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher learns nothing.

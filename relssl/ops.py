@@ -4,15 +4,16 @@
     relssl::rows_vjp   its vector-Jacobian product
     relssl::relation   loss rows, teacher entropy, grad_q and grad_k of the relation loss in one call
     relssl::info_nce   loss rows and grad_q of InfoNCE
-    relssl::snapshot   a copy of a queue
+    relssl::snapshot   a copy
 
 Ops are opaque to torch.compile and know nothing of autograd. The autograd.Functions around them compute
 gradients in the forward pass, so the queue may change before backward: they keep a plain reference to
-it, and a backward that must read the queue again raises if it has changed. torch.compile moves what
-only backward needs behind everything else, an enqueueing among it; so there gradients made in forward
-come from the op that makes the loss, and a queue that backward reads is a snapshot that the loss reads,
-too. Double backward recomputes the result with the reference, which can be differentiated any number
-of times.
+it, and a backward that must read the queue again raises if it has changed. Double backward recomputes
+the result with the reference, which can be differentiated any number of times.
+
+torch.compile moves operations that only backward uses behind the rest of the graph, such as an enqueue,
+and checks no versions. So gradients made in forward come from the op that makes the loss, and what
+backward reads of the inputs are snapshots, which the loss reads too.
 """
 
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def _rows_vjp(
 def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, want_k, backend):
     dtype = accumulator(q.dtype)
     views = q.shape[:-1]
-    rows = prod(views)  # rows would be a constant to torch.compile.
+    rows = prod(views)  # torch.compile makes a constant of views.numel().
     return (
         q.new_empty(views, dtype=dtype),
         k.new_empty(k.shape[0], dtype=dtype),
@@ -183,9 +184,9 @@ def _info_nce(q, k, queue, scale, device_scale, want_diff, backend):
     return common.info_nce(module.rows, q, k, queue, scale, want_diff)
 
 
-@_op("snapshot(Tensor queue) -> Tensor", torch.empty_like)
-def _snapshot(queue):
-    return queue.clone()
+@_op("snapshot(Tensor t) -> Tensor", torch.empty_like)
+def _snapshot(t):
+    return t.clone()
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -264,9 +265,9 @@ def _save(ctx: Any, queue: Tensor, keep: bool, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*saved)
 
 
-def _readable_later(queue: Tensor, wanted: bool) -> Tensor:
-    """The queue, or a snapshot if backward will read it in a compiled graph, which checks no versions."""
-    return _snapshot(queue) if wanted and torch.compiler.is_compiling() else queue
+def _snapshots(*inputs: tuple[Any, bool]) -> list[Any]:
+    """The inputs of a compiled graph; of the tensors that backward will read, snapshots."""
+    return [_snapshot(t) if read and isinstance(t, Tensor) else t for t, read in inputs]
 
 
 def _apart(*inputs: Any) -> Sequence[Any]:
@@ -300,8 +301,12 @@ class _Relation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, queue, tau_s, tau_t, how):
         form, reduction, dtype, backend = how
-        _, needs_k, needs_queue, _, needs_t, _ = ctx.needs_input_grad
-        queue = _readable_later(queue, needs_queue)
+        _, needs_k, needs_queue, needs_s, needs_t, _ = ctx.needs_input_grad
+        if torch.compiler.is_compiling():
+            reads_q, reads_k = (q, needs_s or needs_queue), (k, needs_t or needs_queue)
+            q, k, queue, tau_s, tau_t = _snapshots(
+                reads_q, reads_k, (queue, needs_queue), (tau_s, True), (tau_t, True)
+            )
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
         scale = _scales((tau_s, tau_t), q)
         want_k = needs_k or needs_t
@@ -386,8 +391,10 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, queue, tau, how):
         reduction, dtype, backend = how
-        needs_queue = ctx.needs_input_grad[2]
-        queue = _readable_later(queue, needs_queue)
+        _, needs_k, needs_queue, needs_tau, _ = ctx.needs_input_grad
+        if torch.compiler.is_compiling():
+            reads_q = q, needs_k or needs_queue or needs_tau
+            q, queue, tau = _snapshots(reads_q, (queue, needs_queue), (tau, True))
         scale = _scales((tau,), q)
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
         loss, sigma, diff, lse = _info_nce(x_q, x_k, bank, *_pass(scale), True, backend)
@@ -433,8 +440,12 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, queue, tau, exclude, want_mean, dtype, backend):
-        needs_queue = ctx.needs_input_grad[1]
-        queue = _readable_later(queue, needs_queue or want_mean)
+        _, needs_queue, needs_tau, *_ = ctx.needs_input_grad
+        if torch.compiler.is_compiling():
+            read = needs_queue or want_mean
+            x, queue, tau, exclude = _snapshots(
+                (x, read or needs_tau), (queue, read), (tau, True), (exclude, read)
+            )
         scale = _scales((tau, tau), x)
         lse, mean = _rows(x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend)
         # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there

@@ -95,7 +95,7 @@ def test_a_transparent_grey_of_few_bits(tmp_path, bits):
     header = SIDE.to_bytes(4, "big") * 2 + bytes([bits, 0, 0, 0, 0])
     parts = (
         (b"IHDR", header),
-        (b"tRNS", b"\0\1"),
+        (b"tRNS", (1 + (8 << bits)).to_bytes(2, "big")),
         (b"IDAT", zlib.compress((b"\0" + row) * SIDE)),
         (b"IEND", b""),
     )

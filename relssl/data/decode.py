@@ -33,7 +33,8 @@ def read_rgb(path: str | Path) -> Image.Image:
         depth = image.tile[0][3] if image.tile else None
         if depth in ("L;2", "L;4") and "transparency" in image.info:
             # PIL spreads 2 or 4 bits over 8, but not the value that says which of them is transparent.
-            image.info["transparency"] *= 85 if depth == "L;2" else 17
+            most = 3 if depth == "L;2" else 15
+            image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
         image.load()  # For TIFF this applies, and removes, the orientation.
         shown = _rgb(image)
         turn = UPRIGHT.get(_orientation(image))

@@ -14,7 +14,7 @@ from relssl.distributed import local_rank
 from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
 
-# The least and the greatest value of settings; what a method does not have is passed by.
+# The least and the greatest value of settings; those that a method lacks are skipped.
 RANGES = {
     **dict.fromkeys(("epochs", "batch_size", "image_size", "dim", "hidden", "bn_splits"), (1, inf)),
     **dict.fromkeys(("queue_size", "warmup_epochs", "judge_every", "workers", "clusters"), (0, inf)),
