@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relssl import ops
 from relssl.arguments import check_choice, check_lookup, check_pair, check_views, compute_dtype, queue_rows
-from relssl.backends.common import Temperature
+from relssl.backends.common import Temperature, cast
 from relssl.queue import FeatureQueue
 
 Reduction = Literal["mean", "sum", "none"]
@@ -146,7 +146,7 @@ def nt_xent(
     if rows is not None:
         others, _ = ops.logsumexp(z, rows, tau, None, dtype, False, backend)
         lse = torch.logaddexp(lse, others)
-    x = z.to(dtype).to(lse.dtype)
+    x = cast(cast(z, dtype), lse.dtype)
     positive = (x * x.roll(len(z1), 0)).sum(1) / tau
     return ops.reduce(lse - positive, reduction)
 

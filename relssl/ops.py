@@ -421,7 +421,8 @@ class _InfoNCE(torch.autograd.Function):
         (c,) = scale = _scales((tau,), q)
         g = (g[..., None] if reduction == "none" else g) * ctx.weight
         grad_q = diff * (g * c)
-        g = sigma[..., None] * g  # of each row's log-sum-exp
+        if needs_k or needs_queue:
+            g = sigma[..., None] * g  # of each row's log-sum-exp
         of_k = of_queue = of_tau = None
         if needs_k:
             of_k = (cast(q, dtype) * (g * -c)).sum_to_size(k.shape).to(k.dtype)
@@ -447,7 +448,8 @@ class _LogSumExp(torch.autograd.Function):
                 (x, read or needs_tau), (queue, read), (tau, True), (exclude, read)
             )
         scale = _scales((tau, tau), x)
-        lse, mean = _rows(x.to(dtype), queue.to(dtype), *_pass(scale), len(x), exclude, True, backend)
+        x_r, bank = cast(x, dtype), cast(queue, dtype)
+        lse, mean = _rows(x_r, bank, *_pass(scale), len(x), exclude, True, backend)
         # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there
         # a copy is saved.
         keep = needs_queue or (want_mean and (torch.compiler.is_compiling() or queue.is_inference()))
@@ -498,7 +500,7 @@ class _LogSumExp(torch.autograd.Function):
                 backend=backend,
             )
         return (
-            grad_x.to(x.dtype) if needs[0] else None,
+            cast(grad_x, x.dtype) if needs[0] else None,
             cast(grad_queue, queue.dtype) if grad_queue is not None and needs[1] else None,
             (x.to(dtype) * grad_x).sum() * -scale[0] if needs[2] else None,
             *(None,) * 4,
