@@ -96,7 +96,8 @@ class FeatureQueue(nn.Module):
     def _make_writable(self) -> None:
         """Replace buffers made under inference mode, which nothing outside of it may write to.
 
-        A queue gets such buffers when it is moved, copied or loaded under inference mode.
+        A queue gets such buffers when it is moved, copied or loaded under inference mode. A compiled enqueue
+        cannot replace them: call `enqueue` or `reset` outside the graph first.
         """
         for name, t in self._buffers.items():
             if t is not None and t.is_inference():
