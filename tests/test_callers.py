@@ -110,7 +110,11 @@ MODULES = [name for name in ALIASED if name.endswith("Loss")]
 
 
 @pytest.mark.parametrize(
-    ("name", "parameter"), [*((n, False) for n in ALIASED), *((n, True) for n in MODULES)]
+    ("name", "parameter"),
+    [
+        *((name, False) for name in ALIASED),
+        *(pytest.param(n, True, marks=[pytest.mark.slow] * (n != "RelationLoss")) for n in MODULES),
+    ],
 )
 def test_aliased_and_compiled(name, parameter):
     leaves = inputs(torch.float32, parameter)

@@ -63,7 +63,7 @@ def run(module, name, width):
 @pytest.mark.parametrize(
     ("name", "width"),
     [
-        pytest.param(name, width, marks=[pytest.mark.slow] * (width == 512))
+        pytest.param(name, width, marks=[pytest.mark.slow] * ((name, width) != ("lookup_sm90", 64)))
         for name in FILES
         for width in widths(name)
     ],

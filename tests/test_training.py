@@ -106,7 +106,7 @@ RESUMED = {
         ("ressl", 5),
         ("ressl whole", 7),
         ("sacc", 9),
-        ("sacc with a queue", 8),
+        pytest.param("sacc with a queue", 8, marks=pytest.mark.slow),
         ("sacc, stl10", 19),
     ],
 )
