@@ -4,9 +4,10 @@
 
 OUT gets log.txt, the results as JSON with their plots, and report.md, which is printed last. Each part is
 guarded: a failure leaves the rest. Peers that are not installed are left out; without a network, --wheels
-names a folder that holds those of bench/peers.txt. `--parts sanitizer` runs the CUDA kernels under
-compute-sanitizer, another four minutes. Results to keep go to bench/results; `make figures` then writes the
-README's tables.
+names a folder that holds those of bench/peers.txt. `--parts build tune bench` has `relssl tune --published`
+choose the kernels first, another six minutes, and keeps its figures in OUT/tuned; `--parts sanitizer` runs
+the CUDA kernels under compute-sanitizer, another four. Results to keep go to bench/results; `make figures`
+then writes the README's tables.
 """
 
 import argparse
@@ -116,6 +117,16 @@ def tests(report: Report) -> str:
     return "; ".join(found)
 
 
+def tune(report: Report) -> str:
+    """Every kernel verified and timed at the published sizes; "auto" takes what is chosen from here on."""
+    os.environ["RELSSL_CACHE"] = str(report.out / "tuned")  # What follows runs by its choices.
+    found = report.run(*PYTHON, "-m", "relssl", "tune", "--published", seconds=min(report.left, 400))
+    from relssl import tuned
+    from relssl.tune import table
+
+    return "\n\n".join([found, *(table(entry) for entries in tuned.read().values() for entry in entries)])
+
+
 def bench(report: Report) -> str:
     """pytest bench/ with the grid of a GPU: host time and graph replay are in it."""
     command = [
@@ -142,15 +153,14 @@ def bench(report: Report) -> str:
 
 # A few rows and tiles of each width, by both kernels and on both paths of the exponent.
 SANITIZED = """
-import os, sys, torch
+import sys, torch
 from relssl.functional import info_nce, relation_loss
-os.environ["RELSSL_CUDA_KERNEL"] = sys.argv[1]
 for dim in 64, 128, 256, 512:
     for dtype in torch.bfloat16, torch.float16:
         q, k, queue = (torch.randn(n, dim, device="cuda", dtype=dtype) for n in (70, 70, 1000))
         q = torch.nn.functional.normalize(q, dim=1).requires_grad_()
-        relation_loss(q, k, queue, backend="cuda").backward()
-        info_nce(q, k, queue, backend="cuda").backward()
+        relation_loss(q, k, queue, backend=sys.argv[1]).backward()
+        info_nce(q, k, queue, backend=sys.argv[1]).backward()
 torch.cuda.synchronize()
 """
 
@@ -160,13 +170,13 @@ def sanitizer(report: Report) -> str:
     if not Path(tool).exists():
         return "compute-sanitizer is not here"
     found = []
-    for kernel, kind in itertools.product(("sm_80", "sm_90a"), ("memcheck", "racecheck")):
+    for kernel, kind in itertools.product(("cuda", "cuda/sm_90a"), ("memcheck", "racecheck")):
         last = report.run(tool, "--tool", kind, *PYTHON, "-c", SANITIZED, kernel, seconds=60)
         found.append(f"{kind}, {kernel}: {last}")
     return "; ".join(found)
 
 
-PARTS = {"build": build, "tests": tests, "bench": bench, "sanitizer": sanitizer}
+PARTS = {"build": build, "tests": tests, "tune": tune, "bench": bench, "sanitizer": sanitizer}
 
 
 def main() -> None:

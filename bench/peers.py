@@ -7,7 +7,6 @@ says why by raising Unfit. relssl is asked for the cross-entropy form, the value
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -91,7 +90,7 @@ def needs_gpu(p: Problem, name: str) -> None:
 
 def fitting(p: Problem, backend: str) -> str:
     if backend != "auto":
-        why = backends.MODULES[backend].supports(p.device, p.q.dtype, p.case.dim)
+        why = backends.unsupported(backend, p.device, p.q.dtype, p.case.dim)
         if why is not None:
             raise Unfit(why)
     return backend
@@ -119,22 +118,7 @@ for _work in ("relation", "multi_crop", "info_nce", "bank", "nt_xent"):
         _traits = {"keeps": matrices} if _name == "reference" else {}
         peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
 peer("relation", "relssl triton" + GRAPH)(partial(ours, backend="triton"))
-
-
-@peer("relation", "relssl cuda, sm_90a")
-def _(p: Problem) -> Loss:
-    loss = ours(p, "cuda")
-    if torch.cuda.get_device_capability() != (9, 0):
-        raise Unfit("the kernel of sm_90a needs a Hopper GPU")
-
-    def run() -> Tensor:
-        os.environ["RELSSL_CUDA_KERNEL"] = "sm_90a"
-        try:
-            return loss()
-        finally:
-            del os.environ["RELSSL_CUDA_KERNEL"]  # Others' calls come between.
-
-    return run
+peer("relation", "relssl cuda/sm_90a")(partial(ours, backend="cuda/sm_90a"))
 
 
 def find(work: str, name: str) -> Peer:

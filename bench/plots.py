@@ -18,7 +18,7 @@ COLOURS = {
     "attention": "#3f8f5f",
     "attention, split queue": "#8cc5a2",
     "relssl cuda": "#0b8f9c",
-    "relssl cuda, sm_90a": "#123c6b",
+    "relssl cuda/sm_90a": "#123c6b",
     "relssl triton, graph": "#5b93cf",
     "relssl chunked": "#7fa9d8",
     "relssl reference": "#c9c9c9",

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from relssl import distributed, methods
+from relssl import backends, distributed, methods, tuned
 from relssl.methods.base import Method, TrainConfig
 
 # Settings that a run may change when it goes on, without a word...
@@ -61,6 +61,7 @@ def save(
         return
     settings = _settings(config)
     name = next(n for n, c in methods.CONFIGS.items() if type(config) is c)
+    device = next(run["model"].parameters()).device.type
     state = {key: part.state_dict() for key, part in run.items()}
     state |= {
         "method": name,
@@ -72,7 +73,8 @@ def save(
         "sums": sums,
         "history": history,
         "randomness": randomness,
-        "device": next(run["model"].parameters()).device.type,
+        "device": device,
+        "tuned": tuned.record(device),
     }
     _replace(path, lambda file: torch.save(state, file), None if again else previous(path))
     metrics = {"method": name, "config": settings, "epochs": history}
@@ -130,6 +132,8 @@ def restore(
 ) -> tuple[int, int, dict, list, bool]:
     """Put everything back as `save` found it; returns epoch, step, sums, history and unjudged.
 
+    The kernels that "auto" takes are from here on those of the checkpoint.
+
     What has changed between the runs is said in a line each, on standard error.
 
     steps: of an epoch of this run.
@@ -155,6 +159,8 @@ def restore(
             torch.cuda.set_rng_state(randomness["cuda"], device)
     else:
         torch.manual_seed(fresh_seed(config.seed, distributed.rank(), epoch, step))
+    if "tuned" in state:
+        tuned.adopt(state["tuned"])
     sums = {name: total.to(device) for name, total in state["sums"].items()}
     return epoch, step, sums, state["history"], state.get("unjudged", False)
 
@@ -206,7 +212,24 @@ def _changes(
     if (was := len(state["randomness"])) != distributed.world():
         lines.append(f"processes was {was}, is {distributed.world()}{anew}")
     if (was := state["device"]) != device.type:
-        lines.append(f"device was {was}, is {device.type}{anew}")
+        return [*lines, f"device was {was}, is {device.type}{anew}"]
+    return lines + _other_kernels(state.get("tuned"), device.type)
+
+
+def _other_kernels(record: tuned.Record | None, device: str) -> list[str]:
+    """A line if this machine, or a kernel that was chosen on that of the checkpoint, makes results differ."""
+    if record is None:
+        return []
+    lost = []
+    for dtype, dim, *_, name in record["choices"]:
+        if not backends.available(name, device, getattr(torch, dtype), dim):
+            lost.append(name)
+    lines = []
+    if (was := record["environment"]) != (now := tuned.environment(device)):
+        lines.append(f"machine was {was}; is {now}; results are not bit for bit as before,")
+    if lost:
+        names = ", ".join(sorted(set(lost)))
+        lines.append(f"kernels were {names}, which cannot run here: the defaults take their place")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The command line: relssl train METHOD, relssl evaluate and export CHECKPOINT, relssl info."""
+"""The command line: relssl train METHOD, relssl evaluate and export CHECKPOINT, relssl tune and info."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ commands:
   train ressl|sacc       train; relssl train ressl --help shows every setting, its default and source
   evaluate CHECKPOINT    nearest-neighbour, linear and clustering scores of a checkpoint's encoder; --plots
   export CHECKPOINT OUT  the encoder as a state_dict that torchvision's or timm's model of it loads
+  tune                   verify and time every kernel on this machine, and keep the fastest for "auto"
   info                   versions, backends, and which of them would be chosen"""
 
 
@@ -27,9 +28,10 @@ def main() -> None:
         from relssl.info import report
 
         print(report())
-    elif command in (commands := {"train": _train, "evaluate": _evaluate, "export": _export}):
+    elif command in (commands := {"train": _train, "evaluate": _evaluate, "export": _export, "tune": _tune}):
         try:
-            import tyro  # noqa: F401
+            if command != "tune":
+                import tyro  # noqa: F401
         except ImportError:
             sys.exit(f"relssl {command} needs more packages: pip install 'relssl[train]'")
         try:
@@ -42,6 +44,12 @@ def main() -> None:
     else:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
+
+
+def _tune(arguments: list[str]) -> None:
+    from relssl.tune import main
+
+    main(arguments)
 
 
 def _train(arguments: list[str]) -> None:

@@ -5,7 +5,7 @@ import platform
 import numpy
 import torch
 
-from relssl import backends
+from relssl import backends, tuned
 from relssl.backends import cpu, cuda
 from relssl.version import __version__
 
@@ -26,8 +26,16 @@ def _cuda_kernels() -> str:
     )
 
 
-def _by_name_only(name: str) -> str | None:
-    return "by name only" if name in backends.ON_REQUEST else None
+def _on_choice(name: str) -> str | None:
+    return None if name in backends.DEFAULTS else "where relssl tune chose it"
+
+
+def _choices(device: str) -> list[str]:
+    record = tuned.record(device)
+    lines = [f"  {record['environment']}"]
+    for dtype, dim, rows, queue, backend in record["choices"]:
+        lines.append(f"    {dtype}, D {dim}, {rows:,} rows, a queue of {queue:,}: {backend}")
+    return lines if len(lines) > 1 else [*lines, "    none: the defaults below hold"]
 
 
 def report() -> str:
@@ -48,19 +56,22 @@ def report() -> str:
         f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen by torch'}",
         f"CUDA C++ {_cuda_kernels()}",
         "",
-        "backends, in the order auto tries them:",
+        "backends:",
     ]
     for name in backends.MODULES:
         about = (backends.MODULES[name].__doc__ or "").splitlines()[0]
-        lines.append(f"  {name:<12}{about}" + " (By name only.)" * (name in backends.ON_REQUEST))
-    lines += ["", 'backend="auto" at D = 128:']
+        lines.append(f"  {name:<12}{about}")
+    lines += ["", f"choices of relssl tune ({tuned.path()}):"]
+    for device in devices:
+        lines += _choices(device)
+    lines += ["", 'backend="auto" elsewhere, at D = 128:']
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             chosen = backends.choose("auto", device, dtype, 128)
             refused = [
                 f"{name}: {reason}"
                 for name in backends.MODULES
-                if (reason := backends.MODULES[name].supports(device, dtype, 128) or _by_name_only(name))
+                if (reason := backends.MODULES[name].supports(device, dtype, 128) or _on_choice(name))
             ]
             kind = str(dtype).removeprefix("torch.")
             lines.append(f"  {device:<6}{kind:<10}{chosen}" + "".join(f"  ({r})" for r in refused))

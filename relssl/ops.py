@@ -76,7 +76,7 @@ def _rows_fake(x, queue, scale, device_scale, split, exclude, want_mean, backend
 )
 def _rows(x, queue, scale, device_scale, split, exclude, want_mean, backend):
     scale = scale if device_scale is None else device_scale
-    lse, mean = backends.MODULES[backend].rows(x, queue, scale, split, exclude, want_mean)
+    lse, mean = backends.get(backend).rows(x, queue, scale, split, exclude, want_mean)
     if exclude is not None:  # On a device nobody has looked at its values: a bad one makes its row NaN.
         bad = (exclude < -1) | (exclude >= len(queue))
         lse.masked_fill_(bad, torch.nan)
@@ -126,7 +126,7 @@ def _rows_vjp(
     backend,
 ):
     scale = (scale if device_scale is None else device_scale)[0]
-    run = getattr(backends.MODULES[backend], "vjp", chunked.vjp)
+    run = getattr(backends.get(backend), "vjp", chunked.vjp)
     return run(x, queue, scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue)
 
 
@@ -151,7 +151,7 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, want_k, ba
 )
 def _relation(q, k, queue, scale, device_scale, form, want_diff, want_k, backend):
     scale = scale if device_scale is None else device_scale
-    found = backends.MODULES[backend].relation(q, k, queue, scale, form, want_diff)
+    found = backends.get(backend).relation(q, k, queue, scale, form, want_diff)
     if not want_k:
         return found
     # grad_k, put behind diff: an output of its own would cost those who do not want it. It has a row for each
@@ -178,7 +178,7 @@ def _info_nce_fake(q, k, queue, scale, device_scale, want_diff, backend):
 )
 def _info_nce(q, k, queue, scale, device_scale, want_diff, backend):
     scale = scale if device_scale is None else device_scale
-    module = backends.MODULES[backend]
+    module = backends.get(backend)
     if hasattr(module, "info_nce"):
         return module.info_nce(q, k, queue, scale, want_diff)
     return common.info_nce(module.rows, q, k, queue, scale, want_diff)
@@ -556,7 +556,7 @@ def relation(
 ) -> tuple[Tensor, Tensor]:
     """The reduced relation loss and the rows [B] of the teacher's entropy. Arguments are checked."""
     dtype = compute_dtype(q, queue)
-    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1])
+    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1], (q, k), queue)
     if backend == "reference" or transformed():
         q, k = normal(q), normal(k)
         loss, entropy = reference.relation(q, k, _kept(queue), tau_s, tau_t, form, dtype)
@@ -573,7 +573,7 @@ def relation(
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: str, backend: str) -> Tensor:
     """The reduced InfoNCE. Arguments are checked."""
     dtype = compute_dtype(q, queue)
-    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1])
+    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1], (q,), queue)
     if backend == "reference" or transformed():
         q, k = normal(q), normal(k)
         return _watched(reduce(reference.info_nce(q, k, _kept(queue), tau, dtype), reduction), queue)
@@ -594,7 +594,7 @@ def logsumexp(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """lse [R] and, if wanted, mean [R, D], computed in one dtype. Arguments are checked."""
-    backend = backends.choose(backend, x.device.type, dtype, x.shape[-1])
+    backend = backends.choose(backend, x.device.type, dtype, x.shape[-1], (x,), queue)
     if backend == "reference" or transformed():
         x, exclude = normal(x), normal(exclude)
         lse, mean = reference.logsumexp(x, _kept(queue), tau, exclude, dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from relssl import data as datasets
-from relssl import distributed
+from relssl import distributed, tuned
 from relssl.checkpoint import place, previous, restore, save
 from relssl.data.loading import channel_statistics, left_out, load_batches
 from relssl.evaluate import glance
@@ -41,8 +41,11 @@ def train(config: TrainConfig) -> Method:
         SystemExit: with status 143, after SIGTERM or SIGUSR1.
     """
     device = config.pick_device()
-    with interruption() as stop, distributed.processes(device):
-        return _train(config, device, stop)
+    try:
+        with interruption() as stop, distributed.processes(device):
+            return _train(config, device, stop)
+    finally:
+        tuned.adopt(None)
 
 
 def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
@@ -86,6 +89,8 @@ def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
     if config.resume and path.exists():
         start, step, sums, history, unjudged = restore(path, config, run, device, steps)
         saved = start, step
+    else:
+        tuned.adopt(distributed.collect(tuned.record(device.type))[0])  # the first process's, in all
     method.epoch = start + step / steps
     forward = distributed.parallel(method, unused=len(passes) > 1)
     written = time.monotonic()

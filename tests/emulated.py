@@ -91,5 +91,5 @@ def install(module, patch, path, processors=3):
     patch(cuda, "supports", lambda device, dtype, dim: None)
     patch(cuda, "_chip", lambda index: Chip(path, processors))
     patch(cuda, "_place", lambda x: (0, 0))
-    patch(cuda, "_path", lambda chip, queue=None: path)
+    patch(cuda, "_path", lambda wanted, queue: path)
     return cuda

@@ -397,15 +397,29 @@ def test_auto_passes_it_by(monkeypatch):
     assert backends.choose("auto", "cuda", torch.bfloat16, 128) == "triton"
 
 
-def test_the_hopper_kernel_is_asked_for(module, monkeypatch):
-    cuda = backends.MODULES["cuda"]
-    monkeypatch.setattr(cuda, "_cuda", module)
-    queue = torch.zeros(10, 64)
-    assert cuda._path(Chip(90, 132), queue) == 80
-    monkeypatch.setenv("RELSSL_CUDA_KERNEL", "sm_90a")
-    assert cuda._path(Chip(90, 132), queue) == 90
-    assert cuda._path(Chip(90, 132), queue[:1].expand(10, 64)) == 80  # rows that overlap
-    assert cuda._path(Chip(80, 108), queue) == cuda._path(Chip(100, 148), queue) == 80
+def test_the_hopper_kernel_is_a_variant(module, monkeypatch):
+    cuda, queue, ran = backends.MODULES["cuda"], unit(100, 64, dtype=torch.bfloat16), []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    emulated.install(module, monkeypatch.setattr, 90)
+    monkeypatch.setattr(cuda, "_path", lambda wanted, queue, path=cuda._path: ran.append(wanted) or 90)
+    monkeypatch.setattr(checks, "EMULATED", True)
+    check_logsumexp(queue[:9], queue, 0.1, "cuda/sm_90a")
+    check_logsumexp(queue[:9], queue, 0.1, "cuda")
+    assert set(ran[: len(ran) // 2]) == {90} and set(ran[len(ran) // 2 :]) == {80}
+    assert cuda.variants(torch.bfloat16, 64) == ["sm_90a"]
+    for capability in (80, 100):
+        monkeypatch.setattr(cuda, "_chip", lambda index, own=capability: Chip(own, 132))
+        assert cuda.variants(torch.bfloat16, 64) == []
+        with pytest.raises(ValueError, match=f"needs compute capability 9.0, not {capability / 10}"):
+            backends.choose("cuda/sm_90a", "cuda", torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="its only variant is sm_90a, not 'sm_70'"):
+        backends.choose("cuda/sm_70", "cuda", torch.bfloat16, 64)
+
+
+def test_rows_that_overlap_are_the_older_kernels():
+    cuda, queue = backends.MODULES["cuda"], torch.zeros(10, 64)
+    assert cuda._path(90, queue) == 90
+    assert cuda._path(90, queue[:1].expand(10, 64)) == cuda._path(80, queue) == 80
 
 
 # The arguments of a lookup, all of them good; addresses that nobody reads.

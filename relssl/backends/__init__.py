@@ -39,38 +39,91 @@ float32 (float64 for float64 input) and results are too. lse comes in two parts,
 rounded to one float, a large one would carry its rounding into every p = exp(logit - lse). An empty row
 (its only queue row excluded) has lse = -inf and mean = 0. A backend without `vjp` borrows chunked's.
 
+Where a backend has several kernels, its name alone stands for the default, and "NAME/VARIANT" for each other:
+
+    variants(dtype, dim) -> list[str]
+        Those worth trying beside the default on this machine, for a dtype and width that `supports` accepts.
+
+    unsupported_variant(variant, dtype, dim) -> str | None
+        None, or the reason why this machine cannot run a variant. The text may be anything.
+
+    variant(name) -> object
+        With the functions above, by that variant.
+
 The reference stands apart: it has `supports`, and whole differentiable functions in place of the rest.
 """
 
+from collections.abc import Sequence, Sized
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from relssl import tuned
 from relssl.backends import chunked, cpu, cuda, reference, triton
 
-MODULES: dict[str, ModuleType] = {  # as "auto" tries them
+MODULES: dict[str, ModuleType] = {
     "cpu": cpu,
     "cuda": cuda,
     "triton": triton,
     "chunked": chunked,
     "reference": reference,
 }
-# "auto" passes these by: no measurement favours them. They must be asked for by name.
-ON_REQUEST = {"cuda"}
+# As "auto" tries them where `relssl tune` has measured nothing. The last takes anything.
+DEFAULTS = ("cpu", "triton", "chunked", "reference")
 
 
-def choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
-    """The backend to run: `name`, or the first that can where name is "auto".
+@cache
+def get(name: str) -> Any:
+    """What keeps the contract under this name, "NAME" or "NAME/VARIANT"."""
+    own, _, variant = name.partition("/")
+    return MODULES[own].variant(variant) if variant else MODULES[own]
+
+
+def unsupported(name: str, device: str, dtype: torch.dtype, dim: int) -> str | None:
+    """Why the backend cannot run this, or None. ValueError for an unknown name."""
+    own, _, variant = name.partition("/")
+    if own not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(('auto', *MODULES))}; got {name!r}")
+    module = MODULES[own]
+    reason = module.supports(device, dtype, dim)
+    if reason or own == name:
+        return reason
+    if not hasattr(module, "unsupported_variant"):
+        return f"{own} has no variants"
+    return module.unsupported_variant(variant, dtype, dim)
+
+
+def choose(
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    dim: int,
+    stacks: Sequence[Tensor] = (),
+    queue: Sized = (),
+) -> str:
+    """The backend to run: `name`, or where that is "auto" the one that `relssl tune` found the fastest for a
+    size near that of the stacks [..., D] of rows and the queue, or else the first of the defaults that can.
 
     Raises ValueError for an unknown name, or with the reason why the named backend cannot.
     """
     if name == "auto":
-        for name, module in MODULES.items():  # the last of which takes anything
-            if name not in ON_REQUEST and module.supports(device, dtype, dim) is None:
+        choices = tuned.choices(device, dtype, dim)
+        if choices and stacks:
+            rows = sum(stack.numel() // dim for stack in stacks)
+            chosen = tuned.nearest(choices, rows, len(queue))
+            if chosen and available(chosen, device, dtype, dim):
+                return chosen
+        for name in DEFAULTS:
+            if MODULES[name].supports(device, dtype, dim) is None:
                 return name
-    if name not in MODULES:
-        raise ValueError(f"backend must be one of {', '.join(('auto', *MODULES))}; got {name!r}")
-    reason = MODULES[name].supports(device, dtype, dim)
-    if reason:
+    if reason := unsupported(name, device, dtype, dim):
         raise ValueError(f"backend {name!r} cannot run this: {reason}")
     return name
+
+
+def available(name: str, device: str, dtype: torch.dtype, dim: int) -> bool:
+    """Whether a backend is there, and can run this."""
+    return name.partition("/")[0] in MODULES and unsupported(name, device, dtype, dim) is None

@@ -1,12 +1,11 @@
 """CUDA C++ (csrc/cuda): the whole loss in two launches, on NVIDIA GPUs from Ampere on, for 16-bit rows.
 
 Here tensors become addresses: dtypes and shapes have been checked, and rows that are not contiguous or do not
-begin at multiples of 16 bytes are copied once. With RELSSL_CUDA_KERNEL=sm_90a Hopper GPUs run the kernel made
-for them, which no GPU has verified yet; else all run that of sm_80. Gradients that read the queue again are
-Triton's, or chunked's where Triton is missing.
+begin at multiples of 16 bytes are copied once. "cuda" is the kernel for sm_80 on every GPU, "cuda/sm_90a" the
+one for Hopper. No GPU has verified them yet. Gradients that read the queue again are Triton's, or chunked's
+where Triton is missing.
 """
 
-import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -61,7 +60,7 @@ def _unfit(dim: int) -> str | None:
         return f"it needs compute capability 8.0, not {chip.capability / 10}"
     if _missing(index):
         return _missing(index)
-    needed, there = _kernel(dim, _path(chip)).shared, _shared(index)
+    needed, there = _kernel(dim, 80).shared, _shared(index)
     if needed > there:
         return f"rows of {dim} need {needed} bytes of shared memory, this GPU has {there}"
     return None
@@ -103,13 +102,39 @@ def _shared(index: int) -> int:
     return _cuda.shared_memory(index)
 
 
-def _path(chip: Any, queue: Tensor | None = None) -> int:
-    """The kernel to run, by the capability it is for."""
-    wanted = os.environ.get("RELSSL_CUDA_KERNEL", "")
-    hopper = wanted == "sm_90a" and chip.capability == 90 and "sm_90a" in _cuda.architectures
-    # The copy engine knows no rows that overlap.
-    apart = queue is None or queue.stride(0) >= queue.shape[1] or queue.shape[0] == 1
-    return 90 if hopper and apart else 80
+HOPPER = "sm_90a"
+
+
+def variants(dtype: torch.dtype, dim: int) -> list[str]:
+    return [] if unsupported_variant(HOPPER, dtype, dim) else [HOPPER]
+
+
+def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
+    return _unfit_variant(variant, dim)
+
+
+def _unfit_variant(variant: str, dim: int) -> str | None:
+    index = torch.cuda.current_device()
+    if variant != HOPPER:
+        return f"its only variant is {HOPPER}, not {variant!r}"
+    if _chip(index).capability != 90:
+        return f"{HOPPER} needs compute capability 9.0, not {_chip(index).capability / 10}"
+    if HOPPER not in _cuda.architectures:
+        return f"it was built for {_cuda.architectures} only"
+    return None
+
+
+_unfit_variant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def variant(name: str) -> Any:
+    return two_steps.variant(sys.modules[__name__], partial(lookup, path=90))
+
+
+def _path(path: int, queue: Tensor) -> int:
+    """The kernel to run, by the capability it is for. The copy engine takes no rows that overlap."""
+    apart = queue.stride(0) >= queue.shape[1] or queue.shape[0] == 1
+    return path if apart else 80
 
 
 @cache
@@ -147,11 +172,12 @@ def lookup(
     scales: tuple[Number, Number],
     exclude: Tensor | None,
     want_mean: bool,
+    path: int = 80,
 ) -> Found:
     (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
     place = _place(queue)
     chip = _chip(place[0])
-    path = _path(chip, queue)
+    path = _path(path, queue)
     kernel = _kernel(dim, path)
     fitting = (_shared(place[0]) + RESERVED) // (kernel.shared + RESERVED)
     slots = chip._replace(processors=chip.processors * min(kernel.blocks, fitting))

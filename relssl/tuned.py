@@ -1,0 +1,154 @@
+"""What `relssl tune` measured, and what backend="auto" takes because of it.
+
+The file tuned.json, in $RELSSL_CACHE or else in the user's cache folder, has a list of entries for each
+environment: a device with its driver, and the versions of torch, Triton and relssl. An entry has a dtype, a
+width `dim`, the `rows` of queries and keys together and the rows of the `queue` that it was measured for, the
+`choice`, and the figures of all candidates. It holds for sizes up to four times as large or as small; the
+defaults hold elsewhere.
+
+The file is read once, at the first call; RELSSL_TUNE=0 leaves it unread. A training run adopts the choices
+that it began with, and its checkpoint records them, since other kernels would round otherwise.
+"""
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from relssl.version import __version__
+
+SHAPE = ("dtype", "dim", "rows", "queue")
+NEAR = 4  # An entry holds for rows and queues up to so many times as large or as small.
+Record = dict[str, Any]  # {"environment": str, "choices": [Choice as a list]}
+
+
+class Choice(NamedTuple):
+    dtype: str  # without "torch."
+    dim: int
+    rows: int  # of queries and keys together
+    queue: int
+    backend: str
+
+
+_adopted: Record | None = None  # the choices of a training run, in place of the file's
+_found: dict[tuple, tuple[Choice, ...]] = {}  # by device type, dtype and width
+_advised = False
+
+
+def path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RELSSL_CACHE") or Path(cache) / "relssl") / "tuned.json"
+
+
+def environment(device: str) -> str:
+    """All that a measurement on a device type depends on, in words."""
+    if device == "cuda":
+        driver = f"HIP {torch.version.hip}"
+        if not torch.version.hip:
+            version_of = torch._C._cuda_getDriverVersion  # type: ignore[attr-defined]
+            major, minor = divmod(version_of(), 1000)
+            driver = f"driver for CUDA {major}.{minor // 10}"
+        about = f"{torch.cuda.get_device_name()}, {driver}"
+    else:
+        about = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{about}, torch {torch.__version__}, Triton {_triton()}, relssl {__version__}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
+
+
+def read() -> dict[str, list[dict[str, Any]]]:
+    """The entries of every environment; none where the file is missing or damaged."""
+    try:
+        table = json.loads(path().read_text())
+        return {own: [e for e in entries if {*SHAPE, "choice"} <= e.keys()] for own, entries in table.items()}
+    except (OSError, ValueError, AttributeError, TypeError):  # The last two if something else wrote it.
+        return {}
+
+
+def store(own: str, entries: list[dict[str, Any]]) -> None:
+    """Write the entries of an environment, each in place of one for the same shape."""
+    table, file = read(), path()
+    kept = {_shape(entry): entry for entry in [*table.get(own, []), *entries]}
+    table[own] = list(kept.values())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(table, indent=1))
+    partial.replace(file)  # Whole or not at all, whoever else writes.
+    _found.clear()
+
+
+def _shape(entry: dict[str, Any]) -> tuple:
+    return tuple(entry[name] for name in SHAPE)
+
+
+def record(device: str) -> Record:
+    """The choices in force for a device type: those adopted, or else the file's for this environment."""
+    if _adopted is not None:
+        return _adopted
+    own = environment(device)
+    entries = [] if os.environ.get("RELSSL_TUNE") == "0" else read().get(own, [])
+    return {"environment": own, "choices": [[*_shape(entry), entry["choice"]] for entry in entries]}
+
+
+def adopt(record: Record | None) -> None:
+    """Has these choices in force in place of the file's; with None, the file's again."""
+    global _adopted
+    _adopted = record
+    _found.clear()
+
+
+def choices(device: str, dtype: torch.dtype, dim: int) -> tuple[Choice, ...]:
+    """Those of a dtype and width."""
+    found = _found.get((device, dtype, dim))
+    if found is None:
+        every = (Choice(*choice) for choice in record(device)["choices"])
+        name = str(dtype).removeprefix("torch.")
+        found = tuple(choice for choice in every if (choice.dtype, choice.dim) == (name, dim))
+        _found[device, dtype, dim] = found
+        if not found and device == "cuda":
+            _advise(name, dim)
+    return found
+
+
+# torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
+choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _advise(dtype: str, dim: int) -> None:
+    global _advised
+    if not _advised and os.environ.get("RELSSL_TUNE") != "0" and _adopted is None:
+        logging.getLogger("relssl").warning(
+            "kernels are not tuned for this GPU: `relssl tune --dim %d --dtype %s` does it once"
+            " (RELSSL_TUNE=0 silences this)", dim, dtype,
+        )  # fmt: skip
+    _advised = True
+
+
+def nearest(choices: Sequence[Choice], rows: int, queue: int) -> str | None:
+    """The backend chosen for the nearest size, or None where none is near."""
+    best, least = None, float(NEAR * NEAR)
+    for own in choices:
+        by_rows = rows / own.rows if rows > own.rows else own.rows / rows
+        by_queue = queue / own.queue if queue > own.queue else own.queue / queue
+        if by_rows <= NEAR and by_queue <= NEAR and by_rows * by_queue <= least:
+            best, least = own.backend, by_rows * by_queue
+    return best
