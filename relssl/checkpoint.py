@@ -226,10 +226,10 @@ def _other_kernels(record: tuned.Record | None, device: str) -> list[str]:
             lost.append(name)
     lines = []
     if (was := record["environment"]) != (now := tuned.environment(device)):
-        lines.append(f"machine was {was}; is {now}; results are not bit for bit as before,")
+        lines.append(f"machine was {was}; is {now}; not bit for bit as before")
     if lost:
         names = ", ".join(sorted(set(lost)))
-        lines.append(f"kernels were {names}, which cannot run here: the defaults take their place")
+        lines.append(f"kernels were {names}, which cannot run here: the defaults")
     return lines
 
 

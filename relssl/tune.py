@@ -113,7 +113,7 @@ def candidates(device: str, dtype: torch.dtype, dim: int) -> list[str]:
 
 def tune(
     device: str, shapes: Iterable[Shape], *,
-    imports: Iterable[str] = (), limit: float = 180, jobs: int | None = None,
+    imports: Iterable[str] = (), limit: float = 240, jobs: int | None = None,
     report: Callable[[int, int, str], Any] = lambda done, total, what: None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The entry of each shape, as tuned.py stores it; `choice` is None where every candidate was refused.
@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> None:
         metavar="{bf16,fp16,fp32}", help="dtype that the loss is computed in (here %(default)s)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--limit", type=float, default=180, help="seconds a candidate may take (%(default)s)")
+    parser.add_argument("--limit", type=float, default=240, help="seconds a candidate may take (%(default)s)")
     parser.add_argument("--jobs", type=int, help="processes that compile and verify at a time")
     parser.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="MODULE",

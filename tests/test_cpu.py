@@ -154,6 +154,30 @@ def test_chosen_by_environment(tmp_path):
     assert "instruction set must be one of" in run("mmx").stderr
 
 
+def test_each_is_a_variant(instruction_set):
+    """Named with the call it gives the same bits as chosen for all calls, and chooses nothing for others."""
+    q, k, queue = (unit(n, 24).requires_grad_() for n in (5, 5, 300))
+
+    def run(backend):
+        loss = relation_loss(q, k, queue, backend=backend)
+        lse, mean = queue_logsumexp(k, queue, 0.1, backend=backend)
+        outputs = loss, lse.sum(), mean.square().sum()
+        return *outputs, *torch.autograd.grad(sum(outputs), (q, k, queue))
+
+    expected = run("cpu")
+    for other in SETS:
+        found = run(f"cpu/{other}")
+        assert other != instruction_set or all(map(torch.equal, found, expected))
+        torch.testing.assert_close(found, expected)
+    assert _cpu.instruction_set() == instruction_set
+    real = [name for name in SETS if name not in (instruction_set, "emulated")]
+    assert backends.MODULES["cpu"].variants(torch.float32, 24) == real
+    with pytest.raises(
+        ValueError, match=f"'cpu/avx9' cannot run this: .* {', '.join(SETS)} here, not 'avx9'"
+    ):
+        run("cpu/avx9")
+
+
 def test_falls_back_without_the_extension(tmp_path):
     code = (
         "import sys; sys.modules['relssl._cpu'] = None\n"
@@ -256,6 +280,7 @@ def call_rows(x, bank, **changes):
         "first": (x.data_ptr(), x.stride(0), len(x), 1.0), "second": (0, 0, 0, 1.0),
         "queue": bank.data_ptr(), "stride": bank.stride(0), "size": len(bank), "dim": bank.shape[1],
         "bf16": False, "exclude": 0, "lse": lse.data_ptr(), "mean": mean.data_ptr(), "mean2": 0, "threads": 2,
+        "isa": "",
     }  # fmt: skip
     _cpu.rows(*(arguments | changes).values())
     return lse.sum(0)
@@ -274,6 +299,7 @@ def call_rows(x, bank, **changes):
         ({"size": 2**62}, "queue has a size out of range"),
         ({"first": (64, 8, 2**60, 1.0)}, "x has a size out of range"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"isa": "avx9"}, "instruction set must be one of .*baseline.*; got 'avx9'"),
     ],
 )
 def test_what_would_be_fatal_is_refused(changes, message):
@@ -287,9 +313,9 @@ def test_null_results_of_the_other_calls_are_refused():
     x = unit(3, 8)
     rows, at = (x.data_ptr(), 8, 3, 1.0), x.data_ptr()
     with pytest.raises(ValueError, match="mean_t is null"):
-        _cpu.relation(rows, rows, at, 8, 3, 8, False, True, at, at, 0, at, 0, 1)
+        _cpu.relation(rows, rows, at, 8, 3, 8, False, True, 1.0, False, at, at, 0, at, 0, 1, "")
     with pytest.raises(ValueError, match="mean is null"):
-        _cpu.vjp(rows, at, 8, 3, 8, False, 0, at, 0, 0, at, 0, at, 0, 1)
+        _cpu.vjp(rows, at, 8, 3, 8, False, 0, at, 0, 0, at, 0, at, 0, 1, "")
     with pytest.raises(ValueError, match="x is null"):
         _cpu.exp2(0, at, 3)
 

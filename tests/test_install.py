@@ -82,7 +82,9 @@ def test_public_names_exist():
 
 def test_import_is_light(tmp_path):
     # Training extras and Triton must neither be needed nor cost time where only a loss is wanted.
-    code = "import sys, relssl.tuned as t; print(len(t._found), *{name.split('.')[0] for name in sys.modules})"
+    code = (
+        "import sys, relssl.tuned as t; print(len(t._found), *{name.split('.')[0] for name in sys.modules})"
+    )
     # From an empty folder, so that the source tree cannot stand in for the package.
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -17,6 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from relssl import backends, tuned
 from relssl import data as datasets
 from relssl.checkpoint import fresh_seed, load_method, read
 from relssl.evaluate import evaluate, knn_accuracy, linear_accuracy
@@ -457,6 +458,65 @@ def test_another_kind_of_device_on_resuming(few, capsys):
         (seed, rank, epoch, step) for seed in (0, 1) for rank in (0, 1) for epoch in (0, 1) for step in (0, 1)
     ]
     assert len({fresh_seed(*place) for place in places}) == 16
+
+
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """Writes what relssl tune would have chosen here for FEW."""
+    monkeypatch.setenv("RELSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("RELSSL_TUNE")
+
+    def choose(backend):
+        size = {"dim": FEW.dim, "rows": 2 * FEW.batch_size, "queue": FEW.queue_size}
+        tuned.store(tuned.environment("cpu"), [{"dtype": "float32", "choice": backend, **size}])
+
+    yield choose
+    tuned.adopt(None)
+
+
+def ran(monkeypatch):
+    """The names of the backends that losses ask for from here on."""
+    names, get = [], backends.get
+    monkeypatch.setattr(backends, "get", lambda name: names.append(name) or get(name))
+    return names
+
+
+def test_a_resumed_run_keeps_its_kernels(few, tuning, monkeypatch, capsys):
+    """Those that it began with, whatever has been tuned since, bit for bit; another run takes the new ones."""
+    config = replace(FEW, epochs=2, schedule="constant")
+    tuning("chunked")
+    names = ran(monkeypatch)
+    whole = state(train(replace(config, out=FEW.out / "whole")))
+    train(replace(config, epochs=1))
+    assert set(names) == {"chunked"}
+    saved = read(FEW.out / "checkpoint.pt")["tuned"]
+    assert saved["choices"] == [["float32", FEW.dim, 2 * FEW.batch_size, FEW.queue_size, "chunked"]]
+    assert saved["environment"] == tuned.environment("cpu")
+    tuning("cpu")
+    names.clear()
+    assert_same(whole, state(train(replace(config, resume=True))))
+    assert set(names) == {"chunked"} and "machine was" not in capsys.readouterr().err
+    train(replace(config, epochs=1, out=FEW.out / "another"))
+    assert names[-1] == "cpu"
+
+
+def test_kernels_that_are_not_here_on_resuming(few, tuning, monkeypatch, capsys):
+    """A line says so, and that results differ."""
+    config = replace(FEW, epochs=1, schedule="constant")
+    train(config)
+    path = FEW.out / "checkpoint.pt"
+    choices = [["float32", FEW.dim, 2 * FEW.batch_size, FEW.queue_size, "cuda/sm_90a"]]
+    torch.save(read(path) | {"tuned": {"environment": "another machine", "choices": choices}}, path)
+    names = ran(monkeypatch)
+    capsys.readouterr()
+    train(replace(config, epochs=2, resume=True))
+    assert set(names) == {"cpu"}
+    machine, kernels = (line for line in capsys.readouterr().err.splitlines() if " from epoch 2 on" in line)[
+        -2:
+    ]
+    here = tuned.environment("cpu")
+    assert machine == f"machine was another machine; is {here}; not bit for bit as before from epoch 2 on"
+    assert kernels == "kernels were cuda/sm_90a, which cannot run here: the defaults from epoch 2 on"
 
 
 @pytest.mark.slow

@@ -57,17 +57,14 @@ const std::vector<const Kernels*>& available() {
   return found;
 }
 
-const Kernels* chosen = nullptr;
+const Kernels* chosen = nullptr;  // by `use`
 
-const Kernels& kernels() { return chosen ? *chosen : *available().front(); }
-
-void use(const std::string& name) {
+// Those of an instruction set; with an empty name, those chosen, or else the best.
+const Kernels& kernels(const std::string& name = "") {
+  if (name.empty()) return chosen ? *chosen : *available().front();
   std::string names;
   for (const Kernels* k : available()) {
-    if (name == k->name) {
-      chosen = k;
-      return;
-    }
+    if (name == k->name) return *k;
     names += std::string(names.empty() ? "" : ", ") + k->name;
   }
   throw py::value_error("instruction set must be one of " + names + " on this machine; got '" + name + "'");
@@ -109,36 +106,41 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
   m.def("instruction_set", [] { return std::string(kernels().name); });
-  m.def("use", use);
+  m.def("use", [](const std::string& name) { chosen = &kernels(name); });
 
   m.def("rows", [](const Rows& first, const Rows& second, Address queue, int64_t queue_stride, int64_t size,
-                   int64_t dim, bool bf16, Address exclude, Address lse, Address mean0, Address mean1, int threads) {
+                   int64_t dim, bool bf16, Address exclude, Address lse, Address mean0, Address mean1, int threads,
+                   const std::string& isa) {
     const Inputs in = inputs(first, second, queue, queue_stride, size, dim, bf16, exclude, threads);
     float* const mean[2] = {optional<float>(mean0), optional<float>(mean1)};
     float* const to = pointer<float>(lse, "lse");
+    const Kernels& own = kernels(isa);
     py::gil_scoped_release release;
-    rows(kernels(), in, to, mean, threads);
+    rows(own, in, to, mean, threads);
   });
 
   m.def("relation", [](const Rows& teacher, const Rows& student, Address queue, int64_t queue_stride, int64_t size,
-                       int64_t dim, bool bf16, bool kl, Address loss, Address entropy, Address diff, Address lse,
-                       Address mean_t, int threads) {
+                       int64_t dim, bool bf16, bool kl, double weight, bool total, Address loss,
+                       Address entropy, Address grad_q, Address lse, Address mean_t, int threads,
+                       const std::string& isa) {
     const Inputs in = inputs(teacher, student, queue, queue_stride, size, dim, bf16, 0, threads);
     if (in.stacks[0].count == 0) throw py::value_error("k is empty");
     float *to_loss = pointer<float>(loss, "loss"), *to_entropy = pointer<float>(entropy, "entropy");
     float *to_lse = pointer<float>(lse, "lse"), *to_mean = pointer<float>(mean_t, "mean_t");
+    const Kernels& own = kernels(isa);
     py::gil_scoped_release release;
-    relation(kernels(), in, kl, to_loss, to_entropy, optional<float>(diff), to_lse, to_mean, threads);
+    relation(own, in, kl, weight, total, to_loss, to_entropy, optional<float>(grad_q), to_lse, to_mean, threads);
   });
 
   m.def("vjp", [](const Rows& x, Address queue, int64_t queue_stride, int64_t size, int64_t dim, bool bf16,
                   Address exclude, Address lse, Address mean, Address g_lse, Address g_mean, Address g_row,
-                  Address grad_x, Address grad_queue, int threads) {
+                  Address grad_x, Address grad_queue, int threads, const std::string& isa) {
     const Inputs in = inputs(x, {0, 0, 0, 0.0}, queue, queue_stride, size, dim, bf16, exclude, threads);
     if (grad_x || g_mean) pointer<float>(mean, "mean");
     const float* from = pointer<const float>(lse, "lse");
+    const Kernels& own = kernels(isa);
     py::gil_scoped_release release;
-    vjp(kernels(), in, from, optional<const float>(mean), optional<const float>(g_lse),
+    vjp(own, in, from, optional<const float>(mean), optional<const float>(g_lse),
         optional<const float>(g_mean), optional<const float>(g_row), optional<float>(grad_x),
         optional<float>(grad_queue), threads);
   });

@@ -1,10 +1,13 @@
 """SIMD C++ (csrc/cpu): the whole loss in one native call, on all of torch's threads.
 
-Picks the instruction set at run time; RELSSL_CPU_ISA names another that `relssl info` lists. Here tensors
-become addresses: dtypes and shapes have been checked, and what has no contiguous rows is copied once.
+Picks the instruction set at run time: "cpu" is the best there is, or the one that RELSSL_CPU_ISA names, and
+"cpu/avx2", for example, that one. Here tensors become addresses: dtypes and shapes have been checked, and what
+has no contiguous rows is copied once.
 """
 
 import os
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -29,8 +32,31 @@ def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
     return None if _cpu else _missing
 
 
+def variants(dtype: torch.dtype, dim: int) -> list[str]:
+    emulated = "emulated"  # built for tests alone
+    return [name for name in _cpu.instruction_sets() if name not in (_cpu.instruction_set(), emulated)]
+
+
+def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
+    if variant in (sets := _instruction_sets()):
+        return None
+    return f"it has the instruction sets {', '.join(sets)} here, not {variant!r}"
+
+
+def _instruction_sets() -> list[str]:
+    return _cpu.instruction_sets()
+
+
+# torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
+_instruction_sets._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def variant(name: str) -> SimpleNamespace:
+    return SimpleNamespace(**{run.__name__: partial(run, isa=name) for run in (rows, relation, vjp)})
+
+
 def rows(
-    x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
+    x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool, isa: str = ""
 ) -> tuple[Tensor, Tensor]:
     x, queue = dense(x), dense(queue)
     count, dim = x.shape
@@ -40,34 +66,45 @@ def rows(
     first, second = _stack(x[:split], scale[0]), _stack(x[split:], scale[1])
     means = (mean.data_ptr(), mean[split:].data_ptr()) if want_mean else (0, 0)
     _cpu.rows(
-        first, second, *_queue(queue), _address(exclude), lse.data_ptr(), *means, torch.get_num_threads()
+        first, second, *_queue(queue), _address(exclude), lse.data_ptr(), *means, torch.get_num_threads(), isa
     )
     return lse, mean
 
 
 def relation(
-    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    scale: Scale,
+    form: str,
+    weight: float | None,
+    want_grad: bool,
+    isa: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
     shape, kind = q.shape, torch.float32
     q, k, queue = flat(q), dense(k), dense(queue)
     count = q.shape[0]
-    loss, entropy = q.new_empty(shape[:-1], dtype=kind), q.new_empty(batch, dtype=kind)
-    diff = q.new_empty(shape if want_diff else (count, 0), dtype=kind)
+    loss = q.new_empty(shape[:-1] if weight is None else (), dtype=kind)
+    entropy = q.new_empty(batch, dtype=kind)
+    grad_q = q.new_empty(shape if want_grad else (count, 0), dtype=kind)
     lse, mean_t = q.new_empty(2, batch + count, dtype=kind), q.new_empty(batch, dim, dtype=kind)
     _cpu.relation(
         _stack(k, scale[1]),
         _stack(q, scale[0]),
         *_queue(queue),
         form == "kl",
+        1.0 if weight is None else weight,
+        weight is not None,
         loss.data_ptr(),
         entropy.data_ptr(),
-        diff.data_ptr() if want_diff else 0,
+        grad_q.data_ptr() if want_grad else 0,
         lse.data_ptr(),
         mean_t.data_ptr(),
         torch.get_num_threads(),
+        isa,
     )
-    return loss, entropy, diff, lse, mean_t
+    return loss, entropy, grad_q, lse, mean_t
 
 
 def vjp(
@@ -82,6 +119,7 @@ def vjp(
     g_row: Tensor | None,
     want_x: bool,
     want_queue: bool,
+    isa: str = "",
 ) -> tuple[Tensor, Tensor]:
     x, queue = dense(x), dense(queue)
     grad_x, grad_queue = (
@@ -97,6 +135,7 @@ def vjp(
         grad_x.data_ptr() if want_x else 0,
         grad_queue.data_ptr() if want_queue else 0,
         torch.get_num_threads(),
+        isa,
     )
     return grad_x, grad_queue
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relssl.backends import two_steps
+from relssl.backends import common, two_steps
 from relssl.backends.common import Scale, dense
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -251,28 +251,38 @@ def combine_rows(found: Found, scales: tuple, split: int, lse: Tensor, mean: Ten
 
 def combine_relation(
     q: Tensor, k: Tensor, scales: tuple, teacher: Found, student: Found, offset: int, form: str,
-    loss: Tensor, entropy: Tensor, diff: Tensor, lse: Tensor, mean_t: Tensor,
+    weight: float, loss: Tensor, total: Tensor | None, entropy: Tensor, grad_q: Tensor,
+    lse: Tensor, mean_t: Tensor,
 ) -> None:  # fmt: skip
     (count, dim), batch = q.shape, k.shape[0]
     (_, splits_t, rows_t), (_, splits_s, rows_s) = teacher[0].shape, student[0].shape
-    flags = ("KL", form == "kl"), ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    flags = (
+        ("KL", form == "kl"),
+        ("GRAD", grad_q.numel() > 0),
+        ("DEVICE_SCALE", isinstance(scales[0], Tensor)),
+    )
     most, apart = max(splits_t, splits_s), _tensors((q, k, *scales))
     combine = _planned(_combine_launch, q.get_device(), "combine_relation", dim, most, count, flags, *apart)
     combine(
-        q, k, *scales, *teacher, *student, loss, entropy, diff, lse, mean_t,
+        q, k, *scales, weight, *teacher, *student, loss, entropy, grad_q, lse, mean_t,
         q.stride(0), k.stride(0), batch, rows_t, splits_t, rows_s, splits_s, offset,
     )  # fmt: skip
+    if total is not None:
+        common.total(loss, weight, total)
 
 
 def combine_info_nce(
-    q: Tensor, k: Tensor, scales: tuple, found: Found, loss: Tensor, sigma: Tensor, diff: Tensor, lse: Tensor
-) -> None:
+    q: Tensor, k: Tensor, scales: tuple, found: Found, weight: float,
+    loss: Tensor, total: Tensor | None, sigma: Tensor, grad_q: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
     (count, dim), splits = q.shape, found[0].shape[1]
-    flags = ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    flags = ("GRAD", grad_q.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
     apart = _tensors((q, k, *scales))
     combine = _planned(_combine_launch, q.get_device(), "combine_info_nce", dim, splits, count, flags, *apart)
     strides = q.stride(0), k.stride(0)
-    combine(q, k, *scales, *found, loss, sigma, diff, lse, *strides, k.shape[0], count, splits)
+    combine(q, k, *scales, weight, *found, loss, sigma, grad_q, lse, *strides, k.shape[0], count, splits)
+    if total is not None:
+        common.total(loss, weight, total)
 
 
 rows = partial(two_steps.rows, sys.modules[__name__])
