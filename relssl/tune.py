@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import date
-from functools import partial
 from importlib import import_module
 from itertools import groupby, product
 from threading import Timer
@@ -52,8 +51,9 @@ class Shape(NamedTuple):
 class Trial:
     """A candidate's process. It ends with `close`, or as soon as an answer takes longer than the limit."""
 
-    def __init__(self, task: dict[str, Any], limit: float, backend: str) -> None:
-        self.limit, self.overdue = limit, False
+    def __init__(self, task: dict[str, Any], limit: float) -> None:
+        self.task, self.limit, self.overdue = task, limit, False
+        self.verdict: dict[str, Any] = {}
         code = f"import sys; sys.path[:] = {sys.path!r}; from relssl.trial import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -62,7 +62,9 @@ class Trial:
         )  # fmt: skip
         self.errors = ThreadPoolExecutor(1)  # Its standard error is read all along, lest it wait for that.
         self.said = self.errors.submit(self.process.stderr.read)  # type: ignore[union-attr]
-        self.verdict = self.ask({"backend": backend, **task})
+
+    def verify(self) -> None:
+        self.verdict = self.ask(self.task)
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """The process's answer, or {"refused": why there is none}."""
@@ -79,21 +81,25 @@ class Trial:
 
     def stop(self) -> None:
         self.overdue = True
-        self.close()
+        self.kill()
 
     def end(self) -> str:
         """How the process ended without an answer."""
         if self.overdue:
             return f"no answer within {self.limit:g} s"
         status = self.process.wait()
+        self.kill()  # what it started itself, and would leave behind
         if status < 0:
             return f"crashed: {signal.Signals(-status).name}"
         last = self.said.result().strip().splitlines()[-1:]
         return f"crashed: exit status {status}" + "".join(f", {line}" for line in last)
 
-    def close(self) -> None:
-        if self.process.poll() is None:
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.kill()
         self.process.wait()
         self.errors.shutdown()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -132,7 +138,7 @@ def tune(
     done = 0
     for name, dim, own in groups:
         dtype = getattr(torch, name)
-        present = [backends.choose("auto", device, dtype, dim, shape.rows, shape.queue) for shape in own]
+        present = [present_choice(device, dtype, shape) for shape in own]
         # First those that the others are timed against.
         names = list(dict.fromkeys([*present, FALLBACK, *candidates(device, dtype, dim)]))
         task = {"device": device, "dtype": name, "dim": dim, "import": list(imports)}
@@ -141,10 +147,10 @@ def tune(
         for start in range(0, len(names), jobs):
             some = names[start : start + jobs]
             report(done, total, f"D {dim}: verify {', '.join(some)}")
-            with ThreadPoolExecutor(jobs) as pool:
-                trials = list(pool.map(partial(Trial, task, limit), some))
-            done += len(some)
+            trials = [Trial({"backend": backend, **task}, limit) for backend in some]
             try:
+                verify(trials)
+                done += len(some)
                 if start == 0:
                     refused = [t.verdict.get("refused") for t in trials]
                     bad = {name for name, why in zip(some, refused, strict=True) if why}
@@ -161,6 +167,25 @@ def tune(
         for shape, baseline, figures in zip(own, present, found, strict=True):
             yield {**shape._asdict(), "choice": choice(figures, baseline), "baseline": baseline,
                    "date": date.today().isoformat(), "candidates": figures}  # fmt: skip
+
+
+def present_choice(device: str, dtype: torch.dtype, shape: Shape) -> str:
+    """What "auto" takes."""
+    chosen = tuned.nearest(tuned.matching(device, dtype), *shape[1:])
+    if chosen and backends.available(chosen, device, dtype, shape.dim):
+        return chosen
+    return backends.default(device, dtype, shape.dim)
+
+
+def verify(trials: list[Trial]) -> None:
+    """All at the same time."""
+    with ThreadPoolExecutor(len(trials)) as pool:
+        try:
+            list(pool.map(Trial.verify, trials))
+        except BaseException:  # Ctrl-C: the threads wait for the processes.
+            for trial in trials:
+                trial.kill()
+            raise
 
 
 def timed(trial: Trial, i: int, baseline: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 
 _adopted: Record | None = None  # the choices of a training run, in place of the file's
-_found: dict[tuple, tuple[Choice, ...]] = {}  # by device type, dtype and width
+_found: dict[tuple, tuple[Choice, ...]] = {}  # by device type and dtype
 _advised = False
 
 
@@ -116,16 +116,20 @@ def adopt(record: Record | None) -> None:
     _found.clear()
 
 
-def choices(device: str, dtype: torch.dtype, dim: int) -> tuple[Choice, ...]:
-    """Those of a dtype and width."""
-    found = _found.get((device, dtype, dim))
+def matching(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
+    """The choices in force for a dtype."""
+    name = str(dtype).removeprefix("torch.")
+    every = (Choice(*choice) for choice in record(device)["choices"])
+    return tuple(choice for choice in every if choice.dtype == name)
+
+
+def choices(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
+    """Those that match, looked up once."""
+    found = _found.get((device, dtype))
     if found is None:
-        every = (Choice(*choice) for choice in record(device)["choices"])
-        name = str(dtype).removeprefix("torch.")
-        found = tuple(choice for choice in every if (choice.dtype, choice.dim) == (name, dim))
-        _found[device, dtype, dim] = found
+        found = _found[device, dtype] = matching(device, dtype)
         if not found and device == "cuda":
-            _advise(name, dim)
+            _advise()
     return found
 
 
@@ -133,20 +137,22 @@ def choices(device: str, dtype: torch.dtype, dim: int) -> tuple[Choice, ...]:
 choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _advise(dtype: str, dim: int) -> None:
+def _advise() -> None:
     global _advised
     if not _advised and os.environ.get("RELSSL_TUNE") != "0" and _adopted is None:
         logging.getLogger("relssl").warning(
-            "kernels are not tuned for this GPU: `relssl tune --dim %d --dtype %s` does it once"
-            " (RELSSL_TUNE=0 silences this)", dim, dtype,
-        )  # fmt: skip
+            "no kernels were chosen by measurement on this GPU: `relssl tune` does that, once (RELSSL_TUNE=0"
+            " silences this)"
+        )
     _advised = True
 
 
-def nearest(choices: Sequence[Choice], rows: int, queue: int) -> str | None:
-    """The backend chosen for the nearest size, or None where none is near."""
+def nearest(choices: Sequence[Choice], dim: int, rows: int, queue: int) -> str | None:
+    """The backend chosen for this width at the nearest size, or None where none is near."""
     best, least = None, float(NEAR * NEAR)
     for own in choices:
+        if own.dim != dim:
+            continue
         by_rows = rows / own.rows if rows > own.rows else own.rows / rows
         by_queue = queue / own.queue if queue > own.queue else own.queue / queue
         if by_rows <= NEAR and by_queue <= NEAR and by_rows * by_queue <= least:

@@ -74,7 +74,7 @@ MODULES: dict[str, ModuleType] = {
     "chunked": chunked,
     "reference": reference,
 }
-# As "auto" tries them where `relssl tune` has measured nothing. The last takes anything.
+# As "auto" tries them where `relssl tune` has measured nothing.
 DEFAULTS = ("cpu", "triton", "chunked", "reference")
 
 
@@ -108,23 +108,29 @@ def choose(
     queue: Sized = (),
 ) -> str:
     """The backend to run: `name`, or where that is "auto" the one that `relssl tune` found the fastest for a
-    size near that of the stacks [..., D] of rows and the queue, or else the first of the defaults that can.
+    size near that of the stacks [..., D] of rows and the queue, or else the first default that can.
 
     Raises ValueError for an unknown name, or with the reason why the named backend cannot.
     """
     if name == "auto":
-        choices = tuned.choices(device, dtype, dim)
+        choices = tuned.choices(device, dtype)
         if choices and stacks:
             rows = sum(stack.numel() // dim for stack in stacks)
-            chosen = tuned.nearest(choices, rows, len(queue))
+            chosen = tuned.nearest(choices, dim, rows, len(queue))
             if chosen and available(chosen, device, dtype, dim):
                 return chosen
-        for name in DEFAULTS:
-            if MODULES[name].supports(device, dtype, dim) is None:
-                return name
+        return default(device, dtype, dim)
     if reason := unsupported(name, device, dtype, dim):
         raise ValueError(f"backend {name!r} cannot run this: {reason}")
     return name
+
+
+def default(device: str, dtype: torch.dtype, dim: int) -> str:
+    """What "auto" takes where nothing was measured."""
+    for name in DEFAULTS[:-1]:
+        if MODULES[name].supports(device, dtype, dim) is None:
+            return name
+    return DEFAULTS[-1]  # which takes anything
 
 
 def available(name: str, device: str, dtype: torch.dtype, dim: int) -> bool:

@@ -1,8 +1,8 @@
 """SIMD C++ (csrc/cpu): the whole loss in one native call, on all of torch's threads.
 
 Picks the instruction set at run time: "cpu" is the best there is, or the one that RELSSL_CPU_ISA names, and
-"cpu/avx2", for example, that one. Here tensors become addresses: dtypes and shapes have been checked, and what
-has no contiguous rows is copied once.
+"cpu/avx2", for example, that one. Here tensors become addresses: dtypes and shapes have been checked, and
+what has no contiguous rows is copied once.
 """
 
 import os
