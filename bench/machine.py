@@ -11,6 +11,7 @@ import torch
 from timing import Clock
 
 import relssl
+from relssl import trial, tuned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,18 +51,13 @@ def available_bytes() -> int:
 
 def _processor() -> str:
     """As "AMD EPYC, 2 cores, AVX2": the set of instructions is the one that relssl's kernel uses."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    name = f"{tuned.processor()}, {os.cpu_count()} cores"
     try:
         from relssl import _cpu
 
-        return f"{name}, {os.cpu_count()} cores, {_cpu.instruction_set()}"
+        return f"{name}, {_cpu.instruction_set()}"
     except ImportError:
-        return f"{name}, {os.cpu_count()} cores"
+        return name
 
 
 def _commit() -> str:
@@ -81,14 +77,8 @@ def _told(*command: str) -> str:
 
 
 def matrix_product(dtype: torch.dtype) -> tuple[Callable, int]:
-    """The yardstick: a product large enough to reach the full rate, and its flop.
-
-    On a CPU of float32 whatever is asked for: without instructions for 16 bits it would take seconds.
-    """
-    side, kind = (768, torch.float32) if DEVICE == "cpu" else (8192, dtype)
-    a = torch.randn(side, side, device=DEVICE, dtype=kind)
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, a, out=out), 2 * side**3
+    """The yardstick: a product large enough to reach the full rate, and its flop."""
+    return trial.matrix_product(dtype, DEVICE)
 
 
 def limits() -> dict[str, float]:

@@ -12,6 +12,8 @@ from peers import GRAPH, PEERS, Unfit, find, runner
 from timing import alternate
 from work import Problem
 
+from relssl.trial import peak_memory
+
 # In 16 bits eager code is wrong by up to 2 %; a loss that left the queue out of its gradient would be by 4 %.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.03}
 SECONDS = 0.8  # that the rounds of a case and peer may take
@@ -98,12 +100,7 @@ def peak(problem: Problem, name: str, run, full: bool) -> int | None:
     if name.endswith(GRAPH):  # It was allocated when the graph was made.
         return None
     if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_memory(run, DEVICE)
     # Whoever compiles does so again in the child, for many seconds.
     quick = name not in COMPILES or case in DEFAULT[:1]
     wanted = case.grad and (full or (quick and case.rows < 1024))

@@ -56,11 +56,11 @@ def environment(device: str) -> str:
             driver = f"driver for CUDA {major}.{minor // 10}"
         about = f"{torch.cuda.get_device_name()}, {driver}"
     else:
-        about = f"{_processor()}, {torch.get_num_threads()} threads"
+        about = f"{processor()}, {torch.get_num_threads()} threads"
     return f"{about}, torch {torch.__version__}, Triton {_triton()}, relssl {__version__}"
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -512,7 +512,7 @@ def test_kernels_that_are_not_here_on_resuming(few, tuning, monkeypatch, capsys)
     train(replace(config, epochs=2, resume=True))
     assert set(names) == {"cpu"}
     lines = capsys.readouterr().err.splitlines()
-    machine, kernels = (line for line in lines if line.endswith(" from epoch 2 on"))
+    _, machine, kernels = (line for line in lines if line.endswith(" from epoch 2 on"))
     here = tuned.environment("cpu")
     assert machine == f"machine was another machine; is {here}; not bit for bit as before from epoch 2 on"
     assert kernels == "kernels were cuda/sm_90a, which cannot run here: the defaults from epoch 2 on"
