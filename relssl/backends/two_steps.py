@@ -5,10 +5,11 @@ What a backend of this kind, `steps`, has for it:
     readable(t)      t [R, D] as its kernels read rows: itself, or a copy
     on(x)            a context in which launches go to the device of x
     scales(scale)    each scale as its kernels take it
-    lookup(first, second, queue, scales, exclude, want_mean) -> stats [3, S, R], means [S, R, D]
+    lookup(first, second, queue, scales, exclude, want_mean)
                      for S splits of the queue and R rows, those of `first` [., D] and then of `second`, which
-                     have a scale each: reference, sum, divisor and mean as kernels/lookup.py defines them.
-                     Without want_mean, means is [0].
+                     have a scale each: stats [3, S, R] and means [S, R, D], reference, sum, divisor and mean
+                     as kernels/lookup.py defines them, in the form that its own combine step takes. Without
+                     want_mean there are no means.
     combine_rows(found, scales, split, lse, mean)
     combine_relation(q, k, scales, teacher, student, offset, form, weight, loss, total, entropy, grad_q, lse,
                      mean_t)
