@@ -15,12 +15,15 @@ tries r = 0 first, which needs no maximum and no rescaling of O, and looks after
 range in which that is exact; only then does the program start again with a running maximum (Milakov &
 Gimelshein 2018). float16 cannot hold 2^(c s), and starts there.
 
+specialised.py makes the first try in a launch of its own; REDO is the second to that: it ends at once where
+the sums that it finds are exact.
+
 TMA has the copy engine of Hopper and later fetch whole tiles, which frees the registers that addresses take.
 """
 
 import triton
 import triton.language as tl
-from relssl.kernels.pieces import HUGE, addresses, load, load_excluded, load_scale, mask, product
+from relssl.kernels.pieces import HUGE, addresses, load, load_excluded, load_scale, mask, narrow, product
 
 
 @triton.jit
@@ -28,7 +31,7 @@ def sweep(
     x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr,
     EXCLUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
-    TMA: tl.constexpr, ONLINE: tl.constexpr,
+    PACK: tl.constexpr, TMA: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
     reference = tl.full([BLOCK_M], -HUGE if ONLINE else 0.0, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -38,11 +41,12 @@ def sweep(
         tiles = tl.make_tensor_descriptor(
             queue, [size, DIM], [queue_stride.to(tl.int64), 1], [BLOCK_N, d.shape[0]]
         )
-    for start in range(begin, end, BLOCK_N):
+    # Wide rows leave no registers for what a loop can work out again.
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=d.shape[0] > 256):
         n = start + tl.arange(0, BLOCK_N)
         tile_at = addresses(queue, queue_stride, n)
         tile = tiles.load([start, 0]) if TMA else load(tile_at, n < size, d, DIM, EVEN)
-        s = product(x, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
+        s = product(x, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
         s = mask(s, n, size, excluded, EVEN, EXCLUDE)
         if ONLINE:
             grown = tl.maximum(reference, tl.max(s, 1))
@@ -54,7 +58,7 @@ def sweep(
             p = tl.exp2(s * c[:, None])
         total += tl.sum(p, 1)
         if MEAN:
-            rounded = p.to(tile.dtype)
+            rounded = narrow(p, tile.dtype, PACK)
             if ONLINE:
                 divisor *= factor
                 mean *= factor[:, None]
@@ -64,6 +68,16 @@ def sweep(
     if MEAN and x.dtype == tl.float32:
         divisor = total
     return reference, total, divisor, mean
+
+
+@triton.jit
+def is_exact(total, size):
+    """Whether sums [M] with the reference 0 are, all of them. NaN is not.
+
+    What sank below 2^-126 is less than an ulp of such a sum, and nothing came near infinity.
+    """
+    exact = (total >= size * 2.0**-102) & (total <= 2.0**100)
+    return tl.min(exact.to(tl.int32), 0) == 1
 
 
 @triton.jit(do_not_specialize=["split", "rows", "size", "step"])
@@ -76,11 +90,18 @@ def lookup(
     step,  # queue rows in a split: whole tiles
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, FIXED: tl.constexpr,
-    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, TMA: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
+    TMA: tl.constexpr, REDO: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_split, splits = tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK_D)
+    at = stats + own_split.to(tl.int64) * rows + row
+    plane = splits.to(tl.int64) * rows
+    if REDO:
+        done = is_exact(tl.load(at + plane, mask=row < rows, other=1.0), size)
+        if done:
+            return
 
     # A block may hold rows of both stacks.
     inside = row < rows
@@ -95,22 +116,18 @@ def lookup(
 
     reference, total, divisor, mean = sweep(
         x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
-        DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, TMA, not FIXED,
+        DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, PACK, TMA, not FIXED,
     )  # fmt: skip
     if FIXED:
-        # What sank below 2^-126 is less than an ulp of the sum, and nothing came near infinity. NaN fails.
         seen = total
         if MEAN:
             seen += tl.sum(mean - mean)  # 0 or NaN. (Over one axis alone, sm_100 does not compile.)
-        exact = (seen >= size * 2.0**-102) & (seen <= 2.0**100)
-        if tl.min(exact.to(tl.int32), 0) == 0:
+        if not is_exact(seen, size):
             reference, total, divisor, mean = sweep(
                 x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
-                DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, TMA, True,
+                DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, PACK, TMA, True,
             )  # fmt: skip
 
-    at = stats + own_split.to(tl.int64) * rows + row
-    plane = splits.to(tl.int64) * rows
     tl.store(at, reference, mask=inside)
     tl.store(at + plane, total, mask=inside)
     tl.store(stats + 3 * plane, 0.0, mask=(tl.program_id(0) == 0) & (own_split == 0))

@@ -47,9 +47,22 @@ def load(at, valid, d, DIM: tl.constexpr, EVEN: tl.constexpr = False):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, PACK: tl.constexpr):
+    """x in a matrix product's dtype. PACK: NVIDIA's instruction rounds two numbers to bfloat16 at a time.
+
+    Where the rounded value is also summed, ptxas converts one by one, in the unit that the exponentials need.
+    """
+    if PACK and x.dtype == tl.float32 and dtype == tl.bfloat16:
+        x = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return x.to(dtype)
+
+
+@triton.jit
 def product(
     x, x_at, x_valid, tile, tile_at, tile_valid,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    DIM: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """x tile^T, [M, N], of x [M, D] and a tile [N, D], which lie where the addresses say.
 
@@ -62,7 +75,7 @@ def product(
         s = tl.zeros([x.shape[0], tile.shape[0]], tl.float32)
         for start in range(0, DIM, CHUNK):
             d = start + tl.arange(0, CHUNK)
-            left = load(x_at, x_valid, d, DIM).to(x.dtype)
+            left = narrow(load(x_at, x_valid, d, DIM), x.dtype, PACK)
             right = load(tile_at, tile_valid, d, DIM).to(tile.dtype)
             s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION)
     return s

@@ -10,19 +10,18 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from relssl.kernels import combine, heuristics, lookup, vjp
+from relssl.kernels import combine, heuristics, lookup, specialised, vjp
 from relssl.kernels.heuristics import AMD, Chip, Tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120, AMD)
 DIMS = (64, 128, 256, 512, 1024)
-# Bytes of shared memory that a program may have (CUDA C++ Programming Guide; CDNA 3 ISA).
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, AMD: 65_536}
 PROCESSORS = 132
 
 
@@ -34,6 +33,9 @@ class Resources(NamedTuple):
     copies: int  # asynchronous ones of 16 bytes
     narrow: int  # asynchronous ones of fewer
     tma: bool  # whether the copy engine fetches tiles
+    warps: int  # with those that Triton adds where warps are specialised
+    columns: int  # of tensor memory
+    sass: str = ""  # the program, on NVIDIA's chips
 
 
 class Case(NamedTuple):
@@ -50,23 +52,26 @@ class Case(NamedTuple):
 def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     """The forward pass with a gradient, its combine step, and both kernels of the backward pass."""
     chip = Chip(capability, PROCESSORS, heuristics.version(triton.__version__))
-    size = {"fp32": 4}.get(dtype, 2)
     common = {
         "DIM": dim,
         "BLOCK_D": heuristics.width(dim),
         "EXCLUDE": False,
         "EVEN": True,
         "DEVICE_SCALE": False,
-        "PRECISION": heuristics.precision(capability, exact=size == 4),
+        "PRECISION": heuristics.precision(capability, exact=dtype == "fp32"),
+        "PACK": heuristics.packs(capability),
     }
-    tiles = heuristics.forward(chip, size, dim)
-    flags = {"MEAN": True, "FIXED": dtype != "fp16"}
+    tiles = heuristics.forward(chip, dtype, dim)
+    flags = {"MEAN": True, "FIXED": dtype != "fp16", "REDO": False}
     yield Case("lookup", lookup.lookup, dtype, dim, tiles, common | flags)
-    tiles = heuristics.backward(chip, size, dim)
+    with suppress(ValueError):
+        tiles = heuristics.variant("specialised", chip, dtype, dim)
+        yield Case("specialised", specialised.specialised, dtype, dim, tiles, common | flags)
+    tiles = heuristics.backward(chip, dtype, dim)
     yield Case("vjp_x", vjp.vjp_x, dtype, dim, tiles, common | {"G_MEAN": True, "WEIGHTED": True})
-    tiles = heuristics.backward_queue(chip, size, dim)
+    tiles = heuristics.backward_queue(chip, dtype, dim)
     yield Case("vjp_queue", vjp.vjp_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True})
-    fitting, warps = heuristics.combine(dim, PROCESSORS)
+    fitting, warps = heuristics.combine(chip, dim, PROCESSORS)
     tiles = Tiles(0, 0, warps, 1)
     for name in ("rows", "relation", "info_nce"):
         flags = {"MEAN": True, "KL": True, "TOTAL": True, "GRAD": True, "DEVICE_SCALE": False}
@@ -126,17 +131,18 @@ def read(pattern: str, text: str) -> int:
 
 def resources(case: Case, capability: int) -> Resources:
     result = compiled(case, capability)
+    made = result.metadata
     if capability == AMD:
         told = result.asm["amdgcn"]
         registers, spilled = (read(rf"\.vgpr_{word}:\s+(\d+)", told) for word in ("count", "spill_count"))
         tensor = "mfma" if "v_mfma" in told else "none"
-        return Resources(registers, 4 * spilled, result.metadata.shared, tensor, 0, 0, False)
+        return Resources(registers, 4 * spilled, made.shared, tensor, 0, 0, False, made.num_warps, 0)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
         told = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = (read(rf"{word}:(\d+)", told) for word in ("REG", "STACK"))
     ptx = result.asm["ptx"]
@@ -144,7 +150,22 @@ def resources(case: Case, capability: int) -> Resources:
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^]]+\], \[[^]]+\], (\w+)", ptx)
     wide = sum(int(n, 0) == 16 for n in copies)
     tma = "cp.async.bulk.tensor" in ptx
-    return Resources(registers, stack, result.metadata.shared, tensor, wide, len(copies) - wide, tma)
+    columns = getattr(made, "tmem_size", None) or 0
+    narrow = len(copies) - wide
+    return Resources(registers, stack, made.shared, tensor, wide, narrow, tma, made.num_warps, columns, told)
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop: from where a branch goes back to, up to the branch."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*?)\s*;", sass)
+    places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    found = []
+    for i, (_, instruction) in enumerate(lines):
+        branch = re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", instruction)
+        start = places.get(int(branch[1], 16), i) if branch else i
+        if start < i:
+            found.append([instruction for _, instruction in lines[start : i + 1]])
+    return found
 
 
 def main() -> None:

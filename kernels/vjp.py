@@ -13,7 +13,18 @@ float32 (TF32 loses no digit of a float16), since p or g may lie below the small
 
 import triton
 import triton.language as tl
-from relssl.kernels.pieces import HUGE, LN2, LOG2E, addresses, load, load_excluded, load_scale, mask, product
+from relssl.kernels.pieces import (
+    HUGE,
+    LN2,
+    LOG2E,
+    addresses,
+    load,
+    load_excluded,
+    load_scale,
+    mask,
+    narrow,
+    product,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -38,9 +49,9 @@ def reference(lse, scale, out, rows, BLOCK: tl.constexpr, DEVICE_SCALE: tl.const
 
 
 @triton.jit
-def as_weight(x, like):
+def as_weight(x, like, PACK: tl.constexpr):
     """x in the dtype that products with gradients have beside rows of dtype `like`."""
-    return x.to(tl.bfloat16 if like == tl.bfloat16 else tl.float32)
+    return narrow(x, tl.bfloat16 if like == tl.bfloat16 else tl.float32, PACK)
 
 
 @triton.jit(do_not_specialize=["rows", "size", "step"])
@@ -51,7 +62,7 @@ def vjp_x(
     rows, size, step,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EXCLUDE: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
-    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_split = tl.program_id(1).to(tl.int64)
@@ -66,26 +77,26 @@ def vjp_x(
     excluded = load_excluded(exclude, row, rows, EXCLUDE)
     if G_MEAN:
         g_at = addresses(g_mean, DIM, row)
-        g = as_weight(load(g_at, inside, d, DIM), own.dtype)
+        g = as_weight(load(g_at, inside, d, DIM), own.dtype, PACK)
     total = tl.zeros([BLOCK_M], tl.float32)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = tl.program_id(1) * step
-    for start in range(begin, tl.minimum(begin + step, size), BLOCK_N):
+    for start in tl.range(begin, tl.minimum(begin + step, size), BLOCK_N, disable_licm=BLOCK_D > 256):
         n = start + tl.arange(0, BLOCK_N)
         tile_at = addresses(queue, queue_stride, n)
         tile = load(tile_at, n < size, d, DIM, EVEN)
-        s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
+        s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
         s = mask(s, n, size, excluded, EVEN, EXCLUDE)
         w = tl.exp2((s - high[:, None]) * c - low[:, None])
-        wide = as_weight(tile, tile.dtype)
+        wide = as_weight(tile, tile.dtype, PACK)
         if G_MEAN:
-            u = product(g, g_at, inside, wide, tile_at, n < size, DIM, PRECISION, CHUNK)
+            u = product(g, g_at, inside, wide, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
             w *= own_base[:, None] + u
         else:
             w *= own_base[:, None]
         total += tl.sum(w, 1)
         if WEIGHTED:
-            grad = tl.dot(as_weight(w, tile.dtype), wide, grad, input_precision=PRECISION)
+            grad = tl.dot(as_weight(w, tile.dtype, PACK), wide, grad, input_precision=PRECISION)
     index = own_split * rows + row
     tl.store(totals + index, total, mask=inside)
     if WEIGHTED:
@@ -102,16 +113,16 @@ def vjp_queue(
     rows, size,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EXCLUDE: tl.constexpr, G_MEAN: tl.constexpr, G_ROW: tl.constexpr, DEVICE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     tile_at = addresses(queue, queue_stride, n)
     tile = load(tile_at, n < size, d, DIM)
-    wide = as_weight(tile, tile.dtype)
+    wide = as_weight(tile, tile.dtype, PACK)
     c = load_scale(scale, DEVICE_SCALE)
     grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, rows, BLOCK_M):
+    for start in tl.range(0, rows, BLOCK_M, disable_licm=BLOCK_D > 256):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < rows
         x_at = addresses(x, x_stride, row)
@@ -119,7 +130,7 @@ def vjp_queue(
         high = tl.load(lse + row, mask=inside, other=0.0)
         low = tl.load(lse + rows + row, mask=inside, other=0.0)
         # As the forward pass has them, row by row: lse belongs to these, to the last digit.
-        s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK)
+        s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
         excluded = load_excluded(exclude, row, rows, EXCLUDE)
         s = mask(s, n, size, excluded, True, EXCLUDE)
         # Rows beyond the last have zeros for x, base and g: they add nothing.
@@ -127,12 +138,12 @@ def vjp_queue(
         w = tl.load(base + row, mask=inside, other=0.0)[:, None]
         if G_MEAN:
             g_at = addresses(g_mean, DIM, row)
-            g = as_weight(load(g_at, inside, d, DIM), tile.dtype)
-            w = w + product(g, g_at, inside, wide, tile_at, n < size, DIM, PRECISION, CHUNK)
-        w = as_weight(p * w * (c * LN2), tile.dtype)
-        grad = tl.dot(tl.trans(w), as_weight(own, tile.dtype), grad, input_precision=PRECISION)
+            g = as_weight(load(g_at, inside, d, DIM), tile.dtype, PACK)
+            w = w + product(g, g_at, inside, wide, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
+        w = as_weight(p * w * (c * LN2), tile.dtype, PACK)
+        grad = tl.dot(tl.trans(w), as_weight(own, tile.dtype, PACK), grad, input_precision=PRECISION)
         if G_ROW:
-            g = as_weight(load(addresses(g_row, DIM, row), inside, d, DIM), tile.dtype)
-            grad = tl.dot(tl.trans(as_weight(p, tile.dtype)), g, grad, input_precision=PRECISION)
+            g = as_weight(load(addresses(g_row, DIM, row), inside, d, DIM), tile.dtype, PACK)
+            grad = tl.dot(tl.trans(as_weight(p, tile.dtype, PACK)), g, grad, input_precision=PRECISION)
     to = grad_queue + n.to(tl.int64)[:, None] * DIM + d[None, :]
     tl.store(to, grad, mask=(n < size)[:, None] & (d < DIM)[None, :])

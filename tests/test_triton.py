@@ -1,5 +1,6 @@
 """Triton's kernels: what the grid of test_losses.py does not reach. On a GPU, or in the interpreter."""
 
+from functools import partial
 from importlib.metadata import version
 
 import checks
@@ -72,8 +73,8 @@ def with_gradients(*inputs, **options):
 
 def references(triton, x, queue, scale):
     """What similarities were measured from: 0 where the first path was exact, else the largest."""
-    stats, means = triton.lookup(x, x[:0], queue, triton.scales([scale] * 2), None, True)
-    return stats[0], means
+    stats, means, rows, splits = triton.lookup(x, x[:0], queue, triton.scales([scale] * 2), None, True)
+    return stats[:-1].view(3, splits, rows)[0], means
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,6 +117,7 @@ def test_both_paths_agree(triton, dtype, replace):
 
     class Online:
         arg_names = launch.arg_names
+        warmup = launch.warmup
 
         def __getitem__(self, grid):
             def run(*args, FIXED, **options):
@@ -155,11 +157,11 @@ def test_any_number_of_splits(processors, replace, heuristics, triton):
     """By their number alone results differ in rounding only."""
     inputs = on("triton", *batch(2, 5, 300, 24, torch.float32))
     expected = with_gradients(*inputs)
-    chip = triton._chip(inputs[0].device.index)._replace(processors=processors)
+    chip = triton._chip(inputs[0].get_device())._replace(processors=processors)
     scales = triton.scales([5.0, 5.0])
 
     def splits(_, k, queue):
-        return triton.lookup(k, k[:0], queue, scales, None, True)[0].shape[1]
+        return triton.lookup(k, k[:0], queue, scales, None, True)[3]
 
     splits(*inputs)  # remembered, but for the replacements
     replace(triton, "_chip", lambda index: chip)
@@ -180,6 +182,139 @@ def test_splits_cover_the_queue_and_fill_the_chip(heuristics):
             if size >= 65_536:
                 waves = -(-programs // 132)
                 assert programs / (132 * waves) > 0.9, (rows, size, splits)
+
+
+# -------------------------------------------------------------------------- specialised warps
+
+
+@pytest.fixture
+def specialise(triton, replace, heuristics):
+    """Has lookups made by specialised.py, and the kernels of both launches recorded."""
+
+    def specialise(name="specialised"):
+        if INTERPRETED:
+            replace(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1))
+        kernels, launches = triton._kernels(), []
+
+        class Recorded:
+            def __init__(self, name):
+                self.name, self.kernel = name, getattr(kernels, name)
+                self.arg_names, self.warmup = self.kernel.arg_names, self.kernel.warmup
+
+            def __getitem__(self, grid):
+                launches.append((self.name, grid[0]))
+                return self.kernel[grid]
+
+        for kernel in ("lookup", "specialised"):
+            replace(kernels, kernel, Recorded(kernel))
+        replace(triton, "lookup", partial(triton.lookup, variant=name))
+        return launches
+
+    return specialise
+
+
+hopper_only = pytest.mark.skipif(
+    not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="of Hopper or the interpreter",
+)
+WARPS = [torch.float32 if INTERPRETED else torch.bfloat16, torch.float16]
+DIM = 16 if INTERPRETED else 64
+
+
+@hopper_only
+@pytest.mark.parametrize("dtype", WARPS, ids=str)
+@pytest.mark.parametrize(
+    ("views", "rows", "size"),
+    [(2, 9, 70), slow_if_interpreted(None, 33, 96), slow_if_interpreted(None, 1, 5)],
+)
+def test_specialised_warps(dtype, views, rows, size, specialise):
+    """Blocks and tiles that end early, or fit, or are all there is; without gradients, too."""
+    launches = specialise()
+    inputs = batch(views, rows, size, DIM, dtype)
+    check_relation(*inputs, 0.1, 0.04, "kl", "triton")
+    check_info_nce(*inputs, 0.2, "triton")  # all rows in the first stack
+    check_logsumexp(inputs[1], inputs[2], 0.1, "triton")
+    block = 16 if INTERPRETED else 128
+    stacks = rows, rows * (views or 1)
+    assert launches[0] == ("specialised", sum(-(-count // block) for count in stacks))
+    again = [] if dtype == torch.float16 else ["lookup"]  # float16 needs no second try
+    assert [name for name, _ in launches] == ["specialised", *again] * (len(launches) // (1 + len(again)))
+
+
+@hopper_only
+@pytest.mark.parametrize("split", [0, 5, 7])
+def test_specialised_warps_with_an_empty_stack(split, specialise, triton):
+    specialise()
+    x, queue = on("triton", unit(7, DIM, dtype=WARPS[0]), unit(50, DIM, dtype=WARPS[0]))
+    lse, mean = triton.rows(x, queue, [5.0, 10.0], split, None, True)
+    scale = torch.where(torch.arange(7, device=x.device) < split, 5.0, 10.0)
+    logits = scale[:, None] * (x.double() @ queue.double().T)
+    torch.testing.assert_close(lse.sum(0).double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+    expected = logits.softmax(1) @ queue.double()
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-2, atol=1e-5 if INTERPRETED else 1e-3)
+
+
+@hopper_only
+def test_only_what_was_not_exact_is_done_again(specialise, triton, replace):
+    dtype, block = WARPS[0], 16 if INTERPRETED else 128
+    x, queue = unit(2 * block + 8, DIM, dtype=dtype), unit(1000, DIM, dtype=dtype)
+    x[2 * block + 3] = 1000 * queue[7]  # a logit of 25,000
+    x, queue = on("triton", x, queue)
+    launches = specialise()
+
+    def stats():
+        launches.clear()
+        return references(triton, x, queue, 25.0), [name for name, _ in launches]
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append(("nothing", grid[0]))
+
+        arg_names = triton._kernels().lookup.arg_names
+
+    (reference, means), ran = stats()
+    replace(triton._kernels(), "lookup", Nothing())
+    (of_one, first), ran_one = stats()
+    assert ran == ["specialised", "lookup"] and ran_one == ["specialised", "nothing"]
+    assert (of_one == 0).all() and not first[:, 2 * block + 3].isfinite().all()
+    assert (reference[:, : 2 * block] == 0).all() and (reference[:, 2 * block :] != 0).all()
+    assert torch.equal(means[:, : 2 * block], first[:, : 2 * block]) and means.isfinite().all()
+
+
+@hopper_only
+def test_specialised_warps_with_large_logits(specialise):
+    specialise()
+    x, queue = unit(3, DIM, dtype=WARPS[0]), unit(100, DIM, dtype=WARPS[0], norm=100.0)
+    check_logsumexp(x, queue, 1 / 25, "triton")
+    check_relation(x, x, queue, 0.04, 0.01, "kl", "triton")
+
+
+@hopper_only
+def test_specialised_warps_with_an_overflowing_mean(specialise, triton):
+    specialise()
+    x, queue = torch.zeros(2, DIM, dtype=WARPS[0]), torch.zeros(50, DIM, dtype=WARPS[0])
+    queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50  # as above
+    x, queue = on("triton", x, queue)
+    reference, means = references(triton, x, queue, 62.0)
+    assert (reference != 0).all() and means.isfinite().all()
+
+
+@hopper_only
+@pytest.mark.parametrize("what", ["first", "second", "queue", "exclude"])
+def test_what_specialised_warps_do_not_take_the_default_does(what, specialise, triton):
+    launches = specialise()
+    tensors = {name: unit(9, DIM, dtype=WARPS[0]) for name in ("first", "second", "queue")}
+    exclude = on("triton", torch.arange(18) % 9) if what == "exclude" else None
+    tensors = {name: on("triton", t) for name, t in tensors.items()}
+    expected = triton.lookup(*tensors.values(), (5.0, 5.0), exclude, True, variant="")
+    if exclude is None:  # an address that the copy engine cannot read
+        shifted = tensors[what].new_empty(9 * DIM + 1)[1:].view(9, DIM)
+        tensors[what] = shifted.copy_(tensors[what])
+    launches.clear()
+    got = triton.lookup(*tensors.values(), (5.0, 5.0), exclude, True)
+    assert [name for name, _ in launches] == ["lookup"]
+    for one, other in zip(got[:2], expected[:2], strict=True):
+        assert torch.equal(one, other)
 
 
 # -------------------------------------------------------------------------------------- scales

@@ -18,6 +18,7 @@ from torch import Tensor
 from relssl.backends import two_steps
 from relssl.backends.common import Scale, dense
 
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as heuristics.py has them
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEST = 1024
 _installed = importlib.util.find_spec("triton") is not None
@@ -53,21 +54,20 @@ _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _kernels() -> SimpleNamespace:
     from triton import __version__
     from triton.runtime._allocation import NullAllocator, _allocator
-    from triton.testing import do_bench
 
-    from relssl.kernels import autotune, combine, heuristics, lookup, vjp
+    from relssl.kernels import combine, heuristics, lookup, specialised, vjp
 
     return SimpleNamespace(
         NullAllocator=NullAllocator,
         allocator=_allocator,
-        autotune=autotune,
         combine_info_nce=combine.combine_info_nce,
         combine_relation=combine.combine_relation,
         combine_rows=combine.combine_rows,
-        do_bench=do_bench,
         heuristics=heuristics,
         lookup=lookup.lookup,
         reference=vjp.reference,
+        specialised=specialised.specialised,
+        specialises=specialised.specialises,
         version=__version__,
         vjp_queue=vjp.vjp_queue,
         vjp_x=vjp.vjp_x,
@@ -75,9 +75,10 @@ def _kernels() -> SimpleNamespace:
 
 
 @cache
-def _chip(index: int | None) -> Any:
+def _chip(index: int) -> Any:
+    """Of a CUDA device, or of -1, the CPU."""
     heuristics = _kernels().heuristics
-    if index is None:
+    if index < 0:
         return heuristics.Chip(heuristics.INTERPRETER, 4)  # four, so that there are splits
     of = torch.cuda.get_device_properties(index)
     capability = heuristics.AMD if torch.version.hip else 10 * of.major + of.minor
@@ -131,20 +132,41 @@ _plans: dict[tuple, Any] = {}  # launches and what goes with them, by what they 
 
 
 def _planned(work_out: Any, device: int, *arguments: Any) -> Any:
-    """work_out(*arguments), remembered for arguments that are alike: tensors in layout, all else in value.
+    """work_out(device, *arguments), remembered for what is alike: tensors in layout, all else in value.
 
     A plan holds functions that were loaded on one device, the one that all its tensors are on.
     """
     key = (work_out, device, *(_look(a) if isinstance(a, Tensor) else a for a in arguments))
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = work_out(*arguments)
+        plan = _plans[key] = work_out(device, *arguments)
     return plan
 
 
 def _look(t: Tensor) -> tuple:
     """All of a tensor that Triton compiles apart, and that tiles are chosen by."""
     return t.dtype, t.shape, t.stride(), t.data_ptr() % 16
+
+
+def _current_chip() -> Any:
+    return _chip(-1 if INTERPRETED else torch.cuda.current_device())
+
+
+def variants(dtype: torch.dtype, dim: int) -> list[str]:
+    """What `lookup` takes beside the default on the current device, the most promising first: 16 at most."""
+    names = _kernels().heuristics.variants(_current_chip(), NAMES[dtype], dim)
+    return [name for name in names if unsupported_variant(name, dtype, dim) is None]
+
+
+def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
+    """The reason why `lookup` cannot take a variant on the current device, or None."""
+    try:
+        tiles = _kernels().heuristics.variant(variant, _current_chip(), NAMES[dtype], dim)
+    except ValueError as error:
+        return str(error)
+    if tiles.specialised and not _kernels().specialises:
+        return f"Triton {_kernels().version} has no specialised warps"
+    return None
 
 
 def lookup(
@@ -154,73 +176,112 @@ def lookup(
     scales: tuple[Any, ...],
     exclude: Tensor | None,
     want_mean: bool,
+    variant: str = "",
 ) -> Found:
-    """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0]."""
+    """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0].
+
+    The variant, as heuristics.variant has it, says which kernel and tiles; what a kernel of specialised warps
+    does not take, the default does.
+    """
     kinds = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
     allowed = torch.backends.cuda.matmul.fp32_precision
     device = queue.get_device()
-    launch = _planned(_lookup_launch, device, first, second, queue, exclude, *kinds, want_mean, allowed)
+    launch = _planned(
+        _lookup_launch, device, first, second, queue, exclude, *kinds, want_mean, allowed, variant
+    )
     return launch(first, second, queue, exclude, *scales)
 
 
+def _describable(t: Tensor) -> bool:
+    """Whether the copy engine can address the rows of t."""
+    stride = t.stride(0)
+    return stride >= t.shape[1] and stride * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def _slots(chip: Any, kernel: Any, tiles: Any, constants: dict[str, Any], *arguments: Any) -> Any:
+    """The chip with as many processors as it runs programs of a kernel at once, by what the compiler made."""
+    heuristics = _kernels().heuristics
+    if chip.capability == heuristics.INTERPRETER:
+        return chip
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    compiled = kernel.warmup(
+        *arguments, **constants, grid=(1, 1, 1), num_warps=tiles.warps, num_stages=tiles.stages
+    )
+    _ = compiled.run  # loads it, which counts its registers
+    made = compiled.metadata
+    count = heuristics.resident(
+        chip, made.num_warps, compiled.n_regs, made.shared, getattr(made, "tmem_size", None) or 0
+    )
+    return chip._replace(processors=chip.processors * count)
+
+
 def _lookup_launch(
+    device: int,
     first: Tensor,
     second: Tensor,
     queue: Tensor,
     exclude: Tensor | None,
     *rest: Any,
 ) -> Any:
-    *kinds, want_mean, _ = rest
-    kernels, chip = _kernels(), _chip(queue.device.index)
+    *kinds, want_mean, _, variant = rest
+    kernels, chip = _kernels(), _chip(device)
     heuristics, (size, dim) = kernels.heuristics, queue.shape
     split, rows = first.shape[0], first.shape[0] + second.shape[0]
-    # What the copy engine can address.
-    stride, itemsize = queue.stride(0), queue.element_size()
-    describable = stride >= dim and stride * itemsize % 16 == 0 and queue.data_ptr() % 16 == 0
+    dtype = NAMES[queue.dtype]
+    plain = heuristics.forward(chip, dtype, dim)
+    tiles = heuristics.variant(variant, chip, dtype, dim)
+    specialised = tiles.specialised and exclude is None and all(map(_describable, (first, second, queue)))
+    if tiles.specialised and not specialised:
+        tiles = plain
+    tma = _describable(queue)
 
-    def launch_with(tiles: Any) -> Any:
-        tma = tiles.tma and describable
-        splits, step = heuristics.splits(rows, size, dim, tiles, chip)
-        constants = {
+    def constants(tiles: Any, **flags: bool) -> dict[str, Any]:
+        return {
             "DIM": dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_D": heuristics.width(dim),
             "MEAN": want_mean, "EXCLUDE": exclude is not None, "EVEN": size % tiles.block_n == 0,
-            "FIXED": queue.dtype != torch.float16, "DEVICE_SCALE": kinds[0] is not None,
-            "PRECISION": _precision(chip, queue.dtype), "CHUNK": tiles.chunk, "TMA": tma,
-        }  # fmt: skip
-        grid = -(-rows // tiles.block_m), splits
-        run = _Launch(kernels.lookup, grid, constants, num_warps=tiles.warps, num_stages=tiles.stages)
-        sizes = first.stride(0), second.stride(0), stride, split, rows, size, step
-        shape = (splits, rows, dim) if want_mean else (0,)
+            "FIXED": dtype != "fp16", "DEVICE_SCALE": kinds[0] is not None,
+            "PRECISION": _precision(chip, queue.dtype), "CHUNK": tiles.chunk,
+            "PACK": heuristics.packs(chip.capability), "TMA": tiles.tma and tma, "REDO": False,
+        } | flags  # fmt: skip
 
-        def launch(*arguments: Any) -> Found:
-            bank = arguments[2]
-            stats = bank.new_empty(3 * splits * rows + 1, dtype=torch.float32)
-            means = bank.new_empty(shape, dtype=torch.float32)
-            if tma and isinstance(kernels.allocator.get(), kernels.NullAllocator):
-                kernels.allocator.set(_scratch)  # the caller has set none
-            run(*arguments, stats, means, *sizes)
-            return stats, means, rows, splits
+    blocks, kernel = -(-rows // tiles.block_m), kernels.lookup
+    if specialised:  # whose blocks hold rows of one stack
+        blocks = sum(-(-len(stack) // tiles.block_m) for stack in (first, second))
+        kernel = kernels.specialised
+    sizes = first.stride(0), second.stride(0), queue.stride(0), split, rows, size
+    scales = [1.0 if c is None else c for c in kinds]
+    arguments = first, second, queue, exclude, *scales, torch.float32, torch.float32, *sizes, 1
+    slots = _slots(chip, kernel, tiles, constants(tiles), *arguments)
+    splits, step = heuristics.splits(blocks * tiles.block_m, size, dim, tiles, slots)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    runs = [_Launch(kernel, (blocks, splits), constants(tiles), **options)]
+    if specialised and dtype != "fp16":
+        # Steps are whole tiles for it, too.
+        plain = plain._replace(block_n=min(plain.block_n, tiles.block_n))
+        options = {"num_warps": plain.warps, "num_stages": plain.stages}
+        again = constants(plain, FIXED=False, REDO=True)
+        runs.append(_Launch(kernels.lookup, (-(-rows // plain.block_m), splits), again, **options))
+    shape = (splits, rows, dim) if want_mean else (0,)
+    allocates = tiles.tma and tma
 
-        return launch
+    def launch(*arguments: Any) -> Found:
+        bank = arguments[2]
+        stats = bank.new_empty(3 * splits * rows + 1, dtype=torch.float32)
+        means = bank.new_empty(shape, dtype=torch.float32)
+        if allocates and isinstance(kernels.allocator.get(), kernels.NullAllocator):
+            kernels.allocator.set(_scratch)  # the caller has set none
+        for run in runs:
+            run(*arguments, stats, means, *sizes, step)
+        return stats, means, rows, splits
 
-    tiles = heuristics.forward(chip, itemsize, dim)
-    if kernels.autotune.wanted() and queue.is_cuda and not torch.cuda.is_current_stream_capturing():
-        kind = f"{torch.cuda.get_device_name(queue.device)}, Triton {kernels.version}, {queue.dtype}"
-        kind += f", {_precision(chip, queue.dtype)}, D {dim}, mean {want_mean}, descriptors {describable}"
-        key = f"{kind}, rows {heuristics.bucket(rows)}, queue {heuristics.bucket(size)}"
-        scales = [1.0 if c is None else c for c in kinds]
-
-        def measure(tiles: Any) -> float:
-            launch = launch_with(tiles)
-            return kernels.do_bench(lambda: launch(first, second, queue, exclude, *scales))
-
-        tiles = kernels.autotune.choose(key, heuristics.candidates(tiles), measure)
-    return launch_with(tiles)
+    return launch
 
 
-def _combine_launch(name: str, dim: int, splits: int, rows: int, flags: tuple, *tensors: Tensor) -> _Launch:
+def _combine_launch(
+    device: int, name: str, dim: int, splits: int, rows: int, flags: tuple, *tensors: Tensor
+) -> _Launch:
     kernels = _kernels()
-    constants, warps = kernels.heuristics.combine(dim, splits)
+    constants, warps = kernels.heuristics.combine(_chip(device), dim, splits)
     return _Launch(getattr(kernels, name), (rows,), constants | dict(flags), num_warps=warps)
 
 
@@ -290,6 +351,17 @@ relation = partial(two_steps.relation, sys.modules[__name__])
 info_nce = partial(two_steps.info_nce, sys.modules[__name__])
 
 
+def _vjp_x_splits(
+    device: int, x: Tensor, queue: Tensor, exclude: Tensor | None, scale: float | Tensor, lse: Tensor,
+    g_mean: Tensor | None, options: tuple[tuple[str, Any], ...], tiles: Any,
+) -> tuple[int, int]:  # fmt: skip
+    kernels, (rows, dim), size = _kernels(), x.shape, queue.shape[0]
+    sizes = x.stride(0), queue.stride(0), rows, size, 1
+    arguments = x, queue, exclude, scale, lse, lse, g_mean, torch.float32, torch.float32, *sizes
+    chip = _slots(_chip(device), kernels.vjp_x, tiles, dict(options), *arguments)
+    return kernels.heuristics.splits(rows, size, dim, tiles, chip)
+
+
 def vjp(
     x: Tensor,
     queue: Tensor,
@@ -314,11 +386,12 @@ def vjp(
     if g_mean is not None:
         base = base - (mean * g_mean).sum(1)
     with on(x):
-        kernels, chip = _kernels(), _chip(x.device.index)
-        precision = _precision(chip, x.dtype)
+        kernels, device = _kernels(), x.get_device()
+        chip = _chip(device)
         common = {
             "DIM": dim, "BLOCK_D": kernels.heuristics.width(dim), "EXCLUDE": exclude is not None,
-            "G_MEAN": g_mean is not None, "DEVICE_SCALE": isinstance(scale, Tensor), "PRECISION": precision,
+            "G_MEAN": g_mean is not None, "DEVICE_SCALE": isinstance(scale, Tensor),
+            "PRECISION": _precision(chip, x.dtype), "PACK": kernels.heuristics.packs(chip.capability),
         }  # fmt: skip
         c = scale.float() if isinstance(scale, Tensor) else kernels.heuristics.log2_scale(scale)
         of_lse = torch.empty_like(lse)
@@ -326,15 +399,21 @@ def vjp(
             lse, c, of_lse, rows, BLOCK=256, DEVICE_SCALE=isinstance(scale, Tensor)
         )
         if want_x or g_mean is not None:
-            tiles = kernels.heuristics.backward(chip, x.element_size(), dim)
-            splits, step = kernels.heuristics.splits(rows, size, dim, tiles, chip)
+            tiles = kernels.heuristics.backward(chip, NAMES[x.dtype], dim)
+            options = common | {
+                "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "EVEN": size % tiles.block_n == 0,
+                "WEIGHTED": want_x, "CHUNK": tiles.chunk,
+            }  # fmt: skip
+            like = c if isinstance(c, Tensor) else 1.0
+            splits, step = _planned(
+                _vjp_x_splits, device, x, queue, exclude, like, lse, g_mean, tuple(options.items()), tiles
+            )
             totals = lse.new_empty(splits, rows)
             weighted = lse.new_empty((splits, rows, dim) if want_x else 0)
             kernels.vjp_x[(-(-rows // tiles.block_m), splits)](
                 x, queue, exclude, c, of_lse, base, g_mean, totals, weighted,
                 x.stride(0), queue.stride(0), rows, size, step,
-                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, EVEN=size % tiles.block_n == 0,
-                WEIGHTED=want_x, CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
+                num_warps=tiles.warps, num_stages=tiles.stages, **options,
             )  # fmt: skip
             # sum_j w_j must be g_lse. What rounding leaves goes out along the mean: without it a sharp row
             # loses every digit, since u_j - ubar nearly vanishes where p_j does not.
@@ -343,7 +422,7 @@ def vjp(
             if want_x:
                 grad_x = (weighted.sum(0) - rest[:, None] * mean) * scale
         if want_queue:
-            tiles = kernels.heuristics.backward_queue(chip, x.element_size(), dim)
+            tiles = kernels.heuristics.backward_queue(chip, NAMES[x.dtype], dim)
             grad_queue = lse.new_empty(size, dim)
             kernels.vjp_queue[(-(-size // tiles.block_n),)](
                 x, queue, exclude, c, of_lse, base, g_mean, g_row, grad_queue,
@@ -352,3 +431,7 @@ def vjp(
                 CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
             )  # fmt: skip
     return grad_x, grad_queue
+
+
+def variant(name: str) -> Any:
+    return two_steps.variant(sys.modules[__name__], partial(lookup, variant=name))
