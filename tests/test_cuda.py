@@ -498,6 +498,21 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
+def test_consumers_do_not_keep_others_waiting(compiled):
+    """Between a turn and the first product stand descriptors and counters only; and where warpgroups share
+    rows (D = 512) the producer gets a tile back before the next one's similarities are there."""
+    for r in compiled:
+        if r.kernel != "lookup_sm90" or not r.mean:
+            continue
+        sweeps = 2 if r.dtype == "bf16" else 1  # float16 has no reference 0
+        apart = r.dim != 512
+        assert len(r.turns) == 2 * sweeps * apart, f"{r}: turns of all tiles but the last, and of the last"
+        assert max(r.turns, default=0) <= (20 if r.dtype == "bf16" else 24), f"{r}: work within a turn"
+        assert r.early == sweeps * (not apart), f"{r}: tiles given back late"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("nvcc")
 def test_docs_list_them(compiled):
     """Registers aside, which another nvcc may count otherwise."""
     built = importlib.import_module("relssl._cuda").architectures
