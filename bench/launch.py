@@ -58,9 +58,9 @@ def main() -> None:
     q, k, queue = (F.normalize(torch.randn(n, 128), dim=1).bfloat16() for n in (256, 256, 65_536))
     scale = kernels.scales([25.0, 10.0])
     parts = {
-        "relation": lambda: kernels.relation(q, k, queue, [10.0, 25.0], "ce", True),
+        "relation": lambda: kernels.relation(q, k, queue, [10.0, 25.0], "ce", 1 / 256, True),
         "of that, lookup": lambda: kernels.lookup(k, q, queue, scale, None, True),
-        "info_nce": lambda: kernels.info_nce(q, k, queue, [5.0], True),
+        "info_nce": lambda: kernels.info_nce(q, k, queue, [5.0], 1 / 256, True),
     }
     for name, run in parts.items():
         run()

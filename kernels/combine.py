@@ -3,6 +3,9 @@
 The order of summation is fixed. What depends on a row alone is computed in float64: it is a few numbers, a
 loss is the small difference of large ones, and a log-sum-exp rounded to one float32 would carry its rounding
 into every p = exp(logit - lse) of a backward pass. Hence lse is stored in two parts, whose sum it is.
+
+The last program to arrive adds up the rows' losses, which takes no launch of its own. They arrive at an int32
+behind the stats, which the lookup has set to zero: nothing is kept from call to call.
 """
 
 import triton
@@ -47,6 +50,29 @@ def store_lse(lse, to, row, rows):
 
 
 @triton.jit
+def arrivals(stats, splits, rows):
+    return (stats + 3 * splits.to(tl.int64) * rows).to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def store_total(loss, total, weight, arrived, BLOCK: tl.constexpr = 1024):
+    """weight times the sum of the losses, one of each program, which have stored them: by the last to arrive.
+
+    Their order does not depend on which one that is. With so many partial sums float32 loses no more than in
+    pairwise summation; float64 is 64 times slower on consumer GPUs.
+    """
+    rows = tl.num_programs(0)
+    tl.debug_barrier()  # One thread arrives for all.
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == rows - 1:
+        part = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, rows, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            # Other processors stored them: from the L2 cache.
+            part += tl.load(loss + row, mask=row < rows, other=0.0, cache_modifier=".cg")
+        tl.store(total, weight * tl.sum(part, 0))
+
+
+@triton.jit
 def inner(x, mean):
     return tl.sum(x.to(tl.float64) * mean.to(tl.float64), 0)
 
@@ -71,26 +97,30 @@ def combine_rows(
 
 @triton.jit(do_not_specialize=["batch", "rows_t", "splits_t", "rows_s", "splits_s", "offset"])
 def combine_relation(
-    q, k, scale_s, scale_t,
+    q, k, scale_s, scale_t, weight,
     stats_t, means_t, stats_s, means_s,  # may be one and the same: the teacher's rows come first
-    loss, entropy, diff, lse_out, mean_out,
+    loss, total, entropy, grad_q, lse_out, mean_out,  # total only with TOTAL
     q_stride, k_stride,
     batch, rows_t, splits_t, rows_s, splits_s,
     offset,  # of the students' rows in their stats and means
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr,
-    KL: tl.constexpr, DIFF: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+    KL: tl.constexpr, TOTAL: tl.constexpr, GRAD: tl.constexpr, DEVICE_SCALE: tl.constexpr,
 ):  # fmt: skip
     """A program for each student row r, whose teacher is row r % batch; the first view's writes that, too.
 
     loss = A(theta_s) - <theta_s, mean_t> (- H(p_t) if KL),  H(p_t) = A(theta_t) - <theta_t, mean_t>
-    diff = mean_s - mean_t, the gradient of q but for 1 / temperature
+    grad_q = weight / temperature (mean_s - mean_t)
     """
     r = tl.program_id(0)
     students = tl.num_programs(0)
     b = r % batch
     c_s, c_t = load_scale(scale_s, DEVICE_SCALE), load_scale(scale_t, DEVICE_SCALE)
     lse_t, weight_t = merge(stats_t, b, rows_t, splits_t, c_t, S, True)
-    lse_s, weight_s = merge(stats_s, offset + r, rows_s, splits_s, c_s, S, DIFF)
+    lse_s, weight_s = merge(stats_s, offset + r, rows_s, splits_s, c_s, S, GRAD)
+    store_lse(lse_s, lse_out, batch + r, batch + students)
+    if r < batch:
+        store_lse(lse_t, lse_out, b, batch + students)
+    factor = weight * c_s * LN2
     along_s = tl.zeros([], tl.float64)
     along_t = tl.zeros([], tl.float64)
     for start in range(0, DIM, BLOCK_D):
@@ -99,9 +129,9 @@ def combine_relation(
         mean_t = load_mean(means_t, b, rows_t, splits_t, weight_t, d, S, DIM)
         along_s += inner(tl.load(q + r.to(tl.int64) * q_stride + d, mask=inside, other=0.0), mean_t)
         along_t += inner(tl.load(k + b.to(tl.int64) * k_stride + d, mask=inside, other=0.0), mean_t)
-        if DIFF:
+        if GRAD:
             mean_s = load_mean(means_s, offset + r, rows_s, splits_s, weight_s, d, S, DIM)
-            tl.store(diff + r.to(tl.int64) * DIM + d, mean_s - mean_t, mask=inside)
+            tl.store(grad_q + r.to(tl.int64) * DIM + d, factor * (mean_s - mean_t), mask=inside)
         if r < batch:
             tl.store(mean_out + b.to(tl.int64) * DIM + d, mean_t, mask=inside)
     own = lse_t - c_t.to(tl.float64) * along_t
@@ -109,30 +139,31 @@ def combine_relation(
     if KL:
         cross -= own
     tl.store(loss + r, (cross * LN2).to(tl.float32))
-    store_lse(lse_s, lse_out, batch + r, batch + students)
     if r < batch:
         tl.store(entropy + b, (own * LN2).to(tl.float32))
-        store_lse(lse_t, lse_out, b, batch + students)
+    if TOTAL:
+        store_total(loss, total, weight, arrivals(stats_s, splits_s, rows_s))
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "splits"])
 def combine_info_nce(
-    q, k, scale,
+    q, k, scale, weight,
     stats, means,
-    loss, sigma, diff, lse_out,  # [rows], [rows], [rows, DIM], [2, rows]
+    loss, total, sigma, grad_q, lse_out,  # [rows], 0-d with TOTAL, [rows], [rows, DIM], [2, rows]
     q_stride, k_stride,
     batch, rows, splits,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, DIFF: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr,
+    TOTAL: tl.constexpr, GRAD: tl.constexpr, DEVICE_SCALE: tl.constexpr,
 ):  # fmt: skip
     """A program for each row r of q, whose positive is row r % batch of k.
 
     loss = log(1 + e^z),  z = A(theta) - <theta, k>,  sigma = 1 / (1 + e^-z)
-    diff = sigma (mean - k), the gradient of q but for 1 / temperature
+    grad_q = weight / temperature sigma (mean - k)
     """
     r = tl.program_id(0)
     b = r % batch
     c = load_scale(scale, DEVICE_SCALE)
-    lse, weight = merge(stats, r, rows, splits, c, S, DIFF)
+    lse, share = merge(stats, r, rows, splits, c, S, GRAD)
     along = tl.zeros([], tl.float64)
     for start in range(0, DIM, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -146,10 +177,13 @@ def combine_info_nce(
     tl.store(loss + r, (tl.maximum(z, 0.0) + tl.log(1.0 + small)).to(tl.float32))
     tl.store(sigma + r, chance.to(tl.float32))
     store_lse(lse, lse_out, r, rows)
-    if DIFF:
+    if GRAD:
+        factor = weight * c * LN2 * chance.to(tl.float32)
         for start in range(0, DIM, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            mean = load_mean(means, r, rows, splits, weight, d, S, DIM)
+            mean = load_mean(means, r, rows, splits, share, d, S, DIM)
             positive = tl.load(k + b.to(tl.int64) * k_stride + d, mask=d < DIM, other=0.0)
-            gap = chance.to(tl.float32) * (mean - positive.to(tl.float32))
-            tl.store(diff + r.to(tl.int64) * DIM + d, gap, mask=d < DIM)
+            grad = factor * (mean - positive.to(tl.float32))
+            tl.store(grad_q + r.to(tl.int64) * DIM + d, grad, mask=d < DIM)
+    if TOTAL:
+        store_total(loss, total, weight, arrivals(stats, splits, rows))

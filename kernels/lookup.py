@@ -69,7 +69,7 @@ def sweep(
 @triton.jit(do_not_specialize=["split", "rows", "size", "step"])
 def lookup(
     first, second, queue, exclude, scale_first, scale_second,
-    stats,  # [3, splits, rows]: reference, sum and divisor
+    stats,  # [3, splits, rows]: reference, sum and divisor; behind them a zero, see combine.py
     means,  # [splits, rows, DIM]; unused without MEAN
     first_stride, second_stride, queue_stride,
     split, rows, size,
@@ -113,6 +113,7 @@ def lookup(
     plane = splits.to(tl.int64) * rows
     tl.store(at, reference, mask=inside)
     tl.store(at + plane, total, mask=inside)
+    tl.store(stats + 3 * plane, 0.0, mask=(tl.program_id(0) == 0) & (own_split == 0))
     if MEAN:
         tl.store(at + 2 * plane, divisor, mask=inside)
         to = means + (own_split.to(tl.int64) * rows + row)[:, None] * DIM + d[None, :]

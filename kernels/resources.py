@@ -69,19 +69,19 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     fitting, warps = heuristics.combine(dim, PROCESSORS)
     tiles = Tiles(0, 0, warps, 1)
     for name in ("rows", "relation", "info_nce"):
-        flags = {"MEAN": True, "KL": True, "DIFF": True, "DEVICE_SCALE": False}
+        flags = {"MEAN": True, "KL": True, "TOTAL": True, "GRAD": True, "DEVICE_SCALE": False}
         kernel = getattr(combine, f"combine_{name}")
         yield Case(f"combine_{name}", kernel, dtype, dim, tiles, fitting | flags)
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    """What is neither constant, scale, embedding nor index is an address of float32."""
+    """What is neither constant, scale, weight, embedding nor index is an address of float32."""
 
     def kind(parameter: Any) -> str:
         name = parameter.name
         if name in constants:
             return "constexpr"
-        if name.startswith("scale"):
+        if name.startswith("scale") or name == "weight":
             return "fp32"
         if name in ("first", "second", "queue", "x", "q", "k"):
             return f"*{dtype}"

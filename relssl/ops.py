@@ -2,8 +2,8 @@
 
     relssl::rows       lse and mean of stacked rows: the primitive
     relssl::rows_vjp   its vector-Jacobian product
-    relssl::relation   loss rows, teacher entropy, grad_q and grad_k of the relation loss in one call
-    relssl::info_nce   loss rows and grad_q of InfoNCE
+    relssl::relation   the relation loss, teacher entropy, grad_q and grad_k in one call
+    relssl::info_nce   InfoNCE and grad_q
     relssl::snapshot   a copy
 
 Ops are opaque to torch.compile and know nothing of autograd. The autograd.Functions around them compute
@@ -130,14 +130,14 @@ def _rows_vjp(
     return run(x, queue, scale, exclude, lse, mean, g_lse, g_mean, g_row, want_x, want_queue)
 
 
-def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, want_k, backend):
+def _relation_fake(q, k, queue, scale, device_scale, form, reduction, want_grad, want_k, backend):
     dtype = accumulator(q.dtype)
     views = q.shape[:-1]
     rows = prod(views)  # torch.compile makes a constant of views.numel().
     return (
-        q.new_empty(views, dtype=dtype),
+        q.new_empty(views if reduction == "none" else (), dtype=dtype),
         k.new_empty(k.shape[0], dtype=dtype),
-        q.new_empty((2,) * want_k + q.shape if want_diff else (rows, 0), dtype=dtype),
+        q.new_empty((2,) * want_k + q.shape if want_grad else (rows, 0), dtype=dtype),
         q.new_empty(2, k.shape[0] + rows, dtype=dtype),
         k.new_empty(k.shape, dtype=dtype),
     )
@@ -145,43 +145,44 @@ def _relation_fake(q, k, queue, scale, device_scale, form, want_diff, want_k, ba
 
 @_op(
     "relation(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, str form,"
-    " bool want_diff, bool want_k, str backend)"
-    " -> (Tensor loss, Tensor entropy, Tensor diff, Tensor lse, Tensor mean_t)",
+    " str reduction, bool want_grad, bool want_k, str backend)"
+    " -> (Tensor loss, Tensor entropy, Tensor grad_q, Tensor lse, Tensor mean_t)",
     _relation_fake,
 )
-def _relation(q, k, queue, scale, device_scale, form, want_diff, want_k, backend):
+def _relation(q, k, queue, scale, device_scale, form, reduction, want_grad, want_k, backend):
     scale = scale if device_scale is None else device_scale
-    found = backends.MODULES[backend].relation(q, k, queue, scale, form, want_diff)
+    weight = _weight(q, reduction)
+    found = backends.MODULES[backend].relation(q, k, queue, scale, form, weight, want_grad)
     if not want_k:
         return found
-    # grad_k, put behind diff: an output of its own would cost those who do not want it. It has a row for each
-    # student view, since reduction="none" weighs them apart.
-    loss, entropy, diff, lse, mean_t = found
-    lse_t = lse[:, None, : k.shape[0]].expand(2, loss.numel() // k.shape[0], -1).flatten(1)
+    # The rows' grad_k, each of weight 1, put behind grad_q: an output of its own would cost those who do not
+    # want it. There is a row for each student view, since reduction="none" weighs them apart.
+    loss, entropy, grad_q, lse, mean_t = found
+    lse_t = lse[:, None, : k.shape[0]].expand(2, q.shape[:-1].numel() // k.shape[0], -1).flatten(1)
     mean, rows = (t.expand_as(q).flatten(0, -2) for t in (mean_t, k))
     g_mean = _cotangent(q, k, scale, form, mean_t.dtype).flatten(0, -2)
     grad_k, _ = _vjp(rows, queue, scale[1:], lse_t, mean=mean, g_mean=g_mean, backend=backend)
-    return loss, entropy, torch.stack((diff, grad_k.view(q.shape))), lse, mean_t
+    return loss, entropy, torch.stack((grad_q, grad_k.view(q.shape))), lse, mean_t
 
 
-def _info_nce_fake(q, k, queue, scale, device_scale, want_diff, backend):
+def _info_nce_fake(q, k, queue, scale, device_scale, reduction, want_grad, backend):
     views, kind = q.shape[:-1], {"dtype": accumulator(q.dtype)}
-    loss, sigma = q.new_empty(views, **kind), q.new_empty(views, **kind)
-    diff = q.new_empty(q.shape if want_diff else (prod(views), 0), **kind)
-    return loss, sigma, diff, q.new_empty(2, prod(views), **kind)
+    loss, sigma = q.new_empty(views if reduction == "none" else (), **kind), q.new_empty(views, **kind)
+    grad_q = q.new_empty(q.shape if want_grad else (prod(views), 0), **kind)
+    return loss, sigma, grad_q, q.new_empty(2, prod(views), **kind)
 
 
 @_op(
-    "info_nce(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, bool want_diff,"
-    " str backend) -> (Tensor loss, Tensor sigma, Tensor diff, Tensor lse)",
+    "info_nce(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, str reduction,"
+    " bool want_grad, str backend) -> (Tensor loss, Tensor sigma, Tensor grad_q, Tensor lse)",
     _info_nce_fake,
 )
-def _info_nce(q, k, queue, scale, device_scale, want_diff, backend):
+def _info_nce(q, k, queue, scale, device_scale, reduction, want_grad, backend):
     scale = scale if device_scale is None else device_scale
-    module = backends.MODULES[backend]
+    module, weight = backends.MODULES[backend], _weight(q, reduction)
     if hasattr(module, "info_nce"):
-        return module.info_nce(q, k, queue, scale, want_diff)
-    return common.info_nce(module.rows, q, k, queue, scale, want_diff)
+        return module.info_nce(q, k, queue, scale, weight, want_grad)
+    return common.info_nce(module.rows, q, k, queue, scale, weight, want_grad)
 
 
 @_op("snapshot(Tensor t) -> Tensor", torch.empty_like)
@@ -310,20 +311,19 @@ class _Relation(torch.autograd.Function):
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
         scale = _scales((tau_s, tau_t), q)
         want_k = needs_k or needs_t
-        found = _relation(x_q, x_k, bank, *_pass(scale), form, True, want_k, backend)
-        loss, entropy, diff, lse, mean_t = found
-        diff, grad_k = diff if want_k else (diff, None)
+        found = _relation(x_q, x_k, bank, *_pass(scale), form, reduction, True, want_k, backend)
+        loss, entropy, grad_q, lse, mean_t = found
+        grad_q, grad_k = grad_q if want_k else (grad_q, None)
         kept = (lse, mean_t) if needs_queue else (None, None)
-        _save(ctx, queue, needs_queue, q, k, _tensor(tau_s), _tensor(tau_t), diff, grad_k, *kept)
+        _save(ctx, queue, needs_queue, q, k, _tensor(tau_s), _tensor(tau_t), grad_q, grad_k, *kept)
         ctx.numbers = _number(tau_s), _number(tau_t)
         ctx.how = how
-        ctx.weight = 1 / loss.numel() if reduction == "mean" else 1.0
         ctx.mark_non_differentiable(entropy)
-        return reduce(loss, reduction), entropy
+        return loss, entropy
 
     @staticmethod
     def backward(ctx, g, _):
-        queue, q, k, tau_s, tau_t, diff, grad_k, lse, mean_t, *_ = ctx.saved_tensors
+        queue, q, k, tau_s, tau_t, grad_q, grad_k, lse, mean_t, *_ = ctx.saved_tensors
         needs_q, needs_k, needs_queue, needs_s, needs_t, _ = needs = ctx.needs_input_grad
         form, reduction, dtype, backend = ctx.how
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
@@ -335,16 +335,16 @@ class _Relation(torch.autograd.Function):
 
             return *_recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
 
-        c_s, c_t = scale = _scales((tau_s, tau_t), q)
         g = g[..., None] if reduction == "none" else g
-        grad_q = diff * (g * (c_s * ctx.weight))
+        of_q = _scaled(grad_q, g, q) if needs_q else None
         if not any(needs[1:]):
-            return cast(grad_q, q.dtype), None, None, None, None, None
+            return of_q, None, None, None, None, None
 
-        g = g * ctx.weight
+        c_s, c_t = scale = _scales((tau_s, tau_t), q)
         of_k = of_queue = of_s = of_t = None
         if needs_s:
-            of_s = (q.to(dtype) * grad_q).sum() * -c_s
+            of_s = (q.to(dtype) * (grad_q * g)).sum() * -c_s
+        g = g * (_weight(q, reduction) or 1)
         if grad_k is not None:
             grad_k = (grad_k * g).sum_to_size(k.shape)
             of_k = grad_k.to(k.dtype) if needs_k else None
@@ -359,7 +359,7 @@ class _Relation(torch.autograd.Function):
             _, by_student = _vjp(x_q, bank, scale[:1], lse_s, g_lse=g, **how)
             _, by_teacher = _vjp(x_k, bank, scale[1:], lse_t, mean=mean_t, g_mean=g_mean, g_row=g_row, **how)
             of_queue = (by_student + by_teacher).to(queue.dtype)
-        return cast(grad_q, q.dtype) if needs_q else None, of_k, of_queue, of_s, of_t, None
+        return of_q, of_k, of_queue, of_s, of_t, None
 
 
 def _cotangent(q: Tensor, k: Tensor, scale: Scale, form: str, dtype: torch.dtype) -> Tensor:
@@ -377,6 +377,20 @@ def _tensor(value: Temperature) -> Tensor | None:
 
 def _number(value: Temperature) -> float | None:
     return None if isinstance(value, Tensor) else value
+
+
+def _weight(q: Tensor, reduction: str) -> float | None:
+    """What the contract of relssl/backends calls weight."""
+    if reduction == "none":
+        return None
+    return 1 / prod(q.shape[:-1]) if reduction == "mean" else 1.0
+
+
+def _scaled(grad_q: Tensor, g: Tensor, q: Tensor) -> Tensor:
+    """grad_q g, rounded once, to q's dtype."""
+    if grad_q.dtype == q.dtype or torch.compiler.is_compiling() or transformed():
+        return cast(grad_q * g, q.dtype)
+    return torch.mul(grad_q, g, out=torch.empty_like(q))  # one launch
 
 
 def reduce(rows: Tensor, reduction: str) -> Tensor:
@@ -397,16 +411,15 @@ class _InfoNCE(torch.autograd.Function):
             q, queue, tau = _snapshots(reads_q, (queue, needs_queue), (tau, True))
         scale = _scales((tau,), q)
         x_q, x_k, bank = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
-        loss, sigma, diff, lse = _info_nce(x_q, x_k, bank, *_pass(scale), True, backend)
-        _save(ctx, queue, needs_queue, q, k, _tensor(tau), sigma, diff, lse)
+        loss, sigma, grad_q, lse = _info_nce(x_q, x_k, bank, *_pass(scale), reduction, True, backend)
+        _save(ctx, queue, needs_queue, q, k, _tensor(tau), sigma, grad_q, lse)
         ctx.number = _number(tau)
         ctx.how = how
-        ctx.weight = 1 / loss.numel() if reduction == "mean" else 1.0
-        return reduce(loss, reduction)
+        return loss
 
     @staticmethod
     def backward(ctx, g):
-        queue, q, k, tau, sigma, diff, lse, *_ = ctx.saved_tensors
+        queue, q, k, tau, sigma, grad_q, lse, *_ = ctx.saved_tensors
         needs_q, needs_k, needs_queue, needs_tau, _ = needs = ctx.needs_input_grad
         reduction, dtype, backend = ctx.how
         tau = ctx.number or tau
@@ -418,12 +431,17 @@ class _InfoNCE(torch.autograd.Function):
 
             return *_recompute(run, (q, k, queue, tau), needs, (g,)), None
 
+        g = g[..., None] if reduction == "none" else g
+        of_q = _scaled(grad_q, g, q) if needs_q else None
+        if not any(needs[1:]):
+            return of_q, None, None, None, None
+
         (c,) = scale = _scales((tau,), q)
-        g = (g[..., None] if reduction == "none" else g) * ctx.weight
-        grad_q = diff * (g * c)
-        if needs_k or needs_queue:
-            g = sigma[..., None] * g  # of each row's log-sum-exp
         of_k = of_queue = of_tau = None
+        if needs_tau:
+            of_tau = (cast(q, dtype) * (grad_q * g)).sum() * -c
+        if needs_k or needs_queue:
+            g = sigma[..., None] * (g * (_weight(q, reduction) or 1))  # of each row's log-sum-exp
         if needs_k:
             of_k = (cast(q, dtype) * (g * -c)).sum_to_size(k.shape).to(k.dtype)
         if needs_queue:
@@ -431,9 +449,7 @@ class _InfoNCE(torch.autograd.Function):
             how = {"want_x": False, "want_queue": True, "backend": backend}
             _, of_queue = _vjp(x, bank, scale, lse, g_lse=g.flatten(), **how)
             of_queue = cast(of_queue, queue.dtype)
-        if needs_tau:
-            of_tau = (cast(q, dtype) * grad_q).sum() * -c
-        return cast(grad_q, q.dtype) if needs_q else None, of_k, of_queue, of_tau, None
+        return of_q, of_k, of_queue, of_tau, None
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -566,8 +582,7 @@ def relation(
         return _Relation.apply(*inputs, (form, reduction, dtype, backend))
     scale = _pass(_scales((tau_s, tau_t), q))
     q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
-    loss, entropy, *_ = _relation(q, k, queue, *scale, form, False, False, backend)
-    return reduce(loss, reduction), entropy
+    return _relation(q, k, queue, *scale, form, reduction, False, False, backend)[:2]
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: str, backend: str) -> Tensor:
@@ -581,7 +596,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: s
         return _InfoNCE.apply(*_apart(q, k, queue, tau), (reduction, dtype, backend))
     scale = _pass(_scales((tau,), q))
     q, k, queue = cast(q, dtype), cast(k, dtype), cast(queue, dtype)
-    return reduce(_info_nce(q, k, queue, *scale, False, backend)[0], reduction)
+    return _info_nce(q, k, queue, *scale, reduction, False, backend)[0]
 
 
 def logsumexp(

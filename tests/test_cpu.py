@@ -287,7 +287,7 @@ def test_null_results_of_the_other_calls_are_refused():
     x = unit(3, 8)
     rows, at = (x.data_ptr(), 8, 3, 1.0), x.data_ptr()
     with pytest.raises(ValueError, match="mean_t is null"):
-        _cpu.relation(rows, rows, at, 8, 3, 8, False, True, at, at, 0, at, 0, 1)
+        _cpu.relation(rows, rows, at, 8, 3, 8, False, True, 1.0, False, at, at, 0, at, 0, 1)
     with pytest.raises(ValueError, match="mean is null"):
         _cpu.vjp(rows, at, 8, 3, 8, False, 0, at, 0, 0, at, 0, at, 0, 1)
     with pytest.raises(ValueError, match="x is null"):

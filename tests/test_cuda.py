@@ -319,9 +319,9 @@ def test_opcheck(cuda):
     q, k, queue = unit(2, 5, 64).bfloat16(), unit(5, 64).bfloat16(), unit(40, 64).bfloat16()
     ops, check = torch.ops.relssl, torch.library.opcheck
     exclude = torch.tensor([0, -1, 3, 39, -1])
-    for want in (True, False):
-        check(ops.relation.default, (q, k, queue, [10.0, 25.0], None, "kl", want, want, "cuda"))
-        check(ops.info_nce.default, (q, k, queue, [], torch.tensor([10.0]), want, "cuda"))
+    for reduction, want in (("mean", True), ("none", False)):
+        check(ops.relation.default, (q, k, queue, [10.0, 25.0], None, "kl", reduction, want, want, "cuda"))
+        check(ops.info_nce.default, (q, k, queue, [], torch.tensor([10.0]), reduction, want, "cuda"))
         check(ops.rows.default, (k, queue, [10.0, 25.0], None, 3, exclude, want, "cuda"))
 
 

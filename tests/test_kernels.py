@@ -163,10 +163,10 @@ shifted = torch.randn(4096 * 128 + 1).bfloat16()[1:].view(4096, 128)  # no addre
 scale = torch.tensor([10.0, 25.0])
 for arguments in (q, k, queue), (q, k, shifted), (q.view(2, 32, 128), k[:32], queue):
     for c in ([10.0, 25.0], scale):
-        for want in (True, False):
+        for weight, want in (0.1, True), (None, False):
             for run in (
-                lambda: kernels.relation(*arguments, c, "kl", want),
-                lambda: kernels.info_nce(*arguments, c[:1], want),
+                lambda: kernels.relation(*arguments, c, "kl", weight, want),
+                lambda: kernels.info_nce(*arguments, c[:1], weight, want),
                 lambda: kernels.rows(arguments[1], arguments[2], c, 20, None, want),
             ):
                 launches.clear()
@@ -242,8 +242,8 @@ def on_device(index, *tensors):
 def test_each_device_launches_its_own_functions(launched, scale, want):
     triton = backends.MODULES["triton"]
     for run in (
-        lambda q, k, queue, scale: triton.relation(q, k, queue, scale, "kl", want),
-        lambda q, k, queue, scale: triton.info_nce(q, k, queue, scale[:1], want),
+        lambda q, k, queue, scale: triton.relation(q, k, queue, scale, "kl", 0.1, want),
+        lambda q, k, queue, scale: triton.info_nce(q, k, queue, scale[:1], 0.1, want),
         lambda q, k, queue, scale: triton.rows(k, queue, scale, 5, None, want),
     ):
         launched.clear()

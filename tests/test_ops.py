@@ -34,13 +34,17 @@ def test_opcheck(layout, scale, dtype, backend):
     q, k, queue = (LAYOUTS[layout](unit(*s, 16, dtype=dtype)) for s in ((2, 5), (5,), (40,)))
     by_value, on_device = SCALES[scale]
     ops = torch.ops.relssl
-    for views, form, *want in ((q, "kl", True, True), (q[0], "ce", True, False), (q, "ce", False, False)):
-        arguments = (views, k, queue, by_value, on_device, form, *want, backend)
+    for views, form, *how in (
+        (q, "kl", "mean", True, True),
+        (q[0], "ce", "none", True, False),
+        (q, "ce", "sum", False, False),
+    ):
+        arguments = (views, k, queue, by_value, on_device, form, *how, backend)
         torch.library.opcheck(ops.relation.default, arguments)
     torch.library.opcheck(ops.snapshot.default, (queue,))
-    for views, want in ((q, True), (q[0], False)):
+    for views, reduction, want in ((q, "mean", True), (q[0], "none", False)):
         one = (by_value[:1], None if on_device is None else on_device[:1])
-        torch.library.opcheck(ops.info_nce.default, (views, k, queue, *one, want, backend))
+        torch.library.opcheck(ops.info_nce.default, (views, k, queue, *one, reduction, want, backend))
     exclude = torch.tensor([0, -1, 3, 39, -1])
     for out, want in ((None, True), (exclude, True), (exclude, False)):
         arguments = (k, queue, by_value, on_device, 3, out, want, backend)

@@ -214,9 +214,9 @@ def test_opcheck(scale):
     ops, check = torch.ops.relssl, torch.library.opcheck
     one = by_value[:1], None if on_device is None else on_device[:1]
     exclude = on("triton", torch.tensor([0, -1, 3, 39, -1]))
-    for want in (True, False):
-        check(ops.relation.default, (q, k, queue, by_value, on_device, "kl", want, want, "triton"))
-        check(ops.info_nce.default, (q, k, queue, *one, want, "triton"))
+    for reduction, want in (("mean", True), ("none", False)):
+        check(ops.relation.default, (q, k, queue, by_value, on_device, "kl", reduction, want, want, "triton"))
+        check(ops.info_nce.default, (q, k, queue, *one, reduction, want, "triton"))
         check(ops.rows.default, (k, queue, by_value, on_device, 3, exclude, want, "triton"))
     lse, mean = ops.rows.default(k, queue, by_value, on_device, 5, exclude, True, "triton")
     g_lse, g_mean = torch.randn_like(lse[0]), torch.randn_like(mean)

@@ -121,14 +121,14 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("relation", [](const Rows& teacher, const Rows& student, Address queue, int64_t queue_stride, int64_t size,
-                       int64_t dim, bool bf16, bool kl, Address loss, Address entropy, Address diff, Address lse,
-                       Address mean_t, int threads) {
+                       int64_t dim, bool bf16, bool kl, double weight, bool total, Address loss,
+                       Address entropy, Address grad_q, Address lse, Address mean_t, int threads) {
     const Inputs in = inputs(teacher, student, queue, queue_stride, size, dim, bf16, 0, threads);
     if (in.stacks[0].count == 0) throw py::value_error("k is empty");
     float *to_loss = pointer<float>(loss, "loss"), *to_entropy = pointer<float>(entropy, "entropy");
     float *to_lse = pointer<float>(lse, "lse"), *to_mean = pointer<float>(mean_t, "mean_t");
     py::gil_scoped_release release;
-    relation(kernels(), in, kl, to_loss, to_entropy, optional<float>(diff), to_lse, to_mean, threads);
+    relation(kernels(), in, kl, weight, total, to_loss, to_entropy, optional<float>(grad_q), to_lse, to_mean, threads);
   });
 
   m.def("vjp", [](const Rows& x, Address queue, int64_t queue_stride, int64_t size, int64_t dim, bool bf16,

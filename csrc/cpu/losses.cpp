@@ -121,9 +121,9 @@ void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mea
   }
 }
 
-void relation(const Kernels& kernels, const Inputs& in, bool kl, float* loss, float* entropy, float* diff, float* lse,
-              float* mean_t, int threads) {
-  float* const mean[2] = {mean_t, diff};
+void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, bool total, float* loss, float* entropy,
+              float* grad_q, float* lse, float* mean_t, int threads) {
+  float* const mean[2] = {mean_t, grad_q};
   rows(kernels, in, lse, mean, threads);
   const Stack &teacher = in.stacks[0], &student = in.stacks[1];
   const int64_t batch = teacher.count, count = all_rows(in), dim = in.dim;
@@ -134,15 +134,20 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, float* loss, fl
     own[b] = exact(b) - effective(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, dim);
     entropy[b] = static_cast<float>(own[b]);
   }
+  const float factor = static_cast<float>(weight * student.scale);
+  double sum = 0;
   for (int64_t r = 0; r < student.count; ++r) {
     const int64_t b = r % batch;
     const float* center = mean_t + b * dim;
     const void* q = row_address(student, r, in.bf16);
     const double cross = exact(batch + r) - effective(student.scale) * dot(q, in.bf16, center, dim);
-    loss[r] = static_cast<float>(kl ? cross - own[b] : cross);
-    if (diff)
-      for (int64_t d = 0; d < dim; ++d) diff[r * dim + d] -= center[d];
+    const double row = kl ? cross - own[b] : cross;
+    if (!total) loss[r] = static_cast<float>(row);
+    sum += row;
+    if (grad_q)
+      for (int64_t d = 0; d < dim; ++d) grad_q[r * dim + d] = factor * (grad_q[r * dim + d] - center[d]);
   }
+  if (total) *loss = static_cast<float>(weight * sum);
 }
 
 void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float* mean, const float* g_lse,

@@ -12,10 +12,11 @@ namespace relssl {
 // lse [2, rows] and the mean of each stack, [count, dim] or null, as the contract of relssl/backends has them.
 void rows(const Kernels&, const Inputs&, float* lse, float* const mean[2], int threads);
 
-// The relation loss: stack 0 is the teacher's batch, stack 1 the students', view after view. loss [stack 1],
-// entropy [stack 0], lse [2, rows], mean_t [stack 0, dim], and diff [stack 1, dim] or null.
-void relation(const Kernels&, const Inputs&, bool kl, float* loss, float* entropy, float* diff, float* lse,
-              float* mean_t, int threads);
+// The relation loss: stack 0 is the teacher's batch, stack 1 the students', view after view. loss is weight times the
+// sum of the rows' losses where `total`, else has a row for each of stack 1; entropy [stack 0], lse [2, rows],
+// mean_t [stack 0, dim], and grad_q [stack 1, dim], of weight times that sum, or null.
+void relation(const Kernels&, const Inputs&, bool kl, double weight, bool total, float* loss, float* entropy,
+              float* grad_q, float* lse, float* mean_t, int threads);
 
 // One scale for all rows (stack 0). mean [rows, dim] is needed with g_mean. grad_x [rows, dim] and grad_queue
 // [size, dim] may be null.

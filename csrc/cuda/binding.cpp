@@ -176,22 +176,24 @@ RELSSL_DEFINE(RELSSL_MODULE) {
 
   m.def("combine_relation", [](const Place& place, const Parts& teacher, const Parts& student, const Rows& q,
                                const Rows& k, const Number& scale_s, const Number& scale_t, int64_t dim, bool bf16,
-                               bool kl, Address loss, Address entropy, Address diff, Address lse, Address mean_t) {
-    const CombineRelation in{partials(teacher, true), partials(student, diff), rows(q, "q"), rows(k, "k"),
+                               bool kl, float weight, Address loss, Address entropy, Address grad_q, Address lse,
+                               Address mean_t) {
+    const CombineRelation in{partials(teacher, true), partials(student, grad_q), rows(q, "q"), rows(k, "k"),
                              std::get<1>(q), std::get<1>(k), scale(scale_s), scale(scale_t),
-                             count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16, kl,
-                             pointer<float>(loss, "loss"), pointer<float>(entropy, "entropy"), optional<float>(diff),
+                             count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16, kl, weight,
+                             pointer<float>(loss, "loss"), pointer<float>(entropy, "entropy"), optional<float>(grad_q),
                              pointer<float>(lse, "lse"), pointer<float>(mean_t, "mean_t")};
     fits(2 * (int64_t{in.batch} + in.rows), "lse");
     launched(place, "combining ", in.rows, dim, 0, [&](const Where& where) { combine(in, where); });
   });
 
   m.def("combine_info_nce", [](const Place& place, const Parts& parts, const Rows& q, const Rows& k,
-                               const Number& scale_q, int64_t dim, bool bf16, Address loss, Address sigma, Address diff,
-                               Address lse) {
-    const CombineInfoNCE in{partials(parts, diff), rows(q, "q"), rows(k, "k"), std::get<1>(q), std::get<1>(k),
+                               const Number& scale_q, int64_t dim, bool bf16, float weight, Address loss,
+                               Address sigma, Address grad_q, Address lse) {
+    const CombineInfoNCE in{partials(parts, grad_q), rows(q, "q"), rows(k, "k"), std::get<1>(q), std::get<1>(k),
                             scale(scale_q), count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16,
-                            pointer<float>(loss, "loss"), pointer<float>(sigma, "sigma"), optional<float>(diff),
+                            weight, pointer<float>(loss, "loss"), pointer<float>(sigma, "sigma"),
+                            optional<float>(grad_q),
                             pointer<float>(lse, "lse")};
     fits(2 * int64_t{in.rows}, "lse");
     launched(place, "combining ", in.rows, dim, 0, [&](const Where& where) { combine(in, where); });

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(THREADS) combine_rows(const __grid_constant__ 
 }
 
 // loss = A(theta_s) - <theta_s, mean_t> (- H(p_t) if kl),  H(p_t) = A(theta_t) - <theta_t, mean_t>
-// diff = mean_s - mean_t, the gradient of q but for 1 / temperature
+// grad_q = weight / temperature (mean_s - mean_t)
 template <class T>
 __global__ void __launch_bounds__(THREADS) combine_relation(const __grid_constant__ CombineRelation in) {
   Shared& shared = shared_object<Shared>();
@@ -111,16 +111,17 @@ __global__ void __launch_bounds__(THREADS) combine_relation(const __grid_constan
   const bool first = row < in.batch;  // The first view's rows write the teacher's results, too.
   const float c_s = load_scale(in.scale_s), c_t = load_scale(in.scale_t);
   const double lse_t = merge(in.teacher, own, c_t, true, shared.weights[0], shared);
-  const double lse_s = merge(in.student, row, c_s, in.diff, shared.weights[1], shared);
+  const double lse_s = merge(in.student, row, c_s, in.grad_q, shared.weights[1], shared);
   merge_mean(in.teacher, own, dim, shared.weights[0], shared.means[0]);
-  if (in.diff) merge_mean(in.student, row, dim, shared.weights[1], shared.means[1]);
+  if (in.grad_q) merge_mean(in.student, row, dim, shared.weights[1], shared.means[1]);
   const uint16_t *q = in.q + row * in.q_stride, *k = in.k + own * in.k_stride;
   const float *mean_t = shared.means[0][0], *mean_s = shared.means[1][0];
+  const float factor = in.weight * c_s * static_cast<float>(LN2);
   double along_s = 0, along_t = 0;
   for (int d = threadIdx.x; d < dim; d += THREADS) {
     along_s += static_cast<double>(unpack_low<T>(q[d])) * mean_t[d];
     along_t += static_cast<double>(unpack_low<T>(k[d])) * mean_t[d];
-    if (in.diff) in.diff[static_cast<int64_t>(row) * dim + d] = mean_s[d] - mean_t[d];
+    if (in.grad_q) in.grad_q[static_cast<int64_t>(row) * dim + d] = factor * (mean_s[d] - mean_t[d]);
     if (first) in.mean_t[static_cast<int64_t>(own) * dim + d] = mean_t[d];
   }
   const double entropy = lse_t - c_t * sum(along_t, shared);
@@ -133,13 +134,13 @@ __global__ void __launch_bounds__(THREADS) combine_relation(const __grid_constan
 }
 
 // loss = log(1 + e^z),  z = A(theta) - <theta, k>,  sigma = 1 / (1 + e^-z)
-// diff = sigma (mean - k), the gradient of q but for 1 / temperature
+// grad_q = weight / temperature sigma (mean - k)
 template <class T>
 __global__ void __launch_bounds__(THREADS) combine_info_nce(const __grid_constant__ CombineInfoNCE in) {
   Shared& shared = shared_object<Shared>();
   const int row = blockIdx.x, own = row % in.batch, dim = in.dim;
   const float c = load_scale(in.scale);
-  const double lse = merge(in.partials, row, c, in.diff, shared.weights[0], shared);
+  const double lse = merge(in.partials, row, c, in.grad_q, shared.weights[0], shared);
   store_lse(lse, in.lse, row, in.rows);
   const uint16_t *q = in.q + row * in.q_stride, *k = in.k + own * in.k_stride;
   double along = 0;
@@ -153,10 +154,11 @@ __global__ void __launch_bounds__(THREADS) combine_info_nce(const __grid_constan
     in.loss[row] = static_cast<float>((z > 0 ? z : 0) + log1p(small));
     in.sigma[row] = sigma;
   }
-  if (!in.diff) return;
+  if (!in.grad_q) return;
+  const float factor = in.weight * c * static_cast<float>(LN2) * sigma;
   merge_mean(in.partials, row, dim, shared.weights[0], shared.means[0]);
   for (int d = threadIdx.x; d < dim; d += THREADS)
-    in.diff[static_cast<int64_t>(row) * dim + d] = sigma * (shared.means[0][0][d] - unpack_low<T>(k[d]));
+    in.grad_q[static_cast<int64_t>(row) * dim + d] = factor * (shared.means[0][0][d] - unpack_low<T>(k[d]));
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ struct CombineRows {
   float *lse, *mean;
 };
 
-// A student row r of q [rows, dim], whose teacher is row r % batch of k. loss [rows], entropy [batch], diff [rows,
-// dim] or null, lse [2, batch + rows], mean_t [batch, dim].
+// A student row r of q [rows, dim], whose teacher is row r % batch of k. loss [rows], entropy [batch], grad_q [rows,
+// dim] or null, of weight times the sum of the losses, lse [2, batch + rows], mean_t [batch, dim].
 struct CombineRelation {
   Partials teacher, student;
   const uint16_t *q, *k;
@@ -34,10 +34,12 @@ struct CombineRelation {
   Scale scale_s, scale_t;
   int batch, rows, dim;
   bool bf16, kl;
-  float *loss, *entropy, *diff, *lse, *mean_t;
+  float weight;
+  float *loss, *entropy, *grad_q, *lse, *mean_t;
 };
 
-// A row r of q, whose positive is row r % batch of k. loss and sigma [rows], diff [rows, dim] or null, lse [2, rows].
+// A row r of q, whose positive is row r % batch of k. loss and sigma [rows], grad_q [rows, dim] or null, of weight
+// times the sum of the losses, lse [2, rows].
 struct CombineInfoNCE {
   Partials partials;
   const uint16_t *q, *k;
@@ -45,7 +47,8 @@ struct CombineInfoNCE {
   Scale scale;
   int batch, rows, dim;
   bool bf16;
-  float *loss, *sigma, *diff, *lse;
+  float weight;
+  float *loss, *sigma, *grad_q, *lse;
 };
 
 // Throws the reason why nothing of this runs on a device.

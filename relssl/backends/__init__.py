@@ -22,15 +22,18 @@ A backend is a module with
         g_row is g_mean for the vjp of `rows`; a loss whose terms cancel on paper passes what is left.
         g_lse, g_mean and g_row may be None (zero). What is not wanted comes back as [0, D].
 
-    relation(q, k, queue, scale, form, want_diff) -> loss, entropy [B], diff, lse [2, B + V*B], mean_t [B, D]
-        The relation loss of functional.relation_loss, unreduced, in one pass over the rows of k [B, D]
-        and then q [B, D] or [V, B, D]. diff, in q's shape, is mean_s - mean_t, so that the gradient of
-        q is scale[0] diff; without want_diff it is [V*B, 0].
+    relation(q, k, queue, scale, form, weight, want_grad)
+            -> loss, entropy [B], grad_q, lse [2, B + V*B], mean_t [B, D]
+        The relation loss of functional.relation_loss in one pass over the rows of k [B, D] and then q
+        [B, D] or [V, B, D]. With a float as weight, loss is weight times the sum of the rows' losses, 0-d;
+        with None, these themselves, in the shape of q without D. grad_q, in q's shape, is the gradient of
+        q but for the factor grad_output: weight scale[0] (mean_s - mean_t), where None weighs 1. Without
+        want_grad it is [V*B, 0].
 
-    info_nce(q, k, queue, scale, want_diff) -> loss, sigma, diff, lse [2, V*B]
-        InfoNCE as in functional.info_nce, unreduced; scale is one. With z = A(theta) - <theta, k>,
-        loss = log(1 + exp z), sigma = 1 / (1 + exp -z), and diff = sigma (mean - k), in q's shape, makes
-        the gradient of q scale[0] diff; without want_diff it is [V*B, 0]. A backend without it gets
+    info_nce(q, k, queue, scale, weight, want_grad) -> loss, sigma, grad_q, lse [2, V*B]
+        InfoNCE as in functional.info_nce; scale is one, weight as above. With z = A(theta) - <theta, k>, a
+        row's loss is log(1 + exp z), its sigma 1 / (1 + exp -z), in the shape of q without D, and grad_q is
+        weight scale[0] sigma (mean - k). Without want_grad it is [V*B, 0]. A backend without info_nce gets
         common.info_nce over its own `rows`.
 
 x [R, D] and queue [K, D] share their dtype and may have any strides; scale is made of Python floats, or

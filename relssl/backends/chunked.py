@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale, accumulator, cast
+from relssl.backends.common import Scale, accumulator, cast, total
 
 # Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
 # returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
@@ -33,27 +33,35 @@ def rows(
 
 
 def relation(
-    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    scale: Scale,
+    form: str,
+    weight: float | None,
+    want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulator(q.dtype)
     views, (batch, dim) = q.shape[:-1], k.shape
     student = cast(q.reshape(-1, dim), dtype) * scale[0]
     teacher = cast(k, dtype) * scale[1]
     theta = torch.cat((teacher, student))
-    if want_diff:
+    if want_grad:
         lse, mean = _lookup(theta, queue, None, True)
         mean_t = mean[:batch]
-        diff = mean[batch:].view(q.shape) - mean_t
+        grad_q = mean[batch:].view(q.shape) - mean_t
+        grad_q *= scale[0] if weight is None else weight * scale[0]
     else:  # The student's mean is a quarter of the work.
         lse_t, mean_t = _lookup(teacher, queue, None, True)
-        lse_s, diff = _lookup(student, queue, None, False)
+        lse_s, grad_q = _lookup(student, queue, None, False)
         lse = torch.cat((lse_t, lse_s), 1)
     # Cross-entropies with the teacher: first its own, which is its entropy, then of each student view.
     high, low = lse.view(2, -1, batch)
     cross = high - (theta.view(-1, batch, dim) * mean_t).sum(-1) + low
     entropy = cross[0]
     loss = cross[1:] - entropy if form == "kl" else cross[1:].clone()
-    return loss.view(views), entropy, diff, lse, mean_t
+    loss = loss.view(views) if weight is None else total(loss, weight)
+    return loss, entropy, grad_q, lse, mean_t
 
 
 def vjp(

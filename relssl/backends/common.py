@@ -58,19 +58,29 @@ def without_autocast(run: Callable) -> Callable:
     return guarded
 
 
+def total(rows: Tensor, weight: float, out: Tensor | None = None) -> Tensor:
+    """weight times the sum of the rows, 0-d: one call where that is their sum or their mean."""
+    if weight == 1 / rows.numel():
+        return torch.mean(rows, None, out=out)
+    found = torch.sum(rows, None, out=out)
+    return found if weight == 1 else found.mul_(weight)
+
+
 def info_nce(
-    rows: Callable, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, want_diff: bool
+    rows: Callable, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the contract calls info_nce, for a backend that has `rows` only."""
     x = q.flatten(0, -2)
     both = scale.expand(2) if isinstance(scale, Tensor) else [*scale, *scale]
-    lse, mean = rows(x, queue, both, x.shape[0], None, want_diff)
+    lse, mean = rows(x, queue, both, x.shape[0], None, want_grad)
     kind = lse.dtype
     positive = (cast(q, kind) * cast(k, kind)).sum(-1) * scale[0]
     positive = positive + 0 * positive  # An infinite one becomes NaN, as in a softmax with it.
     high, low = lse.view(2, *positive.shape)
     z = high - positive + low
-    sigma, diff = z.sigmoid(), mean
-    if want_diff:
-        diff = (mean.view(q.shape) - k).mul_(sigma[..., None])
-    return functional.softplus(z, threshold=40), sigma, diff, lse
+    sigma, grad_q = z.sigmoid(), mean
+    if want_grad:
+        c = scale[0] if weight is None else weight * scale[0]
+        grad_q = (mean.view(q.shape) - k).mul_((sigma * c)[..., None])
+    loss = functional.softplus(z, threshold=40)
+    return loss if weight is None else total(loss, weight), sigma, grad_q, lse

@@ -46,28 +46,37 @@ def rows(
 
 
 def relation(
-    q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    scale: Scale,
+    form: str,
+    weight: float | None,
+    want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
     shape, kind = q.shape, torch.float32
     q, k, queue = flat(q), dense(k), dense(queue)
     count = q.shape[0]
-    loss, entropy = q.new_empty(shape[:-1], dtype=kind), q.new_empty(batch, dtype=kind)
-    diff = q.new_empty(shape if want_diff else (count, 0), dtype=kind)
+    loss = q.new_empty(shape[:-1] if weight is None else (), dtype=kind)
+    entropy = q.new_empty(batch, dtype=kind)
+    grad_q = q.new_empty(shape if want_grad else (count, 0), dtype=kind)
     lse, mean_t = q.new_empty(2, batch + count, dtype=kind), q.new_empty(batch, dim, dtype=kind)
     _cpu.relation(
         _stack(k, scale[1]),
         _stack(q, scale[0]),
         *_queue(queue),
         form == "kl",
+        1.0 if weight is None else weight,
+        weight is not None,
         loss.data_ptr(),
         entropy.data_ptr(),
-        diff.data_ptr() if want_diff else 0,
+        grad_q.data_ptr() if want_grad else 0,
         lse.data_ptr(),
         mean_t.data_ptr(),
         torch.get_num_threads(),
     )
-    return loss, entropy, diff, lse, mean_t
+    return loss, entropy, grad_q, lse, mean_t
 
 
 def vjp(

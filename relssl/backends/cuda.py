@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from relssl.backends import chunked, triton, two_steps
+from relssl.backends import chunked, common, triton, two_steps
 from relssl.backends.common import Scale
 
 missing = ""  # why there is no _cuda
@@ -172,23 +172,28 @@ def combine_rows(found: Found, scales: tuple[Number, Number], split: int, lse: T
 
 def combine_relation(
     q: Tensor, k: Tensor, scales: tuple[Number, Number], teacher: Found, student: Found, offset: int,
-    form: str, loss: Tensor, entropy: Tensor, diff: Tensor, lse: Tensor, mean_t: Tensor,
+    form: str, weight: float, loss: Tensor, total: Tensor | None, entropy: Tensor, grad_q: Tensor,
+    lse: Tensor, mean_t: Tensor,
 ) -> None:  # fmt: skip
     _cuda.combine_relation(
         _place(q), _partials(teacher), _partials(student, offset), _rows(q), _rows(k), *scales,
-        q.shape[1], _is_bf16(q), form == "kl",
-        loss.data_ptr(), entropy.data_ptr(), _wanted(diff), lse.data_ptr(), mean_t.data_ptr(),
+        q.shape[1], _is_bf16(q), form == "kl", weight,
+        loss.data_ptr(), entropy.data_ptr(), _wanted(grad_q), lse.data_ptr(), mean_t.data_ptr(),
     )  # fmt: skip
+    if total is not None:
+        common.total(loss, weight, total)
 
 
 def combine_info_nce(
-    q: Tensor, k: Tensor, scales: tuple[Number], found: Found,
-    loss: Tensor, sigma: Tensor, diff: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, scales: tuple[Number], found: Found, weight: float,
+    loss: Tensor, total: Tensor | None, sigma: Tensor, grad_q: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     _cuda.combine_info_nce(
-        _place(q), _partials(found), _rows(q), _rows(k), *scales, q.shape[1], _is_bf16(q),
-        loss.data_ptr(), sigma.data_ptr(), _wanted(diff), lse.data_ptr(),
+        _place(q), _partials(found), _rows(q), _rows(k), *scales, q.shape[1], _is_bf16(q), weight,
+        loss.data_ptr(), sigma.data_ptr(), _wanted(grad_q), lse.data_ptr(),
     )  # fmt: skip
+    if total is not None:
+        common.total(loss, weight, total)
 
 
 rows = partial(two_steps.rows, sys.modules[__name__])

@@ -126,6 +126,7 @@ class _Launch:
             self.run = compiled[self.grid]
 
 
+Found = tuple[Tensor, Tensor, int, int]  # stats, with a counter of arrivals behind them; means; R, S
 _plans: dict[tuple, Any] = {}  # launches and what goes with them, by what they were worked out from
 
 
@@ -153,7 +154,7 @@ def lookup(
     scales: tuple[Any, ...],
     exclude: Tensor | None,
     want_mean: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Found:
     """For each split of the queue and row of the stack: stats [3, S, R] and means [S, R, D], or [0]."""
     kinds = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
     allowed = torch.backends.cuda.matmul.fp32_precision
@@ -191,14 +192,14 @@ def _lookup_launch(
         sizes = first.stride(0), second.stride(0), stride, split, rows, size, step
         shape = (splits, rows, dim) if want_mean else (0,)
 
-        def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+        def launch(*arguments: Any) -> Found:
             bank = arguments[2]
-            stats = bank.new_empty((3, splits, rows), dtype=torch.float32)
+            stats = bank.new_empty(3 * splits * rows + 1, dtype=torch.float32)
             means = bank.new_empty(shape, dtype=torch.float32)
             if tma and isinstance(kernels.allocator.get(), kernels.NullAllocator):
                 kernels.allocator.set(_scratch)  # the caller has set none
             run(*arguments, stats, means, *sizes)
-            return stats, means
+            return stats, means, rows, splits
 
         return launch
 
@@ -236,12 +237,10 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 # What two_steps.py needs: lookup, on and scales above, and these.
 
 readable = dense
-Found = tuple[Tensor, Tensor]  # stats, means
 
 
 def combine_rows(found: Found, scales: tuple, split: int, lse: Tensor, mean: Tensor) -> None:
-    stats, means = found
-    _, splits, count = stats.shape
+    stats, means, count, splits = found
     dim = mean.shape[1]
     flags = ("MEAN", dim > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
     apart = _tensors(scales)
@@ -251,28 +250,39 @@ def combine_rows(found: Found, scales: tuple, split: int, lse: Tensor, mean: Ten
 
 def combine_relation(
     q: Tensor, k: Tensor, scales: tuple, teacher: Found, student: Found, offset: int, form: str,
-    loss: Tensor, entropy: Tensor, diff: Tensor, lse: Tensor, mean_t: Tensor,
+    weight: float, loss: Tensor, total: Tensor | None, entropy: Tensor, grad_q: Tensor,
+    lse: Tensor, mean_t: Tensor,
 ) -> None:  # fmt: skip
     (count, dim), batch = q.shape, k.shape[0]
-    (_, splits_t, rows_t), (_, splits_s, rows_s) = teacher[0].shape, student[0].shape
-    flags = ("KL", form == "kl"), ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    stats_t, means_t, rows_t, splits_t = teacher
+    stats_s, means_s, rows_s, splits_s = student
+    flags = (
+        ("KL", form == "kl"), ("TOTAL", total is not None), ("GRAD", grad_q.numel() > 0),
+        ("DEVICE_SCALE", isinstance(scales[0], Tensor)),
+    )  # fmt: skip
     most, apart = max(splits_t, splits_s), _tensors((q, k, *scales))
     combine = _planned(_combine_launch, q.get_device(), "combine_relation", dim, most, count, flags, *apart)
     combine(
-        q, k, *scales, *teacher, *student, loss, entropy, diff, lse, mean_t,
+        q, k, *scales, weight, stats_t, means_t, stats_s, means_s, loss, total, entropy, grad_q, lse, mean_t,
         q.stride(0), k.stride(0), batch, rows_t, splits_t, rows_s, splits_s, offset,
     )  # fmt: skip
 
 
 def combine_info_nce(
-    q: Tensor, k: Tensor, scales: tuple, found: Found, loss: Tensor, sigma: Tensor, diff: Tensor, lse: Tensor
-) -> None:
-    (count, dim), splits = q.shape, found[0].shape[1]
-    flags = ("DIFF", diff.numel() > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    q: Tensor, k: Tensor, scales: tuple, found: Found, weight: float,
+    loss: Tensor, total: Tensor | None, sigma: Tensor, grad_q: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    (count, dim), (stats, means, _, splits) = q.shape, found
+    flags = (
+        ("TOTAL", total is not None), ("GRAD", grad_q.numel() > 0),
+        ("DEVICE_SCALE", isinstance(scales[0], Tensor)),
+    )  # fmt: skip
     apart = _tensors((q, k, *scales))
     combine = _planned(_combine_launch, q.get_device(), "combine_info_nce", dim, splits, count, flags, *apart)
-    strides = q.stride(0), k.stride(0)
-    combine(q, k, *scales, *found, loss, sigma, diff, lse, *strides, k.shape[0], count, splits)
+    combine(
+        q, k, *scales, weight, stats, means, loss, total, sigma, grad_q, lse,
+        q.stride(0), k.stride(0), k.shape[0], count, splits,
+    )  # fmt: skip
 
 
 rows = partial(two_steps.rows, sys.modules[__name__])

@@ -5,16 +5,19 @@ What a backend of this kind, `steps`, has for it:
     readable(t)      t [R, D] as its kernels read rows: itself, or a copy
     on(x)            a context in which launches go to the device of x
     scales(scale)    each scale as its kernels take it
-    lookup(first, second, queue, scales, exclude, want_mean) -> stats [3, S, R], means [S, R, D]
+    lookup(first, second, queue, scales, exclude, want_mean)
                      for S splits of the queue and R rows, those of `first` [., D] and then of `second`, which
-                     have a scale each: reference, sum, divisor and mean as kernels/lookup.py defines them.
-                     Without want_mean, means is [0].
+                     have a scale each: stats [3, S, R] and means [S, R, D], reference, sum, divisor and mean
+                     as kernels/lookup.py defines them, in the form that its own combine step takes. Without
+                     want_mean there are no means.
     combine_rows(found, scales, split, lse, mean)
-    combine_relation(q, k, scales, teacher, student, offset, form, loss, entropy, diff, lse, mean_t)
-    combine_info_nce(q, k, scales, found, loss, sigma, diff, lse)
+    combine_relation(q, k, scales, teacher, student, offset, form, weight, loss, total, entropy, grad_q, lse,
+                     mean_t)
+    combine_info_nce(q, k, scales, found, weight, loss, total, sigma, grad_q, lse)
                      what the contract of relssl/backends calls rows, relation and info_nce, written to the
                      last arguments; found, teacher and student are lookups, in which the students' rows
-                     begin at `offset`. Means and differences of width 0 are not wanted.
+                     begin at `offset`. loss has the rows, total, 0-d or None, weight times their sum. Means
+                     and gradients of width 0 are not wanted.
 """
 
 from typing import Any
@@ -46,38 +49,51 @@ def rows(
 
 
 def relation(
-    steps: Any, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, want_diff: bool
+    steps: Any,
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    scale: Scale,
+    form: str,
+    weight: float | None,
+    want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = k.shape
     views = q.shape[:-1]
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
     scale = _held(scale)
     count = q.shape[0]
-    shapes = views, batch, (*views, dim) if want_diff else (count, 0), (2, batch + count), (batch, dim)
-    loss, entropy, diff, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    shapes = views, batch, (*views, dim) if want_grad else (count, 0), (2, batch + count), (batch, dim)
+    loss, entropy, grad_q, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    total = None if weight is None else loss.new_empty(())
     with steps.on(q):
         c_s, c_t = scales = steps.scales(scale)
-        if want_diff:
+        if want_grad:
             teacher = student = steps.lookup(k, q, queue, (c_t, c_s), None, True)
         else:  # The student's mean is a quarter of the work.
             teacher = steps.lookup(k, k[:0], queue, (c_t, c_t), None, True)
             student = steps.lookup(q, q[:0], queue, (c_s, c_s), None, False)
-        offset = batch if want_diff else 0
-        steps.combine_relation(q, k, scales, teacher, student, offset, form, loss, entropy, diff, lse, mean_t)
-    return loss, entropy, diff, lse, mean_t
+        offset = batch if want_grad else 0
+        steps.combine_relation(
+            q, k, scales, teacher, student, offset, form, 1.0 if weight is None else weight,
+            loss, total, entropy, grad_q, lse, mean_t,
+        )  # fmt: skip
+    return loss if total is None else total, entropy, grad_q, lse, mean_t
 
 
 def info_nce(
-    steps: Any, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, want_diff: bool
+    steps: Any, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     views = q.shape[:-1]
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
     scale = _held(scale)
     count, dim = q.shape
-    shapes = views, views, (*views, dim) if want_diff else (count, 0), (2, count)
-    loss, sigma, diff, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    shapes = views, views, (*views, dim) if want_grad else (count, 0), (2, count)
+    loss, sigma, grad_q, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    total = None if weight is None else loss.new_empty(())
     with steps.on(q):
         (c,) = scales = steps.scales(scale)
-        found = steps.lookup(q, q[:0], queue, (c, c), None, want_diff)
-        steps.combine_info_nce(q, k, scales, found, loss, sigma, diff, lse)
-    return loss, sigma, diff, lse
+        found = steps.lookup(q, q[:0], queue, (c, c), None, want_grad)
+        factor = 1.0 if weight is None else weight
+        steps.combine_info_nce(q, k, scales, found, factor, loss, total, sigma, grad_q, lse)
+    return loss if total is None else total, sigma, grad_q, lse
