@@ -53,7 +53,9 @@ struct Block {
 
   const TensorMap& queue;
   const Lookup& in;
-  const int group = static_cast<int>(threadIdx.x) / GROUP - 1;  // of consumers; -1 is the producer
+  // Of consumers; -1 is the producer. A shuffle tells ptxas that a warp's lanes agree, and so descriptors are computed
+  // once for a warp, in uniform registers: at D = 512 that spares a third of a tile's instructions.
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / GROUP, 0) - 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32;
   const int part = SHARING == 2 ? group : 0;
   const int top = (SHARING == 2 ? 0 : 64 * group) + 16 * warp;  // the warp's first row in the block
