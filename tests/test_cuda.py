@@ -267,6 +267,55 @@ def test_any_number_of_splits(cuda, processors, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
 
 
+def partial_results(splits, rows, dim):
+    """Partials of a lookup, with NaN behind them; and in float64 lse, in units of log 2, and mean."""
+    stats = torch.rand(3, splits, rows) + torch.tensor([-0.5, 0.5, 0.5])[:, None, None]
+    means = torch.full((splits + 40, rows, dim), torch.nan)[:splits].normal_()
+    reference, total, divisor = stats.double()
+    weight = torch.exp2(10.0 * reference)
+    lse = (weight * total).sum(0).log2()
+    return (stats, means), lse, (weight[..., None] * means).sum(0) / (weight * divisor).sum(0)[:, None]
+
+
+@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize("splits", [1, 33, 128, 256])  # in one load of a group's threads, in two, in all
+def test_splits_are_combined(module, monkeypatch, splits, dim):
+    cuda = emulated.install(module, monkeypatch.setattr, 80)
+    found, lse, mean = partial_results(splits, 5, dim)
+    ln2 = torch.tensor(2.0, dtype=torch.float64).log()
+    got, got_mean = torch.full((2, 5), torch.nan), torch.full((5, dim), torch.nan)
+    scales = (10.0, 0), (10.0, 0)
+    cuda.combine_rows(found, scales, 2, got, got_mean)
+    torch.testing.assert_close(got.double().sum(0), lse * ln2, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got_mean.double(), mean, rtol=1e-5, atol=1e-6)
+
+    q, k = (
+        unit(3, dim).bfloat16(),
+        unit(2, dim).bfloat16(),
+    )  # rows 0 and 1 of what was found are the teacher's
+    loss, entropy, lses = (torch.full(shape, torch.nan) for shape in [(3,), (2,), (2, 5)])
+    grad, mean_t = torch.full((3, dim), torch.nan), torch.full((2, dim), torch.nan)
+    cuda.combine_relation(q, k, scales, found, found, 2, "ce", 0.5, loss, None, entropy, grad, lses, mean_t)
+    own = [0, 1, 0]  # each student's teacher
+    torch.testing.assert_close(
+        loss.double(), ln2 * (lse[2:] - 10 * (q * mean[own]).sum(1)), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        entropy.double(), ln2 * (lse[:2] - 10 * (k * mean[:2]).sum(1)), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(grad.double(), 5 * ln2 * (mean[2:] - mean[own]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(lses, got) and torch.equal(mean_t, got_mean[:2])
+
+    found, lse, mean = partial_results(splits, 3, dim)
+    sigma, lses = torch.full((3,), torch.nan), torch.full((2, 3), torch.nan)
+    cuda.combine_info_nce(q, k, scales[:1], found, 0.5, loss, None, sigma, grad, lses)
+    z = ln2 * (lse - 10 * (q.double() * k[own].double()).sum(1))
+    torch.testing.assert_close(loss.double(), torch.nn.functional.softplus(z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sigma.double(), z.sigmoid(), rtol=1e-5, atol=1e-5)
+    expected = 5 * ln2 * z.sigmoid()[:, None] * (mean - k[own].double())
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "dim", [pytest.param(d, marks=[pytest.mark.slow] * (d in (128, 256))) for d in WIDTHS]
 )
@@ -508,6 +557,33 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
             assert not r.serialized, f"{r}: each product is waited for"
             # Of warpgroups with rows of their own, exponentials run beside the product before.
             assert r.late == 0 or not r.mean or r.dim == 512, f"{r}: exponentials that nothing hides"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("nvcc")
+def test_consumers_do_not_keep_others_waiting(compiled):
+    """Between a turn and the first product stand descriptors and counters only; and where warpgroups share
+    rows (D = 512) the producer gets a tile back before the next one's similarities are there."""
+    for r in compiled:
+        if r.kernel != "lookup_sm90" or not r.mean:
+            continue
+        sweeps = 2 if r.dtype == "bf16" else 1  # float16 has no reference 0
+        apart = r.dim != 512
+        assert len(r.turns) == 2 * sweeps * apart, f"{r}: turns of all tiles but the last, and of the last"
+        assert max(r.turns[::2], default=0) <= 20, f"{r}: work within a turn"
+        assert max(r.turns[1::2], default=0) <= 40, f"{r}: work within the last turn of a block"
+        assert r.early == sweeps * (not apart), f"{r}: tiles given back late"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("nvcc")
+def test_combining_seldom_waits(compiled):
+    """At most 8 times for 128 splits: once for what they counted, then for their means, of which each of four
+    groups of threads has a quarter."""
+    for r in compiled:
+        if r.kernel.startswith("combine"):
+            rows = 2 if r.kernel == "combine_relation" else 1  # student's and teacher's at the same time
+            assert 1 + 128 / (4 * r.in_flight / rows) <= 8, f"{r}: loads that wait for each other"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import emulated
 import pytest
 
 # What orders threads, copies and products. (Turns at issuing products are for speed alone.)
-ORDERS = r"(__syncthreads|meet|cp_async_wait<.*?>|fence_proxy|mbarrier_wait|wgmma_wait<.*?>|await_mean)\("
+ORDERS = r"(__syncthreads|meet|cp_async_wait<.*?>|fence_proxy|mbarrier_wait|wgmma_wait<.*?>|await_\w+)\("
 FILES = ["lookup_sm80", "lookup_sm90", "combine"]
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 # As SASS names what the kernels stand on: products, and copies that leave the registers alone.
 INSTRUCTIONS = {"HMMA": "mma.sync", "HGMMA": "wgmma", "LDGSTS": "cp.async", "UTMALDG": "bulk tensor copy"}
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/")  # where it lies, which the disassembler puts before each
 LOOKUP = re.compile(r"_ZN6relssl\d+(sm\d+)6lookupINS_4(BF16|FP16)ELi(\d+)ELb([01])E")
 COMBINE = re.compile(r"_ZN6relssl.*?(combine_(?:rows|relation|info_nce))(?:INS_4(BF16|FP16)E)?")
 
@@ -34,6 +35,9 @@ class Resources(NamedTuple):
     instructions: dict[str, int]  # how often each of INSTRUCTIONS occurs
     serialized: int  # products that are waited for one by one
     late: int  # exponentials between the last wait before a product and that product, which nothing hides
+    turns: list[int]  # instructions between each turn at issuing products and the first product
+    early: int  # tiles given back between two waits, while the next one's similarities are on their way
+    in_flight: int  # the most loads of 16 bytes that are issued before one is used
 
 
 def extension() -> Path | None:
@@ -92,7 +96,27 @@ def kernels(file: Path) -> Iterator[Resources]:
         serialized = waits if products and waits == products else 0
         chains = re.findall(r"DEPBAR\.LE gsb0((?:(?!DEPBAR\.LE gsb0|HGMMA).)*)HGMMA", text, re.S)
         late = sum(chain.count("MUFU.EX2") for chain in chains)
-        yield Resources(kernel, chip, dtype, dim, mean, registers, stack, shared, counts, serialized, late)
+        # The turn is the only barrier whose number is in a register: it depends on the warpgroup.
+        opened = re.findall(r"BAR\.SYNC\S* R((?:(?!BAR\.SYNC|HGMMA).)*)HGMMA", text, re.S)
+        turns = [len(re.findall(INSTRUCTION, turn)) - 1 for turn in opened] if products else []
+        early = len(re.findall(r"DEPBAR\.LE gsb0, 0x1(?:(?!DEPBAR).)*?SYNCS\.ARRIVE", text, re.S))
+        in_flight = max(part.count("LDG.E.128") for part in text.split("FFMA"))
+        yield Resources(
+            kernel,
+            chip,
+            dtype,
+            dim,
+            mean,
+            registers,
+            stack,
+            shared,
+            counts,
+            serialized,
+            late,
+            turns,
+            early,
+            in_flight,
+        )
 
 
 def main() -> None:

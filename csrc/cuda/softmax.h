@@ -46,8 +46,11 @@ struct Softmax {
   const int column;  // the warp's first similarity in a tile
   const int lane = threadIdx.x % 32;
   float c[F][2], reference[F][2], total[F][2], divisor[F][2];  // total and divisor: this lane's share
+  const int of_lane;  // what the warp's row number `lane` leaves out, held for every tile's question whether any does
 
-  __device__ Softmax(const Lookup& in, int first, int column) : in(in), first(first), column(column) {
+  __device__ Softmax(const Lookup& in, int first, int column)
+      : in(in), first(first), column(column), of_lane(lane < 16 * F ? excluded(first + lane) : -1) {
+    static_assert(16 * F <= 32, "a warp has no more rows than lanes");
 #pragma unroll
     for (int f = 0; f < F; f++)
 #pragma unroll
@@ -58,8 +61,8 @@ struct Softmax {
   __device__ int row(int f, int h) const { return first + 16 * f + 8 * h + lane / 4; }
 
   // The queue row that a row leaves out, or -1. (What is out of range is no concern here: it has been looked at.)
-  __device__ int excluded(int f, int h) const {
-    return in.exclude && row(f, h) < in.rows ? static_cast<int>(in.exclude[row(f, h)]) : -1;
+  __device__ int excluded(int row) const {
+    return in.exclude && row < in.rows ? static_cast<int>(in.exclude[row]) : -1;
   }
 
   template <bool ONLINE>
@@ -76,16 +79,7 @@ struct Softmax {
   // Whether anything in the tile of `size` rows from `start` on is beyond the queue, or left out by this warp's rows.
   __device__ bool to_be_masked(int start, int size) const {
     if (start + size > in.size) return true;
-    if (!in.exclude) return false;
-    bool found = false;
-#pragma unroll
-    for (int f = 0; f < F; f++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int j = excluded(f, h) - start;
-        found = found || (j >= 0 && j < size);
-      }
-    return __any_sync(~0u, found);
+    return in.exclude && __any_sync(~0u, static_cast<unsigned>(of_lane - start) < static_cast<unsigned>(size));
   }
 
   // These entries become -inf.
@@ -94,7 +88,7 @@ struct Softmax {
     for (int f = 0; f < F; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int left_out = excluded(f, h);
+        const int left_out = excluded(row(f, h));  // loaded again: few tiles come here
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll

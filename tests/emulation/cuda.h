@@ -27,6 +27,10 @@ struct float2 {
   float x, y;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 // ------------------------------------------------------------------------------------------- CUDA's own
 
 inline uint32_t __float_as_uint(float x) {
@@ -54,19 +58,25 @@ inline bool __syncthreads_or(bool own) {
   return m.vote;
 }
 
+// What another lane has.
 template <class T>
-T __shfl_xor_sync(unsigned, T x, int lanes) {
+T __shfl_sync(unsigned, T x, int from) {
   struct Lane {
     T given, got;
-    int lanes;
-  } own{x, x, lanes};
-  emulation::machine.together(32, "__shfl_xor_sync", &own, [](void** brought) {
+    int from;
+  } own{x, x, from};
+  emulation::machine.together(32, "a shuffle", &own, [](void** brought) {
     for (int i = 0; i < 32; i++) {
       auto* lane = static_cast<Lane*>(brought[i]);
-      lane->got = static_cast<Lane*>(brought[i ^ lane->lanes])->given;
+      lane->got = static_cast<Lane*>(brought[lane->from])->given;
     }
   });
   return own.got;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int lanes) {
+  return __shfl_sync(mask, x, emulation::machine.current() % 32 ^ lanes);
 }
 
 inline bool __any_sync(unsigned, bool own) {
