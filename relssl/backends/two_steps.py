@@ -63,9 +63,10 @@ def relation(
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
     scale = _held(scale)
     count = q.shape[0]
-    shapes = views, batch, (*views, dim) if want_grad else (count, 0), (2, batch + count), (batch, dim)
-    loss, entropy, grad_q, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    total = None if weight is None else loss.new_empty(())
+    lse = q.new_empty((2, batch + count), dtype=torch.float32)
+    shapes = views, batch, (*views, dim) if want_grad else (count, 0), (batch, dim)
+    loss, entropy, grad_q, mean_t = (lse.new_empty(shape) for shape in shapes)
+    total = None if weight is None else lse.new_empty(())
     with steps.on(q):
         c_s, c_t = scales = steps.scales(scale)
         if want_grad:
@@ -88,9 +89,10 @@ def info_nce(
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
     scale = _held(scale)
     count, dim = q.shape
-    shapes = views, views, (*views, dim) if want_grad else (count, 0), (2, count)
-    loss, sigma, grad_q, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    total = None if weight is None else loss.new_empty(())
+    lse = q.new_empty((2, count), dtype=torch.float32)
+    shapes = views, views, (*views, dim) if want_grad else (count, 0)
+    loss, sigma, grad_q = (lse.new_empty(shape) for shape in shapes)
+    total = None if weight is None else lse.new_empty(())
     with steps.on(q):
         (c,) = scales = steps.scales(scale)
         found = steps.lookup(q, q[:0], queue, (c, c), None, want_grad)
