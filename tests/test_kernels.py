@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ CASES = [
     if dtype == "bf16" or capability in (80, 90)
     for dim in dims
     for case in resources.cases(capability, dim, dtype)
-    if not case.name.startswith("combine") or capability == 90
+    if not case.name.startswith("combine") or capability in (80, 90)
 ]
 
 
@@ -51,6 +52,17 @@ def test_compiled(capability, case):
         assert got.tensor == products.get(capability, "mma.sync")
         assert got.tma if case.tiles.tma else got.copies > 0 or capability == AMD
         assert got.narrow == 0
+
+
+@pytest.mark.parametrize("name", ["combine_relation", "combine_info_nce"])
+def test_a_loss_is_stored_before_its_program_arrives(name):
+    """What the interpreter cannot show: the block's barriers, and reads that no stale cache serves."""
+    (case,) = (case for case in resources.cases(90, 64, "bf16") if case.name == name)
+    ptx = resources.compiled(case, 90).asm["ptx"]
+    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.u32", ptx)
+    assert "bar.sync" in before.rsplit("st.global", 1)[1]
+    assert "bar.sync" in after[: after.index("ld.global")]
+    assert re.findall(r"ld\.global\S*", after) == ["ld.global.cg.b32"] * 4  # 1,024 losses of 256 threads
 
 
 @pytest.mark.slow
