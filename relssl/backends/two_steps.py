@@ -74,11 +74,10 @@ def relation(
         else:  # The student's mean is a quarter of the work.
             teacher = steps.lookup(k, k[:0], queue, (c_t, c_t), None, True)
             student = steps.lookup(q, q[:0], queue, (c_s, c_s), None, False)
-        offset = batch if want_grad else 0
+        offset, factor = batch if want_grad else 0, 1.0 if weight is None else weight
         steps.combine_relation(
-            q, k, scales, teacher, student, offset, form, 1.0 if weight is None else weight,
-            loss, total, entropy, grad_q, lse, mean_t,
-        )  # fmt: skip
+            q, k, scales, teacher, student, offset, form, factor, loss, total, entropy, grad_q, lse, mean_t
+        )
     return loss if total is None else total, entropy, grad_q, lse, mean_t
 
 
