@@ -3,7 +3,8 @@ launches them.
 
     python bench/launch.py
 
-Counts all that Python does in a call, for which a GPU would wait; not what the driver itself takes.
+Counts all that Python does in a call, for which a GPU would wait; not what the driver itself takes. Beside it
+stands the number of launches: those of Triton, and torch's own device operations.
 """
 
 import time
@@ -14,9 +15,11 @@ import torch
 import triton
 from relssl.kernels.heuristics import Chip
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from relssl import backends
+from relssl.functional import info_nce, relation_loss
 
 kernels = backends.MODULES["triton"]
 launches = []
@@ -43,6 +46,61 @@ class Idle:
         return lambda *arguments: launches.append(arguments)
 
 
+class Operations(TorchDispatchMode):
+    """Counts what launches a kernel of torch's on a device: all its operations but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        launches = not operation.is_view and "empty" not in operation.name()
+        if launches and operation.namespace != "relssl":
+            self.names.append(operation.name())
+        return operation(*arguments, **(options or {}))
+
+
+def launched(run) -> tuple[int, list[str]]:
+    """How many kernels of Triton a call launches, and torch's own operations beside them."""
+    own = Operations()
+
+    def counted(part):
+        def run_counted(*arguments):  # An op of relssl hides from a mode what it calls.
+            with own:
+                return part(*arguments)
+
+        return run_counted
+
+    parts = {name: getattr(kernels, name) for name in ("relation", "info_nce", "rows", "vjp")}
+    vars(kernels).update({name: counted(part) for name, part in parts.items()})
+    launches.clear()
+    try:
+        with own:
+            run()
+    finally:
+        vars(kernels).update(parts)
+    return len(launches), own.names
+
+
+def pretend() -> None:
+    """From now on tensors of the CPU pass for a Hopper GPU's."""
+    triton.runtime.driver.set_active(Idle())
+    kernels._chip = lambda index: Chip(90, 132)
+    kernels.supports = lambda device, dtype, dim: None
+
+
+def with_gradient(loss, q, k, queue, **options):
+    """A call of a loss and its backward pass, which autograd's seed is given, so that it makes none."""
+    q = q.clone().requires_grad_()
+    seed = torch.ones(q.shape[0] if options.get("reduction") == "none" else ())
+
+    def run():
+        loss(q, k, queue, backend="triton", **options).backward(seed)
+        q.grad = None
+
+    return run
+
+
 def microseconds(run, rounds: int = 300) -> float:
     times = []
     for _ in range(rounds):
@@ -53,21 +111,20 @@ def microseconds(run, rounds: int = 300) -> float:
 
 
 def main() -> None:
-    triton.runtime.driver.set_active(Idle())
-    kernels._chip = lambda index: Chip(90, 132)
+    pretend()
     q, k, queue = (F.normalize(torch.randn(n, 128), dim=1).bfloat16() for n in (256, 256, 65_536))
     scale = kernels.scales([25.0, 10.0])
     parts = {
+        "relation_loss and backward": with_gradient(relation_loss, q, k, queue),
+        "info_nce and backward": with_gradient(info_nce, q, k, queue),
         "relation": lambda: kernels.relation(q, k, queue, [10.0, 25.0], "ce", 1 / 256, True),
         "of that, lookup": lambda: kernels.lookup(k, q, queue, scale, None, True),
         "info_nce": lambda: kernels.info_nce(q, k, queue, [5.0], 1 / 256, True),
     }
     for name, run in parts.items():
         run()
-        launches.clear()
-        run()
-        count = len(launches)
-        print(f"{name:<16}{microseconds(run):6.1f} us, launches: {count}")
+        ours, own = launched(run)
+        print(f"{name:<27}{microseconds(run):6.1f} us, launches: {ours} of Triton, {len(own)} of torch {own}")
 
 
 if __name__ == "__main__":

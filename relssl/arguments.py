@@ -21,6 +21,12 @@ except ImportError:
     peek_interpreter_stack = None  # type: ignore[assignment]
 
 
+try:  # Private, too: tells what is_grads_batched passes to a backward.
+    from torch._C._functorch import is_legacy_batchedtensor
+except ImportError:
+    is_legacy_batchedtensor = None  # type: ignore[assignment]
+
+
 try:  # Private, too: the hooks on what autograd saves, such as activation checkpointing's.
     from torch._C._autograd import _top_saved_tensors_default_hooks
 except ImportError:
@@ -39,6 +45,11 @@ def transformed() -> bool:
     if peek_interpreter_stack is not None and peek_interpreter_stack() is not None:
         return True
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def batched(g: Tensor) -> bool:
+    """Whether a backward runs for many cotangents at once, which out= does not take."""
+    return transformed() or is_legacy_batchedtensor is None or is_legacy_batchedtensor(g)
 
 
 def normal(t: Any) -> Any:

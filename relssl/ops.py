@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from relssl import backends
-from relssl.arguments import compute_dtype, normal, saving_is_hooked, transformed
+from relssl.arguments import batched, compute_dtype, normal, saving_is_hooked, transformed
 from relssl.backends import chunked, common, reference
 from relssl.backends.common import Scale, Temperature, accumulator, cast, without_autocast
 
@@ -319,12 +319,15 @@ class _Relation(torch.autograd.Function):
         ctx.numbers = _number(tau_s), _number(tau_t)
         ctx.how = how
         ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # zeros for the entropy would be a launch
         return loss, entropy
 
     @staticmethod
     def backward(ctx, g, _):
         queue, q, k, tau_s, tau_t, grad_q, grad_k, lse, mean_t, *_ = ctx.saved_tensors
         needs_q, needs_k, needs_queue, needs_s, needs_t, _ = needs = ctx.needs_input_grad
+        if g is None:
+            return (None,) * 6
         form, reduction, dtype, backend = ctx.how
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
         if _differentiable_backward():
@@ -388,7 +391,7 @@ def _weight(q: Tensor, reduction: str) -> float | None:
 
 def _scaled(grad_q: Tensor, g: Tensor, q: Tensor) -> Tensor:
     """grad_q g, rounded once, to q's dtype."""
-    if grad_q.dtype == q.dtype or torch.compiler.is_compiling() or transformed():
+    if grad_q.dtype == q.dtype or torch.compiler.is_compiling() or batched(g):
         return cast(grad_q * g, q.dtype)
     return torch.mul(grad_q, g, out=torch.empty_like(q))  # one launch
 

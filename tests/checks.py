@@ -1,6 +1,7 @@
 """A loss of the package against the oracle, as every test of numbers asks for it."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from oracle import (
 )
 
 from relssl import backends
+from relssl.backends import common
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import queue_logsumexp, relation_loss
 
@@ -126,6 +128,27 @@ def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
         g, logsumexp_scales(x, queue, tau, *g), x.dtype,
         largest_logit((x, tau), queue=queue), drawn,
     )  # fmt: skip
+
+
+def check_weight(q, k, queue, backend):
+    """A backend's sums and the gradients of q that go with them, against what it has for the rows."""
+    q, k, queue, tensor = on(backend, q, k, queue, torch.tensor([5.0]))
+    module = backends.MODULES[backend]
+    info_nce = getattr(module, "info_nce", partial(common.info_nce, module.rows))
+    for run in (
+        lambda *how: module.relation(q, k, queue, [10.0, 25.0], "kl", *how)[::2],
+        lambda *how: info_nce(q, k, queue, tensor, *how)[::2],
+    ):
+        rows, grad, *_ = run(None, True)
+        assert rows.shape == q.shape[:-1] and grad.shape == q.shape
+        for weight in (1 / rows.numel(), 1.0, 0.3)[2 * INTERPRETED :]:
+            total, weighted, *_ = run(weight, True)
+            exact = weight * rows.double().sum()
+            torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-6 * weight)
+            torch.testing.assert_close(weighted, weight * grad, rtol=1e-6, atol=0)
+        alone, none, *_ = run(weight, False)
+        torch.testing.assert_close(alone, total, rtol=1e-5, atol=1e-6)
+        assert total.shape == alone.shape == () and none.shape == (rows.numel(), 0)
 
 
 def losses(q, k, queue, backend, tau=0.2, exclude=None):

@@ -241,3 +241,80 @@ def test_inference_tensors_as_queue():
         torch.autograd.grad(loss, q, create_graph=True, retain_graph=True)
     loss.backward()
     assert q.grad.norm() > 0
+
+
+# --------------------------------------------------------------------- the gradient of q, rounded once
+
+
+LOSSES = pytest.mark.parametrize("loss", [relation_loss, info_nce])
+
+
+@LOSSES
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_16_bit_gradient_is_the_product_rounded_once(reduction, backend, loss):
+    q, k, queue = (t.bfloat16() for t in batch(2, rows=5, size=50, dim=32))
+    g = torch.rand((2, 5) if reduction == "none" else ()) + 0.5
+    grads = []
+    for leaf in (q.clone(), q.float()):  # of float32 rows, which are cast: the product as it is
+        leaf.requires_grad_()
+        loss(leaf, k, queue, reduction=reduction, backend=backend).backward(g)
+        grads.append(leaf.grad)
+    assert grads[0].dtype == torch.bfloat16 and torch.equal(grads[0], grads[1].bfloat16())
+
+
+@LOSSES
+def test_float16_gradients_keep_their_digits_until_the_loss_is_scaled_back(loss):
+    """Of 1e-7, where float16 has one digit at most: a GradScaler's factor comes before the rounding."""
+    q, k, queue = (t.half() for t in batch(rows=64, size=50, dim=32))
+    name = "temperature" if loss is info_nce else "student_temperature"
+    how = {name: 2000.0, "backend": "chunked"}
+    exact = q.double().requires_grad_()
+    loss(exact, k.double(), queue.double(), **how).backward()
+    assert exact.grad.abs().median() < 1e-6
+    ours = q.clone().requires_grad_()
+    (loss(ours, k, queue, **how) * 65536).backward()
+    torch.testing.assert_close(ours.grad.double() / 65536, exact.grad, rtol=2e-3, atol=1e-9)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "sliced": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@LOSSES
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_16_bit_gradients_of_any_layout(layout, loss):
+    q, k, queue = (t.bfloat16() for t in batch(rows=5, size=50, dim=32))
+    q = LAYOUTS[layout](q)
+    (grad,) = torch.autograd.grad(loss(q.requires_grad_(), k, queue), q)
+    plain = q.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    (expected,) = torch.autograd.grad(loss(plain, k, queue), plain)
+    assert grad.shape == q.shape and torch.equal(grad, expected)
+
+
+@LOSSES
+def test_16_bit_gradients_of_many_cotangents_at_once(loss):
+    q, k, queue = (t.bfloat16() for t in batch(rows=5, size=50, dim=32))
+    rows = loss(q.requires_grad_(), k, queue, reduction="none")
+    (grads,) = torch.autograd.grad(rows, q, torch.eye(5), is_grads_batched=True, retain_graph=True)
+    for g, grad in zip(torch.eye(5), grads, strict=True):
+        torch.testing.assert_close(grad, torch.autograd.grad(rows, q, g, retain_graph=True)[0])
+
+
+def test_a_loss_that_nobody_used_has_no_gradient():
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    q, k, queue = batch(rows=5)
+    q.requires_grad_()
+    Nothing.apply(relation_loss(q, k, queue)).backward()
+    assert q.grad is None

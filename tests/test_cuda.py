@@ -9,7 +9,7 @@ import checks
 import emulated
 import pytest
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_relation, on
+from checks import batch, check_info_nce, check_logsumexp, check_relation, check_weight, on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import unit
@@ -73,6 +73,11 @@ def test_losses(cuda, dtype, dim, shape):
     q, k, queue = batch(*shape, dim, dtype)
     exclude = torch.randint(-1, len(queue), (len(k),)) if len(queue) > 1 else None
     check_all(q, k, queue, exclude=exclude)
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_sums_of_rows_and_their_gradients(cuda, views):
+    check_weight(*batch(views, 5, 200, 64, torch.bfloat16), "cuda")
 
 
 @given(st.data())

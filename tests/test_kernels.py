@@ -37,7 +37,7 @@ CASES = [
     if dtype == "bf16" or (capability != AMD if dtype == "fp16" else capability in (80, 90))
     for dim in dims
     for case in resources.cases(capability, dim, dtype)
-    if not case.name.startswith("combine") or (capability in (89, 90) and dtype == "bf16")
+    if not case.name.startswith("combine") or (capability in (80, 89, 90) and dtype == "bf16")
 ]
 
 
@@ -97,6 +97,17 @@ def test_loops_are_read_off_a_program():
         /*0040*/  BRA 0x40;             /* 0x0000000000000000 */
     """
     assert resources.loops(sass) == [["MUFU.EX2 R1, R1", "@!P1 BRA 0x20"]]
+
+
+@pytest.mark.parametrize("name", ["combine_relation", "combine_info_nce"])
+def test_a_loss_is_stored_before_its_program_arrives(name):
+    """What the interpreter cannot show: the block's barriers, and reads that no stale cache serves."""
+    (case,) = (case for case in resources.cases(90, 64, "bf16") if case.name == name)
+    ptx = resources.compiled(case, 90).asm["ptx"]
+    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.u32", ptx)
+    assert "bar.sync" in before.rsplit("st.global", 1)[1]
+    assert "bar.sync" in after[: after.index("ld.global")]
+    assert re.findall(r"ld\.global\S*", after) == ["ld.global.cg.b32"] * 4  # 1,024 losses of 256 threads
 
 
 @pytest.mark.slow

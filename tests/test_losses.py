@@ -12,6 +12,7 @@ from checks import (
     check_info_nce,
     check_logsumexp,
     check_relation,
+    check_weight,
     every,
     on,
     reduced,
@@ -99,6 +100,14 @@ def test_reductions(views, reduction, backend):
     check_relation(*inputs, 0.1, 0.04, "kl", backend, reduction=reduction)
     check_relation(*inputs, 0.1, 0.04, "ce", backend, reduction=reduction)
     check_info_nce(*inputs, 0.2, backend, reduction=reduction)
+
+
+# Triton adds up 1,024 losses at a time; its interpreter would take minutes for more (test_triton.py).
+@shapes((2, 5, 33, 24), *[(None, 5, 33, 24), (None, 1030, 3, 8)] * (not INTERPRETED))
+@every(*DTYPES)
+def test_sums_of_rows_and_their_gradients(dtype, shape, backend):
+    if backend != "reference":  # It differentiates whole functions.
+        check_weight(*batch(*shape, dtype), backend)
 
 
 @pytest.mark.parametrize("backend", EXACT)

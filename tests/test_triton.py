@@ -385,3 +385,15 @@ def test_bad_values_on_a_device_make_nan(triton):
     scale = on("triton", torch.tensor([float("nan")] * 2))
     lse, mean = triton.rows(x, queue, scale, 5, None, True)
     assert lse.isnan().all() and mean.isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11, 16])
+def test_the_last_program_to_arrive_adds_up_the_losses(rows):
+    total_of = pytest.importorskip("total").total_of
+    loss, total, arrived = on("triton", torch.randn(rows + 3), torch.zeros(()), torch.zeros(1).int())
+    total_of[(rows,)](loss, total, 0.3, arrived)
+    assert arrived.item() == rows
+    torch.testing.assert_close(total, 0.3 * loss[:rows].sum(), rtol=1e-6, atol=1e-6)
+    arrived.fill_(-1)  # One is missing: none is the last.
+    total_of[(rows,)](loss, total.fill_(7), 0.3, arrived)
+    assert total.item() == 7

@@ -277,12 +277,20 @@ def _lookup_launch(
     return launch
 
 
+FLAGS = {
+    "combine_rows": ("MEAN", "DEVICE_SCALE"),
+    "combine_relation": ("KL", "TOTAL", "GRAD", "DEVICE_SCALE"),
+    "combine_info_nce": ("TOTAL", "GRAD", "DEVICE_SCALE"),
+}
+
+
 def _combine_launch(
     device: int, name: str, dim: int, splits: int, rows: int, flags: tuple, *tensors: Tensor
 ) -> _Launch:
     kernels = _kernels()
     constants, warps = kernels.heuristics.combine(_chip(device), dim, splits)
-    return _Launch(getattr(kernels, name), (rows,), constants | dict(flags), num_warps=warps)
+    constants |= zip(FLAGS[name], flags, strict=True)
+    return _Launch(getattr(kernels, name), (rows,), constants, num_warps=warps)
 
 
 def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
@@ -303,7 +311,7 @@ readable = dense
 def combine_rows(found: Found, scales: tuple, split: int, lse: Tensor, mean: Tensor) -> None:
     stats, means, count, splits = found
     dim = mean.shape[1]
-    flags = ("MEAN", dim > 0), ("DEVICE_SCALE", isinstance(scales[0], Tensor))
+    flags = dim > 0, isinstance(scales[0], Tensor)
     apart = _tensors(scales)
     combine = _planned(_combine_launch, lse.get_device(), "combine_rows", dim, splits, count, flags, *apart)
     combine(stats, means, *scales, lse, mean, split, count, splits)
@@ -317,10 +325,7 @@ def combine_relation(
     (count, dim), batch = q.shape, k.shape[0]
     stats_t, means_t, rows_t, splits_t = teacher
     stats_s, means_s, rows_s, splits_s = student
-    flags = (
-        ("KL", form == "kl"), ("TOTAL", total is not None), ("GRAD", grad_q.numel() > 0),
-        ("DEVICE_SCALE", isinstance(scales[0], Tensor)),
-    )  # fmt: skip
+    flags = form == "kl", total is not None, grad_q.numel() > 0, isinstance(scales[0], Tensor)
     most, apart = max(splits_t, splits_s), _tensors((q, k, *scales))
     combine = _planned(_combine_launch, q.get_device(), "combine_relation", dim, most, count, flags, *apart)
     combine(
@@ -334,10 +339,7 @@ def combine_info_nce(
     loss: Tensor, total: Tensor | None, sigma: Tensor, grad_q: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     (count, dim), (stats, means, _, splits) = q.shape, found
-    flags = (
-        ("TOTAL", total is not None), ("GRAD", grad_q.numel() > 0),
-        ("DEVICE_SCALE", isinstance(scales[0], Tensor)),
-    )  # fmt: skip
+    flags = total is not None, grad_q.numel() > 0, isinstance(scales[0], Tensor)
     apart = _tensors((q, k, *scales))
     combine = _planned(_combine_launch, q.get_device(), "combine_info_nce", dim, splits, count, flags, *apart)
     combine(

@@ -66,9 +66,10 @@ def relation(
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
     scale = _held(scale)
     count = q.shape[0]
-    shapes = views, batch, (*views, dim) if want_grad else (count, 0), (2, batch + count), (batch, dim)
-    loss, entropy, grad_q, lse, mean_t = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    total = None if weight is None else loss.new_empty(())
+    lse = q.new_empty((2, batch + count), dtype=torch.float32)
+    shapes = views, batch, (*views, dim) if want_grad else (count, 0), (batch, dim)
+    loss, entropy, grad_q, mean_t = (lse.new_empty(shape) for shape in shapes)
+    total = None if weight is None else lse.new_empty(())
     with steps.on(q):
         c_s, c_t = scales = steps.scales(scale)
         if want_grad:
@@ -76,11 +77,10 @@ def relation(
         else:  # The student's mean is a quarter of the work.
             teacher = steps.lookup(k, k[:0], queue, (c_t, c_t), None, True)
             student = steps.lookup(q, q[:0], queue, (c_s, c_s), None, False)
-        offset = batch if want_grad else 0
+        offset, factor = batch if want_grad else 0, 1.0 if weight is None else weight
         steps.combine_relation(
-            q, k, scales, teacher, student, offset, form, 1.0 if weight is None else weight,
-            loss, total, entropy, grad_q, lse, mean_t,
-        )  # fmt: skip
+            q, k, scales, teacher, student, offset, form, factor, loss, total, entropy, grad_q, lse, mean_t
+        )
     return loss if total is None else total, entropy, grad_q, lse, mean_t
 
 
@@ -91,9 +91,10 @@ def info_nce(
     q, k, queue = steps.readable(flat(q)), steps.readable(k), steps.readable(queue)
     scale = _held(scale)
     count, dim = q.shape
-    shapes = views, views, (*views, dim) if want_grad else (count, 0), (2, count)
-    loss, sigma, grad_q, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    total = None if weight is None else loss.new_empty(())
+    lse = q.new_empty((2, count), dtype=torch.float32)
+    shapes = views, views, (*views, dim) if want_grad else (count, 0)
+    loss, sigma, grad_q = (lse.new_empty(shape) for shape in shapes)
+    total = None if weight is None else lse.new_empty(())
     with steps.on(q):
         (c,) = scales = steps.scales(scale)
         found = steps.lookup(q, q[:0], queue, (c, c), None, want_grad)

@@ -1,0 +1,64 @@
+"""How many launches a loss and its gradient take (bench/launch.py counts them)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import unit
+
+from relssl.functional import info_nce, relation_loss
+
+pytest.importorskip("triton")
+import launch
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Triton's backend takes tensors of the CPU, and its launches are counted only."""
+    kernels = launch.kernels
+    monkeypatch.setattr(kernels, "supports", lambda device, dtype, dim: None)
+    monkeypatch.setattr(kernels, "_chip", lambda index: launch.Chip(90, 132))
+    monkeypatch.setattr(kernels, "_plans", {})
+
+    def count(self, *arguments):
+        launch.launches.append(arguments)
+
+    monkeypatch.setattr(kernels._Launch, "__call__", count)
+
+
+@pytest.mark.parametrize("loss", [relation_loss, info_nce])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_lookup_combine_and_one_product(idle, dtype, reduction, loss):
+    inputs = [unit(n, 16, dtype=dtype) for n in (8, 8, 100)]
+    product = "aten::mul.Tensor" if dtype == torch.float32 else "aten::mul.out"  # rounds in the same launch
+    run = launch.with_gradient(loss, *inputs, reduction=reduction)
+    assert launch.launched(run) == (2, [product])
+
+
+def test_without_a_gradient_no_operation_of_torch(idle):
+    q, k, queue = (unit(n, 16) for n in (8, 8, 100))
+    # The student's mean is a quarter of the work: it is left out, by a lookup of its own.
+    for loss, expected in (relation_loss, 3), (info_nce, 2):
+        assert launch.launched(lambda loss=loss: loss(q, k, queue, backend="triton")) == (expected, [])
+
+
+DRIVEN = """
+import sys; sys.path.insert(0, sys.argv[1])
+from launch import launched, pretend, relation_loss, torch, with_gradient
+
+pretend()
+inputs = (torch.randn(n, 128).bfloat16() for n in (64, 64, 4096))
+print(launched(with_gradient(relation_loss, *inputs)))
+"""
+
+
+def test_through_a_driver_that_does_nothing(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", DRIVEN, BENCH]
+    # From an empty folder, so that the source tree cannot stand in for the package.
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == "(2, ['aten::mul.out'])\n", run.stderr
