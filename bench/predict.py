@@ -7,9 +7,9 @@ is built. With --docs, the tables of docs/kernels.md and docs/cuda.md are writte
 
 Both bounds rest on the instructions of the loop over the queue's tiles, on the nominal rates below and on how
 many blocks a multiprocessor holds. At best, all of a tile's work overlaps, and the busiest pipe decides. At
-worst, nothing in a warp overlaps but what its own code leaves in flight, and simulation.py tells what other
-warps hide. Left out are memory beyond the multiprocessor, bank conflicts, clocks that drop under load, the
-multiprocessors that the last wave leaves idle, and what comes before and after the loop.
+worst, a warp does one thing after the other, without a product in flight beside its exponentials, and only
+other warps hide that, as simulation.py has it. Left out are memory beyond the multiprocessor, bank conflicts,
+clocks that drop under load, multiprocessors without work in the last wave, and what is not in the loop.
 """
 
 import argparse
@@ -37,8 +37,8 @@ START, END = "<!-- python bench/predict.py --docs writes from here -->", "<!-- t
 
 class Chip(NamedTuple):
     # Dense 16-bit flop per clock by instruction, from the data sheets: A100, H100 and B200 do 312, 989 and
-    # 2,250 Tflop/s on 108, 132 and 148 multiprocessors at 1.41, 1.83 and 1.85 GHz. Hopper does 62.9 % of that
-    # by mma.sync (Luo et al. 2024, arXiv:2402.13499).
+    # 2,250 Tflop/s on 108, 132 and 148 multiprocessors at 1.41, 1.83 and 1.85 GHz. Of that, Hopper's mma.sync
+    # does some 63 % (Luo et al. 2024, arXiv:2402.13499).
     tensor: dict[str, int]
     fma: int  # float32 results per clock
     shared: int  # bytes of shared memory
@@ -55,6 +55,7 @@ RESERVED = 1024  # bytes of shared memory of each block that are the system's
 COLUMNS = 512  # of tensor memory (PTX ISA)
 XU, ALU = 16, 64  # results per clock: special functions; integers and logic
 BANDWIDTH = 128  # bytes of shared memory per clock
+LATENCY = 60  # clocks until warps go on after a chain of products, a barrier or a turn: an assumption
 
 # Which pipe an instruction takes beside its issue slot. By Nsight Compute's documentation conversions are the
 # XU's, but packed ones (F2FP) the ALU's.
@@ -191,37 +192,27 @@ def work(loop: list[Instruction], kernel: Kernel) -> Work:
 
 
 def steps(kernel: Kernel) -> list[Step]:
-    """What four warps do for a tile, in the order of the code."""
+    """What four warps do for a tile, in the order of the code, and one thing after the other."""
     found: list[Step] = []
     passed: list[Instruction] = []
     pending = 0.0
     turns = any("BAR.ARV" in each.text for each in kernel.loop)
-    for i, each in enumerate(kernel.loop):
-        step: Step | None = None
+    for each in kernel.loop:
+        then: list[Step] = []
         if each.multiplies:
             pending += clocks(each, kernel)
-            if commits(kernel.loop, i):
-                step, pending = ("product", pending), 0.0
-        elif depth := re.search(r"DEPBAR\.LE gsb0, 0x(\d)", each.text):
-            step = "wait", int(depth[1])
-        elif each.name == "LDTM":  # reads what products left in tensor memory
-            step = "wait", 0
+            if "gsb0" in each.text:  # the last of a chain
+                then, pending = [{"tensor": pending}, {"alone": LATENCY}], 0.0
         elif kind := barrier(each.text, turns):
-            step = kind, 0
+            then = [kind, {"alone": LATENCY}] if kind != "pass" else [kind]
         if not each.multiplies:
             passed.append(each)
-        if step:
-            found += [("work", work(passed, kernel)), step]
+        if then:
+            found += [work(passed, kernel), *then]
             passed = []
-    found.append(("work", work(passed, kernel)))
-    # A warp waits for mma.sync, whose chains end nowhere.
-    return [("product", pending), ("wait", 0), *found] if pending else found
-
-
-def commits(loop: list[Instruction], i: int) -> bool:
-    """Whether product i is the last of a chain that is waited for as one."""
-    after = (each.name for each in loop[i + 1 :] if each.name in ("UTCHMMA", "UTCBAR"))
-    return "gsb0" in loop[i].text or (loop[i].name == "UTCHMMA" and next(after, "") == "UTCBAR")
+    found.append(work(passed, kernel))
+    # Chains of other instructions have no such mark, nor turns.
+    return [{"tensor": pending}, {"alone": LATENCY}, *found] if pending else found
 
 
 def barrier(text: str, turns: bool) -> str:
@@ -262,7 +253,7 @@ def cuda_resources() -> Any:
     """csrc/cuda/resources.py, which is not installed."""
     spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "csrc" / "cuda" / "resources.py")
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.dump = cache(module.dump)  # of an extension it takes ten seconds
     return module

@@ -5,36 +5,33 @@ import re
 import predict
 import pytest
 import sass
+import simulation
 from checks import INTERPRETED
 from predict import CHIPS, Kernel, occupancy
 from simulation import simulate
 
-APART = [("product", 300), ("wait", 0), ("work", {"xu": 200, "issue": 150})]
-# The next tile's similarities are issued before this one's mean, and waited for alone.
-AHEAD = [("work", {"xu": 200}), ("wait", 0), ("product", 150), ("product", 150), ("wait", 1)]
+TILE = [{"tensor": 300}, {"xu": 200, "issue": 150}]
 
 
 @pytest.mark.parametrize(
-    ("program", "groups", "blocks", "latency", "clocks"),
+    ("program", "groups", "blocks", "clocks"),
     [
-        (APART, 1, 1, 0, 500),  # nothing overlaps: the sum
-        (APART, 1, 1, 60, 560),
-        (APART, 1, 32, 0, 32 * 300),  # all overlaps: the busiest pipe
-        ([*APART[:2], ("work", {"xu": 400, "issue": 150})], 1, 32, 0, 32 * 400),
-        ([*APART[:2], ("work", {"xu": 200, "alone": 700})], 1, 2, 0, 1000),  # which is no pipe of both
-        ([*APART, ("meet", 0)], 2, 1, 0, 2 * 500),  # both want the same at the same time
-        (
-            [("take", 0), *APART[:2], ("pass", 0), APART[2]],
-            2,
-            1,
-            0,
-            600,
-        ),  # one's work beside the other's product
-        (AHEAD, 1, 1, 0, 150 + 200),  # work beside half of the products
+        (TILE, 1, 1, 500),  # nothing overlaps: the sum
+        (TILE, 1, 16, pytest.approx(16 * 300, rel=0.05)),  # all overlaps: the busiest pipe
+        ([{"tensor": 300}, {"xu": 400}], 1, 16, pytest.approx(16 * 400, rel=0.05)),
+        ([{"alone": 700}], 1, 2, pytest.approx(700)),  # which is no pipe of both
+        ([*TILE, "meet"], 2, 1, 2 * 500),  # both want the same at the same time
+        (["take", TILE[0], "pass", TILE[1]], 2, 1, 600),  # one's work beside the other's product
+        (["take", *TILE, "pass"], 2, 1, 2 * 500),
     ],
 )
-def test_simulation(program, groups, blocks, latency, clocks):
-    assert simulate(program, groups, blocks, latency) == pytest.approx(clocks, rel=0.01)
+def test_simulation(program, groups, blocks, clocks, monkeypatch):
+    monkeypatch.setattr(simulation, "DRAWS", 2)
+    assert simulate(program, groups, blocks) == clocks
+
+
+def test_two_blocks_hide_a_part_of_each_other():
+    assert 1.1 * 2 * 300 < simulate(TILE, 1, 2) < 0.9 * 2 * 500
 
 
 @pytest.mark.parametrize(
@@ -124,12 +121,18 @@ def test_clocks_of_each_pipe():
     assert predict.clocks(narrow, made) == 24  # operands: 3 KB at 128 bytes a clock, instead of 16
 
 
+def outline(made: Kernel) -> list:
+    """Steps, with those of work by their pipes alone."""
+    rest = {"alone": predict.LATENCY}
+    found = [step for step in predict.steps(made) if step != rest]
+    return ["work" if isinstance(step, dict) and "tensor" not in step else step for step in found]
+
+
 def test_steps_are_in_the_order_of_the_code():
-    program = predict.steps(kernel(loop=sass.loops(LOOP)[0]))
-    assert [kind for kind, _ in program] == (
-        ["work", "product", "work", "wait", "work", "product", "work", "meet", "work"]
-    )
-    assert [value for kind, value in program if kind in ("product", "wait")] == [64, 0, 32]
+    made = kernel(loop=sass.loops(LOOP)[0])
+    assert outline(made) == ["work", {"tensor": 64}, "work", {"tensor": 32}, "work", "meet", "work"]
+    worked = [step["alone"] for step in predict.steps(made) if isinstance(step, dict) and "xu" in step]
+    assert worked == [2, 16, 2, 1]  # by the stalls of all but the products
 
 
 def test_barriers_of_two_consumers_are_turns():
@@ -141,34 +144,28 @@ def test_barriers_of_two_consumers_are_turns():
         "WARPGROUP.DEPBAR.LE gsb0, 0x1",
         "BRA 0x0",
     )
-    program = predict.steps(kernel(loop=sass.loops(turns)[0]))
-    assert [step for step in program if step[0] != "work"] == (
-        [("take", 0), ("product", 64), ("pass", 0), ("wait", 1)]
-    )
+    made = kernel(loop=sass.loops(turns)[0])
+    assert outline(made) == ["work", "take", "work", {"tensor": 64}, "work", "pass", "work"]
     assert predict.barrier("BAR.SYNC.DEFER_BLOCKING R41, 0x40", turns=False) == ""  # two warps
 
 
-def test_mma_sync_is_waited_for():
+def test_other_products_come_first():
     one = listing("HMMA.16816.F32.BF16 R4, R8, R2, RZ", "MUFU.EX2 R4, R4", "BAR.SYNC 0x0", "BRA 0x0")
-    program = predict.steps(kernel(capability=80, loop=sass.loops(one)[0]))
-    assert program[:2] == [("product", 8), ("wait", 0)]
-    assert [kind for kind, _ in program[2:]] == ["work", "meet", "work"]
+    made = kernel(capability=80, loop=sass.loops(one)[0])
+    assert outline(made) == [{"tensor": 8}, "work", "meet", "work"]
 
 
 def test_tcgen05_divides_a_tile_among_its_products():
     chain = listing(
         "UTCHMMA tmem[UR9], gdesc[UR56], tmem[UR6], tmem[UR48], idesc[UR49], UPT",
         "UTCHMMA gdesc[UR60], gdesc[UR24], tmem[UR8], tmem[UR62], idesc[UR63], !UPT",
-        "UTCBAR [UR69], URZ",
-        "LDTM.x64 R4, tmem[UR7+0x80]",
         "MUFU.EX2 R4, R4",
         "BRA 0x0",
     )
     made = predict.with_loop(kernel(capability=100, dim=128, block_m=128), chain)
-    assert predict.steps(made)[1] == ("product", 4 * 128**3 / 8192)
-    assert [kind for kind, _ in predict.steps(made)] == ["work", "product", "work", "wait", "work"]
+    assert outline(made) == [{"tensor": 4 * 128**3 / 8192}, "work"]
     half = predict.with_loop(kernel(capability=100, dim=128), chain)
-    assert predict.steps(half)[1] == ("product", 4 * 128**3 / 8192)  # of half the rows
+    assert outline(half) == [{"tensor": 4 * 128**3 / 8192}, "work"]  # of half the rows
 
 
 def test_a_rate_that_is_not_known_is_refused():
