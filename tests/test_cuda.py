@@ -582,6 +582,13 @@ def test_consumers_do_not_keep_others_waiting(compiled):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
+def test_left_out_rows_are_not_loaded_for_every_tile(compiled):
+    lookups = [r for r in compiled if r.kernel.startswith("lookup")]
+    assert {r.asked for r in lookups} == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("nvcc")
 def test_combining_seldom_waits(compiled):
     """At most 8 times for 128 splits: once for what they counted, then for their means, of which each of four
     groups of threads has a quarter."""

@@ -37,6 +37,7 @@ class Resources(NamedTuple):
     late: int  # exponentials between the last wait before a product and that product, which nothing hides
     turns: list[int]  # instructions between each turn at issuing products and the first product
     early: int  # tiles given back between two waits, while the next one's similarities are on their way
+    asked: int  # votes of a warp on whether to mask a tile that wait for a load
     in_flight: int  # the most loads of 16 bytes that are issued before one is used
 
 
@@ -100,23 +101,12 @@ def kernels(file: Path) -> Iterator[Resources]:
         opened = re.findall(r"BAR\.SYNC\S* R((?:(?!BAR\.SYNC|HGMMA).)*)HGMMA", text, re.S)
         turns = [len(re.findall(INSTRUCTION, turn)) - 1 for turn in opened] if products else []
         early = len(re.findall(r"DEPBAR\.LE gsb0, 0x1(?:(?!DEPBAR).)*?SYNCS\.ARRIVE", text, re.S))
+        asked = len(re.findall(r"\bLDG\b(?:(?!MMA|BAR\.|VOTE|SHFL).)*VOTE", text, re.S))
         in_flight = max(part.count("LDG.E.128") for part in text.split("FFMA"))
         yield Resources(
-            kernel,
-            chip,
-            dtype,
-            dim,
-            mean,
-            registers,
-            stack,
-            shared,
-            counts,
-            serialized,
-            late,
-            turns,
-            early,
-            in_flight,
-        )
+            kernel, chip, dtype, dim, mean, registers, stack, shared, counts,
+            serialized, late, turns, early, asked, in_flight,
+        )  # fmt: skip
 
 
 def main() -> None:
