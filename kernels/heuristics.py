@@ -6,6 +6,7 @@ that awaits a measurement.
 """
 
 import re
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ BACKWARD_QUEUE: Table = {
     "sm_80": {
         64: Tiles(64, 32, 8, 2),
         128: Tiles(32, 64, 8, 2),
-        256: Tiles(32, 32, 8, 2),
+        256: Tiles(16, 32, 8, 2),
         512: Tiles(16, 16, 8, 2),
         1024: Tiles(16, 16, 8, 1),
     },
@@ -304,6 +305,8 @@ def variant(name: str, chip: Chip, dtype: str, dim: int) -> Tiles:
         allowed = "tiles are powers of 2 from 16 to 256, warps such to 16, stages 1 to 8"
         raise ValueError(f"{allowed}, not {name!r}")
     tiles = tiles._replace(block_m=m, block_n=n, warps=warps, stages=stages)
+    if tiles.specialised and chip.capability == 90 and warps != 4:
+        raise ValueError(f"for Hopper Triton specialises warps in kernels of 4 alone, not {name!r}")
     if chip.capability != INTERPRETER:
         most, needed = SHARED[family(chip.capability)], shared_memory(chip, dtype, dim, tiles)
         if needed > most:
@@ -314,7 +317,10 @@ def variant(name: str, chip: Chip, dtype: str, dim: int) -> Tiles:
 def variants(chip: Chip, dtype: str, dim: int) -> list[str]:
     """What to try beside the default of a forward pass, the most promising first."""
     default = forward(chip, dtype, dim)
-    names = ["specialised", "specialised 128x64x4x3", "specialised 128x64x8x3"]
+    names = ["specialised"]
+    with suppress(ValueError):
+        own = variant("specialised", chip, dtype, dim)
+        names.append(f"specialised {own.block_m}x{own.block_n // 2}x{own.warps}x{own.stages}")
     m, n, warps, stages = default[:4]
     for in_flight in dict.fromkeys((stages, 3, 2, 4)):
         for rows, of_rows in ((m, warps), (m // 2, 4), (m // 2, warps), (m, 4)):

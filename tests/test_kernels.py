@@ -223,6 +223,7 @@ def test_combine_has_few_warps_where_float64_is_slow():
         ("specialised", 90, "fp32", 128, "16-bit rows of 64 or 128, not fp32 of 128"),
         ("specialised", 90, "fp16", 256, "not fp16 of 256"),
         ("specialised", 100, "fp16", 128, "fp16"),
+        ("specialised 128x64x8x3", 90, "bf16", 128, "of 4 alone, not 'specialised 128x64x8x3'"),
         ("specialised 128x128x4x7", 90, "bf16", 128, "232,448"),
     ],
 )

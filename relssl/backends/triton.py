@@ -116,11 +116,12 @@ class _Launch:
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], **options: int) -> None:
         self.kernel, self.grid, self.options = kernel, (*grid, 1, 1)[:3], options
         self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self.values = tuple(self.constants.values())
         self.run: Any = None
 
     def __call__(self, *arguments: Any) -> None:
         if self.run is not None:
-            self.run(*arguments, *self.constants.values())
+            self.run(*arguments, *self.values)
             return
         compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
         if compiled is not None:  # It is, when interpreted.
@@ -184,7 +185,7 @@ def lookup(
     does not take, the default does.
     """
     kinds = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
-    allowed = torch.backends.cuda.matmul.fp32_precision
+    allowed = queue.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
     device = queue.get_device()
     launch = _planned(
         _lookup_launch, device, first, second, queue, exclude, *kinds, want_mean, allowed, variant
