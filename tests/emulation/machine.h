@@ -148,9 +148,9 @@ class Machine {
     next();
   }
 
-  // The current thread goes on after others; in blocks where all is late, when nothing else can happen.
+  // The current thread goes on after others; in half of the blocks where all is late, when nothing else can happen.
   void give_way() {
-    (late_ ? last_ : ready_).push_back(current_);
+    (late_ && unit_ < 32 ? last_ : ready_).push_back(current_);
     next();
   }
 
