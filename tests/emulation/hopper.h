@@ -38,7 +38,11 @@ inline void mbarrier_arrive_expecting(uint32_t at, int bytes) {
   emulation::machine.settle(m);
 }
 
-inline void mbarrier_arrive(uint32_t at) { mbarrier_arrive_expecting(at, 0); }
+// Whoever was waited for may be overtaken by those that waited.
+inline void mbarrier_arrive(uint32_t at) {
+  mbarrier_arrive_expecting(at, 0);
+  emulation::machine.give_way();
+}
 inline void mbarrier_wait(uint32_t at, int parity) { emulation::machine.wait(emulation::machine.mbarrier(at), parity); }
 
 // Bits 4 to 6 of an address are swizzled by bits 7 to 9.
@@ -60,8 +64,10 @@ inline void copy_box(uint32_t to, const TensorMap* tensor, int column, int row, 
 
 inline void wgmma_commit() { emulation::machine.fiber().products++; }
 
+// By all of a warp, or one of its threads would finish products before another has arrived at what comes before this.
 template <int PENDING>
 void wgmma_wait() {
+  __syncwarp();
   emulation::machine.wait_for_products(PENDING);
 }
 

@@ -148,6 +148,12 @@ class Machine {
     next();
   }
 
+  // The current thread goes on after others; in half of the blocks where all is late, when nothing else can happen.
+  void give_way() {
+    (late_ && unit_ < 32 ? last_ : ready_).push_back(current_);
+    next();
+  }
+
   // What 32 or 128 threads do together: each brings an address, and the last one acts on all.
   template <class Act>
   void together(int count, const char* what, void* brought, Act act) {
@@ -234,6 +240,7 @@ class Machine {
     if (current_ >= 0 && _setjmp(fibers_[current_].at)) return;
     if (!late_ && !bulk_.open.empty() && random_() % 16 == 0) one_of(bulk_);
     while (ready_.empty() && !bulk_.open.empty()) one_of(bulk_);
+    if (ready_.empty()) wake(last_);
     if (ready_.empty()) {
       if (finished_ < threads()) fail("nobody can go on: " + told());
       current_ = -1;
@@ -289,7 +296,7 @@ class Machine {
   std::vector<Tasks> products_;
   std::map<uint32_t, Mbarrier> mbarriers_;
   Tasks bulk_;
-  std::vector<int> ready_, writers_;
+  std::vector<int> ready_, last_, writers_;
   std::vector<uint32_t> ranks_;
   std::vector<uint8_t> shared_;
   Random random_;
