@@ -41,8 +41,8 @@ def sweep(
         tiles = tl.make_tensor_descriptor(
             queue, [size, DIM], [queue_stride.to(tl.int64), 1], [BLOCK_N, d.shape[0]]
         )
-    # Wide rows leave no registers for what a loop can work out again.
-    for start in tl.range(begin, end, BLOCK_N, disable_licm=d.shape[0] > 256):
+    # At this width NVIDIA's chips lack the registers for what a loop can work out again.
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=PACK and d.shape[0] == 512):
         n = start + tl.arange(0, BLOCK_N)
         tile_at = addresses(queue, queue_stride, n)
         tile = tiles.load([start, 0]) if TMA else load(tile_at, n < size, d, DIM, EVEN)
@@ -96,10 +96,9 @@ def lookup(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own_split, splits = tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK_D)
-    at = stats + own_split.to(tl.int64) * rows + row
-    plane = splits.to(tl.int64) * rows
     if REDO:
-        done = is_exact(tl.load(at + plane, mask=row < rows, other=1.0), size)
+        totals = stats + (splits + own_split).to(tl.int64) * rows
+        done = is_exact(tl.load(totals + row, mask=row < rows, other=1.0), size)
         if done:
             return
 
@@ -128,6 +127,8 @@ def lookup(
                 DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, PACK, TMA, True,
             )  # fmt: skip
 
+    at = stats + own_split.to(tl.int64) * rows + row
+    plane = splits.to(tl.int64) * rows
     tl.store(at, reference, mask=inside)
     tl.store(at + plane, total, mask=inside)
     tl.store(stats + 3 * plane, 0.0, mask=(tl.program_id(0) == 0) & (own_split == 0))

@@ -81,7 +81,10 @@ def vjp_x(
     total = tl.zeros([BLOCK_M], tl.float32)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = tl.program_id(1) * step
-    for start in tl.range(begin, tl.minimum(begin + step, size), BLOCK_N, disable_licm=BLOCK_D > 256):
+    # As in lookup.py.
+    for start in tl.range(
+        begin, tl.minimum(begin + step, size), BLOCK_N, disable_licm=PACK and BLOCK_D == 512
+    ):
         n = start + tl.arange(0, BLOCK_N)
         tile_at = addresses(queue, queue_stride, n)
         tile = load(tile_at, n < size, d, DIM, EVEN)
@@ -122,7 +125,7 @@ def vjp_queue(
     wide = as_weight(tile, tile.dtype, PACK)
     c = load_scale(scale, DEVICE_SCALE)
     grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in tl.range(0, rows, BLOCK_M, disable_licm=BLOCK_D > 256):
+    for start in tl.range(0, rows, BLOCK_M, disable_licm=PACK and BLOCK_D == 512):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < rows
         x_at = addresses(x, x_stride, row)
