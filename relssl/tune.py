@@ -174,7 +174,7 @@ def present_choice(device: str, dtype: torch.dtype, shape: Shape) -> str:
     chosen = tuned.nearest(tuned.matching(device, dtype), *shape[1:])
     if chosen and backends.available(chosen, device, dtype, shape.dim):
         return chosen
-    return backends.default(device, dtype, shape.dim)
+    return next(n for n in backends.DEFAULTS if backends.available(n, device, dtype, shape.dim))
 
 
 def verify(trials: list[Trial]) -> None:

@@ -119,18 +119,12 @@ def choose(
             chosen = tuned.nearest(choices, dim, rows, len(queue))
             if chosen and available(chosen, device, dtype, dim):
                 return chosen
-        return default(device, dtype, dim)
+        for name in DEFAULTS:  # the last of which takes anything
+            if MODULES[name].supports(device, dtype, dim) is None:
+                return name
     if reason := unsupported(name, device, dtype, dim):
         raise ValueError(f"backend {name!r} cannot run this: {reason}")
     return name
-
-
-def default(device: str, dtype: torch.dtype, dim: int) -> str:
-    """What "auto" takes where nothing was measured."""
-    for name in DEFAULTS[:-1]:
-        if MODULES[name].supports(device, dtype, dim) is None:
-            return name
-    return DEFAULTS[-1]  # which takes anything
 
 
 def available(name: str, device: str, dtype: torch.dtype, dim: int) -> bool:

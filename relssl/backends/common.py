@@ -61,7 +61,7 @@ def without_autocast(run: Callable) -> Callable:
 def total(rows: Tensor, weight: float, out: Tensor | None = None) -> Tensor:
     """weight times the sum of the rows, 0-d: one call where that is their sum or their mean."""
     if weight == 1 / rows.numel():
-        return torch.mean(rows, None, out=out)
+        return rows.mean() if out is None else torch.mean(rows, None, out=out)
     found = torch.sum(rows, None, out=out)
     return found if weight == 1 else found.mul_(weight)
 
@@ -75,7 +75,8 @@ def info_nce(
     lse, mean = rows(x, queue, both, x.shape[0], None, want_grad)
     kind = lse.dtype
     positive = (cast(q, kind) * cast(k, kind)).sum(-1) * scale[0]
-    positive = positive + 0 * positive  # An infinite one becomes NaN, as in a softmax with it.
+    # With 0 times itself: an infinite one becomes NaN, as in a softmax with it.
+    positive = torch.add(positive, positive, alpha=0)
     high, low = lse.view(2, *positive.shape)
     z = high - positive + low
     sigma, grad_q = z.sigmoid(), mean

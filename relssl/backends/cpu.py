@@ -63,8 +63,11 @@ def rows(
     lse = x.new_empty(2, count, dtype=torch.float32)
     mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
     exclude = exclude if exclude is None else exclude.contiguous()
-    first, second = _stack(x[:split], scale[0]), _stack(x[split:], scale[1])
-    means = (mean.data_ptr(), mean[split:].data_ptr()) if want_mean else (0, 0)
+    first, second, rest = _stack(x, scale[0]), NONE, 0
+    if split < count:  # Slices take as long as all else here.
+        first, second = _stack(x[:split], scale[0]), _stack(x[split:], scale[1])
+        rest = mean[split:].data_ptr()
+    means = (mean.data_ptr(), rest) if want_mean else (0, 0)
     _cpu.rows(
         first, second, *_queue(queue), _address(exclude), lse.data_ptr(), *means, torch.get_num_threads(), isa
     )
@@ -138,6 +141,9 @@ def vjp(
         isa,
     )
     return grad_x, grad_queue
+
+
+NONE = 0, 0, 0, 0.0  # a stack without rows
 
 
 def _stack(x: Tensor, scale: float | Tensor) -> tuple[int, int, int, float]:
