@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import unit
 
-from relssl import backends, tune, tuned
+from relssl import backends, trial, tune, tuned
 from relssl.functional import relation_loss
 
 HERE = Path(__file__).parent
@@ -152,6 +152,16 @@ def test_a_process_has_a_time_limit():
     assert trial.verdict == {"refused": "no answer within 0.3 s"}
     trial.close()
     assert trial.process.poll() == -9
+
+
+def test_memory_that_was_used_before_counts_again():
+    def run():  # in pieces smaller than those that malloc gives back at once
+        return len([torch.ones(6250) for _ in range(100)])
+
+    run()
+    for _ in range(2):
+        found = trial.peak_memory(run, "cpu")
+        assert found is None or 0.6 <= found / 2.5e6 <= 2.0
 
 
 @pytest.mark.parametrize(
