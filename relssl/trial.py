@@ -75,7 +75,7 @@ def hold(
     gives other bits.
 
     rows: those of the first tensor that formula is given and that are compared; by default all.
-    """  # fmt: skip
+    """
     dtype, worst = tensors[0].dtype, 0.0
     got = with_gradients(ours, tensors, cotangents)
     if not all(map(torch.equal, got, with_gradients(ours, tensors, cotangents))):

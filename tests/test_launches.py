@@ -22,6 +22,7 @@ def idle(monkeypatch):
     kernels = launch.kernels
     monkeypatch.setattr(kernels, "supports", lambda device, dtype, dim: None)
     monkeypatch.setattr(kernels, "_chip", lambda index: launch.Chip(90, 132))
+    monkeypatch.setattr(kernels, "_slots", lambda chip, *rest: chip)
     monkeypatch.setattr(kernels, "_plans", {})
 
     def count(self, *arguments):
