@@ -159,8 +159,11 @@ def restore(
             torch.cuda.set_rng_state(randomness["cuda"], device)
     else:
         torch.manual_seed(fresh_seed(config.seed, distributed.rank(), epoch, step))
-    if "tuned" in state:
-        tuned.adopt(state["tuned"])
+    same_device = state["device"] == device.type
+    kernels = tuned.record(device.type)
+    tuned.adopt(
+        kernels | {"choices": state["tuned"]["choices"]} if same_device and "tuned" in state else kernels
+    )
     sums = {name: total.to(device) for name, total in state["sums"].items()}
     return epoch, step, sums, state["history"], state.get("unjudged", False)
 

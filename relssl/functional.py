@@ -60,7 +60,7 @@ def relation_loss(
         form: "kl" or "ce".
         reduction: "mean" and "sum" over all rows, "none" for a loss of shape [B] or [V, B].
         return_entropy: also return the teacher's entropy H(p_t), reduced alike ([B] for "none"), detached.
-        backend: "auto", or a name that `relssl info` lists.
+        backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     dtypes: float32, bfloat16, float16, float64. Computed in the queue's dtype if that is 16-bit, else
     under autocast in the autocast dtype, else in q's; sums and gradients in float32 (float64 for
@@ -132,7 +132,7 @@ def nt_xent(
         temperature: number or tensor of one element, which may require grad.
         queue: [K, D] or a FeatureQueue of further negatives, which may require grad; None for the paper.
         reduction: "mean" and "sum" over all 2N rows, "none" for a loss of shape [2N], z1's rows first.
-        backend: "auto", or a name that `relssl info` lists.
+        backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     dtypes and errors are those of `relation_loss`, the loss's dtype among them.
     """
@@ -214,7 +214,7 @@ def queue_logsumexp(
         queue: [K, D], or a FeatureQueue. Any strides.
         temperature: number or tensor of one element, which may require grad.
         exclude: int64 [R]: the queue row that row r leaves out, -1 for none.
-        backend: "auto", or a name that `relssl info` lists.
+        backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     Returns:
         lse [R] and mean [R, D], float32 (float64 for float64 input). A row left with nothing has

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relssl.backends import reference
-from relssl.functional import queue_logsumexp, relation_loss
+from relssl.functional import info_nce, queue_logsumexp, relation_loss
 
 STUDENT, TEACHER = 0.1, 0.04  # temperatures [ReSSL]
 # B, K and both temperatures: tiles that are not filled; logits that exp cannot hold; one row of each.
@@ -98,27 +98,55 @@ def hold(
 def verify(backend: str, device: str, dtype: torch.dtype, dim: int, shapes: list) -> list[float]:
     """The largest relative error of loss and gradient of q at each shape [rows of q and k, of the queue].
 
-    Every gradient is held to the budget at odd shapes, that of q at the others; Refused where one is over it.
+    Every loss and gradient is held to the budget at odd sizes, the relation loss and its gradient for q at
+    the shapes; Refused where one is over it.
     """
     for rows, size, tau_s, tau_t in ODD:
         tensors = batch(rows, size, dim, dtype, device)
-        check_relation(backend, tensors, tau_s, tau_t)
+        for form, reduction in (("kl", "none"), ("ce", "mean")):
+            check_relation(backend, tensors, tau_s, tau_t, form, reduction)
+        check_info_nce(backend, tensors, tau_s)
         check_logsumexp(backend, tensors[1:], tau_t)
     return [check_shape(backend, batch(max(1, rows // 2), size, dim, dtype, device)) for rows, size in shapes]
 
 
-def check_relation(backend: str, tensors: tuple[Tensor, ...], tau_s: float, tau_t: float) -> None:
-    """The loss of every row and its gradients for q, k and the queue."""
+def reduced(rows: Tensor, reduction: str) -> Tensor:
+    return rows.mean() if reduction == "mean" else rows
+
+
+def check_relation(
+    backend: str, tensors: tuple[Tensor, ...], tau_s: float, tau_t: float, form: str, reduction: str
+) -> None:
+    """The loss and its gradients for q, k and the queue; and without gradients, by other kernels."""
     (rows, size), (c_s, c_t) = (len(t) for t in tensors[1:]), (1 / tau_s, 1 / tau_t)
-    g = weights(tensors[0], rows)
+    g = weights(tensors[0], rows) if reduction == "none" else weights(tensors[0])
+    norm = float(g.norm())
+    scales = [(c_s + c_t + log(size)) * rows**0.5, c_s * norm, c_t * norm, (c_s + c_t) * norm]
+
+    def ours(q: Tensor, k: Tensor, queue: Tensor) -> list[Tensor]:
+        how: Any = {"form": form, "reduction": reduction, "backend": backend}
+        how |= {"student_temperature": tau_s, "teacher_temperature": tau_t}
+        loss: Any = relation_loss(q, k, queue, **how)
+        return [loss]
+
+    def formula(q: Tensor, k: Tensor, queue: Tensor, kind: torch.dtype) -> list[Tensor]:
+        return [reduced(reference.relation(q, k, queue, tau_s, tau_t, form, kind)[0], reduction)]
+
+    hold(ours, formula, tensors, [g], scales)
+    q, k, queue = (t.double() for t in tensors)
+    (loss,), (expected,) = ours(*tensors), formula(q, k, queue, torch.float64)
+    if not (loss - expected).norm() <= 2 * FLOOR[tensors[0].dtype] * expected.norm().clamp(min=scales[0]):
+        raise Refused("wrong without a gradient")
+
+
+def check_info_nce(backend: str, tensors: tuple[Tensor, ...], tau: float) -> None:
+    """The mean loss and its gradients for q, k and the queue."""
+    c, g = 1 / tau, weights(tensors[0])
     norm = float(g.norm())
     hold(
-        lambda q, k, queue: [
-            relation_loss(q, k, queue, student_temperature=tau_s, teacher_temperature=tau_t,
-                          reduction="none", backend=backend)
-        ],
-        lambda q, k, queue, kind: [reference.relation(q, k, queue, tau_s, tau_t, "kl", kind)[0]],
-        tensors, [g], [(c_s + c_t + log(size)) * rows**0.5, c_s * norm, c_t * norm, (c_s + c_t) * norm],
+        lambda q, k, queue: [info_nce(q, k, queue, temperature=tau, backend=backend)],
+        lambda q, k, queue, kind: [reference.info_nce(q, k, queue, tau, kind).mean()],
+        tensors, [g], [2 * c + log(len(tensors[2]) + 1), c * norm, c * norm, c * norm],
     )  # fmt: skip
 
 
@@ -136,16 +164,25 @@ def check_logsumexp(backend: str, tensors: tuple[Tensor, ...], tau: float) -> No
 
 
 def check_shape(backend: str, tensors: tuple[Tensor, ...]) -> float:
-    """The error of the loss and its gradient for q, of rows at either end."""
+    """The error of the rows' loss and gradient for q, at either end; the mean's must be the mean of these."""
     q, k, queue = tensors
     ends = torch.arange(len(q), device=q.device)
     ends = torch.cat((ends[:CHECKED], ends[CHECKED:][-CHECKED:]))
-    c, root = 1 / STUDENT + 1 / TEACHER, len(ends) ** 0.5
-    return hold(
+    c, root, one = 1 / STUDENT + 1 / TEACHER, len(ends) ** 0.5, torch.ones((), device=q.device)
+    error = hold(
         lambda q: [relation_loss(q, k, queue, reduction="none", backend=backend)],
         lambda q, kind: [reference.relation(q, k[ends], queue, STUDENT, TEACHER, "kl", kind)[0]],
-        (q,), [q.new_ones(len(q), dtype=torch.float32)], [(c + log(len(queue))) * root, root / STUDENT], ends,
+        (q,), [one.expand(len(q))], [(c + log(len(queue))) * root, root / STUDENT], ends,
     )  # fmt: skip
+    rows, grads = with_gradients(
+        lambda q: [relation_loss(q, k, queue, reduction="none", backend=backend)], (q,), [one.expand(len(q))]
+    )
+    mean, grad = with_gradients(lambda q: [relation_loss(q, k, queue, backend=backend)], (q,), [one])
+    floor = FLOOR[q.dtype]
+    for got, expected in ((mean, rows.mean()), (grad * len(q), grads)):
+        if not (got - expected).norm() <= floor * expected.norm().clamp(min=floor):
+            raise Refused("wrong: the mean loss is not that of the rows")
+    return error
 
 
 def weights(like: Tensor, *shape: int) -> Tensor:
@@ -273,6 +310,8 @@ def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     except Exception as error:
         yield {"refused": in_a_line(error)}
         return
+    if device == "cuda":
+        torch.cuda.empty_cache()  # Others are still at it.
     yield {"errors": errors}
     torch.set_num_threads(threads)
     for line in lines:

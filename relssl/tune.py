@@ -73,21 +73,21 @@ class Trial:
         try:
             print(json.dumps(question), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()  # type: ignore[union-attr]
+            return json.loads(answer) if answer else {"refused": self.end()}
         except BrokenPipeError:
-            answer = ""
+            return {"refused": self.end()}
         finally:
             timer.cancel()
-        return json.loads(answer) if answer else {"refused": self.end()}
 
     def stop(self) -> None:
         self.overdue = True
         self.kill()
 
     def end(self) -> str:
-        """How the process ended without an answer."""
+        """How the process ends, or is ended, without an answer."""
+        status = self.process.wait()
         if self.overdue:
             return f"no answer within {self.limit:g} s"
-        status = self.process.wait()
         self.kill()  # what it started itself, and would leave behind
         if status < 0:
             return f"crashed: {signal.Signals(-status).name}"
@@ -126,7 +126,7 @@ def tune(
 
     Args:
         imports: modules to import in each process first, which may add to `relssl.backends.MODULES`.
-        limit: seconds for a candidate to compile and be verified, and again to be timed at each shape.
+        limit: seconds for a candidate to compile and be verified, for each shape, and again to be timed.
         jobs: processes that do so at a time; by default as many as there are processors, up to 16.
         report: is called with the steps done, all steps, and what is done next.
     """
@@ -147,19 +147,17 @@ def tune(
         for start in range(0, len(names), jobs):
             some = names[start : start + jobs]
             report(done, total, f"D {dim}: verify {', '.join(some)}")
-            trials = [Trial({"backend": backend, **task}, limit) for backend in some]
+            trials = [Trial({"backend": backend, **task}, limit * len(own)) for backend in some]
             try:
                 verify(trials)
                 done += len(some)
-                if start == 0:
-                    refused = [t.verdict.get("refused") for t in trials]
-                    bad = {name for name, why in zip(some, refused, strict=True) if why}
-                    present = [FALLBACK if name in bad else name for name in present]
                 for backend, trial in zip(some, trials, strict=True):
                     for i, baseline in enumerate(present):
                         report(done, total, f"D {dim}: time {backend}")
                         found[i][backend] = timed(trial, i, baseline)
                         done += 1
+                        if backend == baseline and "refused" in found[i][backend]:
+                            present[i] = FALLBACK
                     trial.close()
             finally:
                 for trial in trials:
@@ -255,35 +253,47 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not gpu:
         raise ValueError("--device cuda: torch finds no GPU")
-    for name in ("dim", "rows", "queue"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    for name, least in {"dim": 1, "rows": 2, "queue": 1, "jobs": 1, "limit": 1}.items():
+        value = getattr(options, name)
+        if value is not None and not value >= least:  # nor NaN
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if options.rows % 2:
+        raise ValueError(f"--rows counts as many queries as keys, so it must be even; got {options.rows}")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # The candidates' processes end with this one.
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     dtype = DTYPES.get(options.dtype, options.dtype)
     sizes = [(options.rows, options.queue, options.dim)]
     if options.published or options.full:
         sizes = PUBLISHED if options.published else FULL
     shapes = [Shape(dtype, dim, rows, queue) for rows, queue, dim in sizes]
-    entries = []
+    entries, failed = [], None
     own = tuned.environment(options.device)
     print(own, file=sys.stderr)
+    if options.imports and "" not in sys.path:
+        sys.path.append("")  # Modules in this folder are found, too; after those that are installed.
     for name in options.imports:
         try:
             import_module(name)
-        except ImportError as error:
+        except Exception as error:
             raise ValueError(f"--import {name}: {error}") from error
+    tuned.path().parent.mkdir(parents=True, exist_ok=True)  # An error comes before the work.
     with progress() as report:
         limits = {"limit": options.limit, "jobs": options.jobs}
         for entry in tune(options.device, shapes, imports=options.imports, report=report, **limits):
             entries.append(entry)
-            if entry["choice"]:
-                tuned.store(own, [entry])
+            try:
+                tuned.store(own, [entry] if entry["choice"] else [])
+            except OSError as error:
+                failed = error  # What was measured is printed nevertheless.
     if options.json:
         print(json.dumps({"environment": own, "entries": entries}, indent=1))
     else:
         print(*map(table, entries), sep="\n\n")
-    print(f"kept in {tuned.path()}", file=sys.stderr)
+    if failed:
+        raise OSError(f"cannot write {tuned.path()}: {failed}") from failed
     if not all(entry["choice"] for entry in entries):
         raise ValueError("every candidate was refused")
+    print(f"kept in {tuned.path()}", file=sys.stderr)
 
 
 @contextmanager

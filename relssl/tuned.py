@@ -78,9 +78,15 @@ def read() -> dict[str, list[dict[str, Any]]]:
     """The entries of every environment; none where the file is missing or damaged."""
     try:
         table = json.loads(path().read_text())
-        return {own: [e for e in entries if {*SHAPE, "choice"} <= e.keys()] for own, entries in table.items()}
-    except (OSError, ValueError, AttributeError, TypeError):  # The last two if something else wrote it.
+        return {own: list(filter(_is_entry, entries)) for own, entries in table.items()}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # It may hold anything.
         return {}
+
+
+def _is_entry(entry: Any) -> bool:
+    sizes = [entry.get(name) for name in ("dim", "rows", "queue")]
+    words = [entry.get(name) for name in ("dtype", "choice")]
+    return all(type(n) is int and n > 0 for n in sizes) and all(type(word) is str for word in words)
 
 
 def store(own: str, entries: list[dict[str, Any]]) -> None:
@@ -90,8 +96,11 @@ def store(own: str, entries: list[dict[str, Any]]) -> None:
     table[own] = list(kept.values())
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(table, indent=1))
-    partial.replace(file)  # Whole or not at all, whoever else writes.
+    try:
+        partial.write_text(json.dumps(table, indent=1))
+        partial.replace(file)  # Whole or not at all, whoever else writes.
+    finally:
+        partial.unlink(missing_ok=True)
     _found.clear()
 
 
@@ -129,7 +138,7 @@ def choices(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
     found = _found.get((device, dtype))
     if found is None:
         found = _found[device, dtype] = matching(device, dtype)
-        if not found and device == "cuda":
+        if device == "cuda" and not found and not record(device)["choices"]:
             _advise()
     return found
 

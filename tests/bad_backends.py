@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from threading import Thread
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +27,17 @@ def raises(*arguments):
     raise RuntimeError("CUDA error: an illegal memory access was encountered\nwith more lines")
 
 
+def stays(*arguments):
+    """Ends, and does not: a thread goes on."""
+    Thread(target=time.sleep, args=(1000,)).start()
+    sys.exit()
+
+
+def is_wrong_in_the_mean(q, k, queue, scale, form, weight, want_grad):
+    loss, entropy, grad_q, *rest = relation(q, k, queue, scale, form, weight, want_grad)
+    return (loss if weight is None else 2 * loss), entropy, grad_q, *rest
+
+
 def is_wrong(*arguments):
     loss, *rest = relation(*arguments)
     return loss * 1.05, *rest
@@ -40,7 +53,7 @@ def varies(*arguments):
     return loss + 1e-6 * torch.rand_like(loss), *rest
 
 
-for fault in (crashes, hangs, raises, is_wrong, is_slow, varies):
+for fault in (crashes, hangs, stays, raises, is_wrong, is_wrong_in_the_mean, is_slow, varies):
     backends.MODULES[fault.__name__] = SimpleNamespace(
         supports=chunked.supports, rows=chunked.rows, vjp=chunked.vjp, relation=fault
     )

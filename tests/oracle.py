@@ -134,12 +134,16 @@ def _widest(t):
     return float(t.detach().double().norm(dim=-1).max())
 
 
+# The logarithm of a float32 sum near 1 errs by half an ulp of 1, 6e-8, however small the logits are.
+LEAST = 1e-7 / FLOOR[torch.bfloat16]
+
+
 def relation_scales(q, k, queue, tau_s, tau_t, g, ones):
     """Of the loss: the size of the log-probabilities it is made of."""
     c_s, c_t, m, w = 1 / float(tau_s), 1 / float(tau_t), _widest(queue), float(g.norm())
     theta_s, theta_t = c_s * _widest(q), c_t * _widest(k)
     return {
-        "0": ((theta_s + theta_t) * m + log(len(queue))) * ones,
+        "0": ((theta_s + theta_t) * m + log(len(queue)) + LEAST) * ones,
         "q": c_s * m * w,
         "k": c_t * m * w,
         "queue": (theta_s + theta_t) * w,

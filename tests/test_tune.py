@@ -93,7 +93,18 @@ def test_it_is_read_once_and_can_be_ignored(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", '{"here": [', "[1, 2]", '{"ENVIRONMENT": 3}', '{"ENVIRONMENT": [{"dim": 1}]}']
+    "text",
+    [
+        "",
+        '{"here": [',
+        "[1, 2]",
+        "[" * 100_000,
+        '{"ENVIRONMENT": 3}',
+        '{"ENVIRONMENT": [{"dim": 1}]}',
+        '{"ENVIRONMENT": [{"dtype": "float32", "dim": 128, "rows": 0, "queue": 65536, "choice": "chunked"}]}',
+        '{"ENVIRONMENT": [{"dtype": "float32", "dim": 128, "rows": 512, "queue": 65536, "choice": 5}]}',
+    ],
+    ids=range(8),
 )
 def test_a_damaged_file_is_as_none(text):
     tuned.path().write_text(text.replace("ENVIRONMENT", tuned.environment("cpu")))
@@ -168,7 +179,9 @@ def test_memory_that_was_used_before_counts_again():
     ("arguments", "message"),
     [
         (["--dim", "0"], "--dim must be at least 1, got 0"),
-        (["--rows", "-2"], "--rows must be at least 1, got -2"),
+        (["--rows", "1"], "--rows must be at least 2, got 1"),
+        (["--rows", "9"], "--rows counts as many queries as keys, so it must be even; got 9"),
+        (["--limit", "nan"], "--limit must be at least 1, got nan"),
         (["--import", "no_such_module"], "--import no_such_module: No module named 'no_such_module'"),
         pytest.param(
             ["--device", "cuda"], "--device cuda: torch finds no GPU",
@@ -204,7 +217,9 @@ def tried(tmp_path_factory):
         ("crashes", "crashed: SIGSEGV"),
         ("hangs", "no answer within 25 s"),
         ("raises", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("stays", "no answer within 25 s"),
         ("is_wrong", "wrong: an error of "),
+        ("is_wrong_in_the_mean", "wrong: an error of "),
         ("varies", "a second call gives other results"),
     ],
 )

@@ -87,7 +87,7 @@ def get(name: str) -> Any:
 
 def unsupported(name: str, device: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why the backend cannot run this, or None. ValueError for an unknown name."""
-    own, _, variant = name.partition("/")
+    own, _, variant = str(name).partition("/")
     if own not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(('auto', *MODULES))}; got {name!r}")
     module = MODULES[own]

@@ -1,4 +1,4 @@
-"""CUDA C++ (csrc/cuda): the whole loss in two launches, on NVIDIA GPUs from Ampere on, for 16-bit rows.
+"""CUDA C++ (csrc/cuda): loss and gradient in two launches, on NVIDIA GPUs from Ampere on, for 16-bit rows.
 
 Here tensors become addresses: dtypes and shapes have been checked, and rows that are not contiguous or do not
 begin at multiples of 16 bytes are copied once. "cuda" is the kernel for sm_80 on every GPU, "cuda/sm_90a" the

@@ -161,13 +161,22 @@ def variants(dtype: torch.dtype, dim: int) -> list[str]:
 
 def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
     """The reason why `lookup` cannot take a variant on the current device, or None."""
+    return _refusal(variant, _current_chip(), NAMES[dtype], dim)
+
+
+@cache
+def _refusal(variant: str, chip: Any, dtype: str, dim: int) -> str | None:
     try:
-        tiles = _kernels().heuristics.variant(variant, _current_chip(), NAMES[dtype], dim)
+        tiles = _kernels().heuristics.variant(variant, chip, dtype, dim)
     except ValueError as error:
         return str(error)
     if tiles.specialised and not _kernels().specialises:
         return f"Triton {_kernels().version} has no specialised warps"
     return None
+
+
+# torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
+unsupported_variant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def lookup(
