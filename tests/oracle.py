@@ -157,7 +157,7 @@ def info_nce_scales(q, k, queue, tau, g, ones):
     m = max(_widest(queue), _widest(k))
     theta = c * _widest(q)
     return {
-        "0": (theta * m + log(len(queue) + 1)) * ones,
+        "0": (theta * m + log(len(queue) + 1) + LEAST) * ones,
         "q": c * m * w,
         "k": theta * w,
         "queue": theta * w,
@@ -170,7 +170,7 @@ def logsumexp_scales(x, queue, tau, g_lse, g_mean):
     theta = c * _widest(x)
     w = float(g_lse.norm()) + m * float(g_mean.norm())
     return {
-        "0": (theta * m + log(len(queue))) * rows,
+        "0": (theta * m + log(len(queue)) + LEAST) * rows,
         "1": m * rows,
         "x": c * m * w,
         "queue": theta * w + float(g_mean.norm()),

@@ -361,6 +361,18 @@ def test_opcheck(scale):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
+def test_a_variant_compiles(backend):
+    """As `relssl tune` may choose one."""
+    q, k, queue = on("triton", *batch(None, 6, 50, 16, torch.float32))
+
+    def loss(name):
+        return checks.losses(q, k, queue, backend=name)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)("triton/16x32x4x1")
+    torch.testing.assert_close(compiled, loss("triton"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
 def test_compiled_equals_eager(backend):
     inputs = on("triton", *batch(None, 6, 50, 16, torch.float32))
     results = []
