@@ -138,7 +138,7 @@ def choices(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
     found = _found.get((device, dtype))
     if found is None:
         found = _found[device, dtype] = matching(device, dtype)
-        if device == "cuda" and not found and not record(device)["choices"]:
+        if device == "cuda" and not found:
             _advise()
     return found
 
@@ -149,7 +149,8 @@ choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _advise() -> None:
     global _advised
-    if not _advised and os.environ.get("RELSSL_TUNE") != "0" and _adopted is None:
+    ignored = os.environ.get("RELSSL_TUNE") == "0" or _adopted is not None
+    if not _advised and not ignored and not record("cuda")["choices"]:
         logging.getLogger("relssl").warning(
             "no kernels were chosen by measurement on this GPU: `relssl tune` does that, once (RELSSL_TUNE=0"
             " silences this)"

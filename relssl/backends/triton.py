@@ -161,18 +161,19 @@ def variants(dtype: torch.dtype, dim: int) -> list[str]:
 
 def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
     """The reason why `lookup` cannot take a variant on the current device, or None."""
-    return _refusal(variant, _current_chip(), NAMES[dtype], dim)
+    kernels = _kernels()
+    try:
+        tiles = _tiles(variant, _current_chip(), NAMES[dtype], dim)
+    except ValueError as error:
+        return str(error)
+    if tiles.specialised and not kernels.specialises:
+        return f"Triton {kernels.version} has no specialised warps"
+    return None
 
 
 @cache
-def _refusal(variant: str, chip: Any, dtype: str, dim: int) -> str | None:
-    try:
-        tiles = _kernels().heuristics.variant(variant, chip, dtype, dim)
-    except ValueError as error:
-        return str(error)
-    if tiles.specialised and not _kernels().specialises:
-        return f"Triton {_kernels().version} has no specialised warps"
-    return None
+def _tiles(variant: str, chip: Any, dtype: str, dim: int) -> Any:
+    return _kernels().heuristics.variant(variant, chip, dtype, dim)
 
 
 # torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
