@@ -372,8 +372,8 @@ def splits(rows: int, size: int, dim: int, tiles: Tiles, chip: Chip) -> tuple[in
     """In how many ranges to cut the queue, and how many of its rows are in each: whole tiles.
 
     The time is that of waves of programs, one on each of chip.processors (multiplied by what is resident on
-    each, where that is more than one), which take as long as they have tiles; the
-    fewest splits that come within 5 % of the least are taken, since each leaves its means to be merged.
+    each, where that is more than one), which take as long as they have tiles; the fewest splits that come
+    within 5 % of the least are taken, since each leaves its means to be merged.
     """
     blocks = -(-rows // tiles.block_m)
     count = -(-size // tiles.block_n)

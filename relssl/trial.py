@@ -66,8 +66,10 @@ def hold(
     cotangents: list[Tensor],
     scales: list[float],
     rows: Tensor | None = None,
-) -> float:
-    """The largest relative error of ours(*tensors) and its gradients; Refused if one is over the budget,
+) -> tuple[float, list[Tensor]]:
+    """The largest relative error of ours(*tensors) and its gradients, and these.
+
+    Raises Refused if one is over the budget,
 
         |got - exact| <= 2 |eager - exact| + floor * max(|exact|, scale)
 
@@ -80,19 +82,20 @@ def hold(
     got = with_gradients(ours, tensors, cotangents)
     if not all(map(torch.equal, got, with_gradients(ours, tensors, cotangents))):
         raise Refused("a second call gives other results")
+    compared = got
     if rows is not None:
         cotangents = [g[rows] for g in cotangents]
-        got, tensors = [t[rows] for t in got], (tensors[0][rows], *tensors[1:])
+        compared, tensors = [t[rows] for t in got], (tensors[0][rows], *tensors[1:])
     eager = with_gradients(lambda *t: formula(*t, dtype), tensors, cotangents)
     precise = tuple(t.double() for t in tensors)
     exact = with_gradients(lambda *t: formula(*t, torch.float64), precise, cotangents)
-    for ours_, eager_, exact_, scale in zip(got, eager, exact, scales, strict=True):
+    for ours_, eager_, exact_, scale in zip(compared, eager, exact, scales, strict=True):
         error = (ours_.double() - exact_).norm()
         bound = 2 * (eager_.double() - exact_).norm() + FLOOR[dtype] * exact_.norm().clamp(min=scale)
         if not error <= bound:  # nor NaN
             raise Refused(f"wrong: an error of {error:.1e}, where {bound:.1e} is allowed")
         worst = max(worst, float(error / exact_.norm().clamp(min=1e-12)))
-    return worst
+    return worst, got
 
 
 def verify(backend: str, device: str, dtype: torch.dtype, dim: int, shapes: list) -> list[float]:
@@ -169,14 +172,11 @@ def check_shape(backend: str, tensors: tuple[Tensor, ...]) -> float:
     ends = torch.arange(len(q), device=q.device)
     ends = torch.cat((ends[:CHECKED], ends[CHECKED:][-CHECKED:]))
     c, root, one = 1 / STUDENT + 1 / TEACHER, len(ends) ** 0.5, torch.ones((), device=q.device)
-    error = hold(
+    error, (rows, grads) = hold(
         lambda q: [relation_loss(q, k, queue, reduction="none", backend=backend)],
         lambda q, kind: [reference.relation(q, k[ends], queue, STUDENT, TEACHER, "kl", kind)[0]],
         (q,), [one.expand(len(q))], [(c + log(len(queue))) * root, root / STUDENT], ends,
     )  # fmt: skip
-    rows, grads = with_gradients(
-        lambda q: [relation_loss(q, k, queue, reduction="none", backend=backend)], (q,), [one.expand(len(q))]
-    )
     mean, grad = with_gradients(lambda q: [relation_loss(q, k, queue, backend=backend)], (q,), [one])
     floor = FLOOR[q.dtype]
     for got, expected in ((mean, rows.mean()), (grad * len(q), grads)):

@@ -169,10 +169,8 @@ def tune(
 
 def present_choice(device: str, dtype: torch.dtype, shape: Shape) -> str:
     """What "auto" takes."""
-    chosen = tuned.nearest(tuned.matching(device, dtype), *shape[1:])
-    if chosen and backends.available(chosen, device, dtype, shape.dim):
-        return chosen
-    return next(n for n in backends.DEFAULTS if backends.available(n, device, dtype, shape.dim))
+    chosen = backends.measured(tuned.matching(device, dtype), device, dtype, *shape[1:])
+    return chosen or backends.choose("auto", device, dtype, shape.dim)
 
 
 def verify(trials: list[Trial]) -> None:

@@ -113,11 +113,9 @@ def choose(
     Raises ValueError for an unknown name, or with the reason why the named backend cannot.
     """
     if name == "auto":
-        choices = tuned.choices(device, dtype)
-        if choices and stacks:
+        if stacks and (choices := tuned.choices(device, dtype)):
             rows = sum(stack.numel() // dim for stack in stacks)
-            chosen = tuned.nearest(choices, dim, rows, len(queue))
-            if chosen and available(chosen, device, dtype, dim):
+            if chosen := measured(choices, device, dtype, dim, rows, len(queue)):
                 return chosen
         for name in DEFAULTS:  # the last of which takes anything
             if MODULES[name].supports(device, dtype, dim) is None:
@@ -125,6 +123,14 @@ def choose(
     if reason := unsupported(name, device, dtype, dim):
         raise ValueError(f"backend {name!r} cannot run this: {reason}")
     return name
+
+
+def measured(
+    choices: Sequence[tuned.Choice], device: str, dtype: torch.dtype, dim: int, rows: int, queue: int
+) -> str | None:
+    """The nearest of the choices, if it can run this."""
+    chosen = tuned.nearest(choices, dim, rows, queue)
+    return chosen if chosen and available(chosen, device, dtype, dim) else None
 
 
 def available(name: str, device: str, dtype: torch.dtype, dim: int) -> bool:
