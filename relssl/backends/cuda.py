@@ -110,10 +110,10 @@ def variants(dtype: torch.dtype, dim: int) -> list[str]:
 
 
 def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
-    return _unfit_variant(variant, dim)
+    return _unfit_variant(variant)
 
 
-def _unfit_variant(variant: str, dim: int) -> str | None:
+def _unfit_variant(variant: str) -> str | None:
     index = torch.cuda.current_device()
     if variant != HOPPER:
         return f"its only variant is {HOPPER}, not {variant!r}"
