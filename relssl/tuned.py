@@ -158,8 +158,8 @@ def _advise() -> None:
     _advised = True
 
 
-def nearest(choices: Sequence[Choice], dim: int, rows: int, queue: int) -> str | None:
-    """The backend chosen for this width at the nearest size, or None where none is near."""
+def nearest(choices: Sequence[Choice], dim: int, rows: int, queue: int) -> Choice | None:
+    """The choice for this width at the nearest size, or None where none is near."""
     best, least = None, float(NEAR * NEAR)
     for own in choices:
         if own.dim != dim:
@@ -167,5 +167,5 @@ def nearest(choices: Sequence[Choice], dim: int, rows: int, queue: int) -> str |
         by_rows = rows / own.rows if rows > own.rows else own.rows / rows
         by_queue = queue / own.queue if queue > own.queue else own.queue / queue
         if by_rows <= NEAR and by_queue <= NEAR and by_rows * by_queue <= least:
-            best, least = own.backend, by_rows * by_queue
+            best, least = own, by_rows * by_queue
     return best

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from oracle import unit
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from relssl import FeatureQueue
@@ -100,6 +101,14 @@ def test_dynamic_shapes_compile_once():
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
         frames.append(counter.frame_count)
     assert frames[1:] == frames[:1] * 2  # The first may begin again on some versions of torch.
+
+
+def test_a_compiled_graph_refuses_a_variant_that_cannot_run():
+    run = torch.compile(relation_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Unsupported, match="'chunked/fast' cannot run this: chunked has no variants"):
+        run(unit(4, 16), unit(4, 16), unit(20, 16), backend="chunked/fast")
+    with pytest.raises(ValueError, match="mmx"):
+        run(unit(4, 16), unit(4, 16), unit(20, 16), backend="cpu/mmx")
 
 
 def test_compiled_step_with_enqueue_does_not_recompile():

@@ -19,7 +19,7 @@ from checks import (
 from oracle import unit
 
 from relssl import backends
-from relssl.functional import queue_logsumexp
+from relssl.functional import queue_logsumexp, relation_loss
 
 if not INTERPRETED:
     pytestmark = pytest.mark.gpu
@@ -150,6 +150,14 @@ def test_widths(dtype, dim, tma, replace, heuristics):
     check_relation(*inputs, 0.1, 0.04, "kl", "triton")
     check_info_nce(*inputs, 0.2, "triton")
     check_logsumexp(inputs[0], inputs[2], 0.1, "triton", torch.tensor([0, -1, 69]))
+
+
+def test_a_variant_compiles_with_a_symbolic_width():
+    inputs, name = on("triton", *batch(None, 4, 20, 16, torch.float32)), "triton/64x64x4x3"
+    run = torch.compile(relation_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(run(*inputs, backend=name), relation_loss(*inputs, backend=name))
+    with pytest.raises(ValueError, match="a variant is one of"):
+        run(*inputs, backend="triton/fast")
 
 
 @pytest.mark.parametrize("processors", [slow_if_interpreted(1), 3, slow_if_interpreted(64)])

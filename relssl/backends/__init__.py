@@ -51,7 +51,7 @@ Where a backend has several kernels, its name alone stands for the default, and 
         None, or the reason why this machine cannot run a variant. The text may be anything.
 
     variant(name) -> object
-        With the functions above, by that variant.
+        With the functions above, by that variant; ValueError, from here or from them, where it cannot run.
 
 The reference stands apart: it has `supports`, and whole differentiable functions in place of the rest.
 """
@@ -96,6 +96,8 @@ def unsupported(name: str, device: str, dtype: torch.dtype, dim: int) -> str | N
         return reason
     if not hasattr(module, "unsupported_variant"):
         return f"{own} has no variants"
+    if torch.compiler.is_compiling():  # The width may be symbolic, and what depends on it: the op raises.
+        return None
     return module.unsupported_variant(variant, dtype, dim)
 
 
@@ -130,7 +132,9 @@ def measured(
 ) -> str | None:
     """The nearest of the choices, if it can run this."""
     chosen = tuned.nearest(choices, dim, rows, queue)
-    return chosen if chosen and available(chosen, device, dtype, dim) else None
+    if chosen and available(chosen.backend, device, dtype, chosen.dim):
+        return chosen.backend
+    return None
 
 
 def available(name: str, device: str, dtype: torch.dtype, dim: int) -> bool:

@@ -38,17 +38,9 @@ def variants(dtype: torch.dtype, dim: int) -> list[str]:
 
 
 def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
-    if variant in (sets := _instruction_sets()):
+    if variant in (sets := _cpu.instruction_sets()):
         return None
     return f"it has the instruction sets {', '.join(sets)} here, not {variant!r}"
-
-
-def _instruction_sets() -> list[str]:
-    return _cpu.instruction_sets()
-
-
-# torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
-_instruction_sets._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def variant(name: str) -> SimpleNamespace:

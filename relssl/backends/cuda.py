@@ -50,20 +50,24 @@ def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if dim not in WIDTHS:
         return f"it takes rows of {', '.join(map(str, WIDTHS))}, not of {dim}"
-    return _unfit(dim) if _cuda else missing
+    if not _cuda:
+        return missing
+    return next(reason for width, reason in _unfit() if width == dim)
 
 
-def _unfit(dim: int) -> str | None:
+def _unfit() -> list[tuple[int, str | None]]:
+    """For each width the reason why the current device cannot take it, or None."""
     index = torch.cuda.current_device()
     chip = _chip(index)
     if chip.capability < 80:
-        return f"it needs compute capability 8.0, not {chip.capability / 10}"
+        return [(dim, f"it needs compute capability 8.0, not {chip.capability / 10}") for dim in WIDTHS]
     if _missing(index):
-        return _missing(index)
-    needed, there = _kernel(dim, 80).shared, _shared(index)
-    if needed > there:
-        return f"rows of {dim} need {needed} bytes of shared memory, this GPU has {there}"
-    return None
+        return [(dim, _missing(index)) for dim in WIDTHS]
+    needed, there = {dim: _kernel(dim, 80).shared for dim in WIDTHS}, _shared(index)
+    return [
+        (dim, f"rows of {dim} need {n} bytes of shared memory, this GPU has {there}" if n > there else None)
+        for dim, n in needed.items()
+    ]
 
 
 # As torch.compiler.assume_constant_result does, after importing all of Dynamo.
@@ -110,10 +114,6 @@ def variants(dtype: torch.dtype, dim: int) -> list[str]:
 
 
 def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
-    return _unfit_variant(variant)
-
-
-def _unfit_variant(variant: str) -> str | None:
     index = torch.cuda.current_device()
     if variant != HOPPER:
         return f"its only variant is {HOPPER}, not {variant!r}"
@@ -124,10 +124,9 @@ def _unfit_variant(variant: str) -> str | None:
     return None
 
 
-_unfit_variant._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def variant(name: str) -> Any:
+    if name != HOPPER:
+        raise ValueError(f"the variants of cuda are {HOPPER} alone, not {name!r}")
     return two_steps.variant(sys.modules[__name__], partial(lookup, path=90))
 
 

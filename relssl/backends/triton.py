@@ -161,23 +161,23 @@ def variants(dtype: torch.dtype, dim: int) -> list[str]:
 
 def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
     """The reason why `lookup` cannot take a variant on the current device, or None."""
-    kernels = _kernels()
     try:
-        tiles = _tiles(variant, _current_chip(), NAMES[dtype], dim)
+        _tiles(variant, _current_chip(), NAMES[dtype], dim)
     except ValueError as error:
         return str(error)
-    if tiles.specialised and not kernels.specialises:
-        return f"Triton {kernels.version} has no specialised warps"
     return None
 
 
-@cache
 def _tiles(variant: str, chip: Any, dtype: str, dim: int) -> Any:
+    tiles = _of_name(variant, chip, dtype, dim)
+    if tiles.specialised and not _kernels().specialises:
+        raise ValueError(f"Triton {_kernels().version} has no specialised warps")
+    return tiles
+
+
+@cache
+def _of_name(variant: str, chip: Any, dtype: str, dim: int) -> Any:
     return _kernels().heuristics.variant(variant, chip, dtype, dim)
-
-
-# torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
-unsupported_variant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def lookup(
@@ -240,7 +240,7 @@ def _lookup_launch(
     split, rows = first.shape[0], first.shape[0] + second.shape[0]
     dtype = NAMES[queue.dtype]
     plain = heuristics.forward(chip, dtype, dim)
-    tiles = heuristics.variant(variant, chip, dtype, dim)
+    tiles = _tiles(variant, chip, dtype, dim)
     specialised = tiles.specialised and exclude is None and all(map(_describable, (first, second, queue)))
     if tiles.specialised and not specialised:
         tiles = plain
