@@ -13,7 +13,7 @@ from relssl import backends, ops
 from relssl._compat import in_functorch_transform
 from relssl.autograd import InfoNCE, LogSumExp, Relation, Settings, reduce, scales
 from relssl.backends import reference
-from relssl.backends.common import Temperature, to_dtype
+from relssl.backends.common import Temperature, device_type, to_dtype
 from relssl.saving import distinct, unaliased, with_version
 from relssl.validation import compute_dtype, savable
 
@@ -38,7 +38,7 @@ def relation(
 ) -> tuple[Tensor, Tensor]:
     """Returns the reduced relation loss and the rows [B] of the teacher's entropy, of checked arguments."""
     dtype = compute_dtype(q, queue)
-    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1], (q, k), queue)
+    backend = backends.choose(backend, device_type(q), dtype, q.shape[-1], (q, k), queue)
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
         loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype)
@@ -54,7 +54,7 @@ def relation(
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: str, backend: str) -> Tensor:
     """Returns the reduced InfoNCE of checked arguments."""
     dtype = compute_dtype(q, queue)
-    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1], (q,), queue)
+    backend = backends.choose(backend, device_type(q), dtype, q.shape[-1], (q,), queue)
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
         return with_version(reduce(reference.info_nce(q, k, unaliased(queue), tau, dtype), reduction), queue)
@@ -75,7 +75,7 @@ def logsumexp(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns lse [R] and, if wanted, mean [R, D], computed in one dtype, of checked arguments."""
-    backend = backends.choose(backend, x.device.type, dtype, x.shape[-1], (x,), queue)
+    backend = backends.choose(backend, device_type(x), dtype, x.shape[-1], (x,), queue)
     if backend == "reference" or in_functorch_transform():
         x, exclude = savable(x), savable(exclude)
         lse, mean = reference.logsumexp(x, unaliased(queue), tau, exclude, dtype)

@@ -208,8 +208,8 @@ def cluster_contrast(
     """NT-Xent between the clusters of two views: the columns of the assignment matrices, by their cosines.
 
     A column holds the images' shares in a cluster; its positive is the same cluster's column in the other
-    view. Returns the mean over the 2M columns, a scalar. (Li et al., Contrastive Clustering, AAAI 2021, eq. 5;
-    SACC; tau = 1.)
+    view. Returns the mean over the 2M columns, a scalar. (Li et al., Contrastive Clustering, AAAI 2021,
+    eq. 5; SACC; tau = 1.)
 
     Args:
         p1, p2: soft assignments of N images to M clusters in each view, [N, M]; p2 is cast to p1's dtype.

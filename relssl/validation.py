@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from relssl._compat import in_functorch_transform
-from relssl.backends.common import Temperature, autocasts, to_dtype
+from relssl.backends.common import Temperature, autocasts, device_type, to_dtype
 from relssl.queue import FeatureQueue
 
 T = TypeVar("T")
@@ -153,6 +153,6 @@ def compute_dtype(x: Tensor, queue: Tensor) -> torch.dtype:
     """
     if queue.dtype in (torch.bfloat16, torch.float16):
         return queue.dtype
-    if x.dtype != torch.float64 and autocasts(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != torch.float64 and autocasts(device_type(x)):
+        return torch.get_autocast_dtype(device_type(x))
     return x.dtype

@@ -108,26 +108,16 @@ class Backend(ABC):
             want_grad. lse: that of the rows of k and then of q, [2, B + V*B].
             mean_t: the teacher's means, [B, D].
         """
-        (batch, dim), views = k.shape, q.shape[:-1]
-        rows = q.reshape(-1, dim)
+        batch, rows = k.shape[0], q.reshape(-1, q.shape[-1])
         if want_grad:
             both = scale.flip(0) if isinstance(scale, Tensor) else scale[::-1]
             lse, mean = self.lse_and_mean(torch.cat((k, rows)), queue, both, batch, None, True)
-            mean_t = mean[:batch]
-            grad_q = mean[batch:].view(q.shape) - mean_t
-            grad_q *= scale[0] if weight is None else weight * scale[0]
         else:  # The student's mean is a quarter of the work.
-            lse_t, mean_t = self.lse_and_mean(k, queue, twice(scale[1:]), batch, None, True)
-            lse_s, grad_q = self.lse_and_mean(rows, queue, twice(scale[:1]), len(rows), None, False)
+            lse_t, mean = self.lse_and_mean(k, queue, twice(scale[1:]), batch, None, True)
+            lse_s, _ = self.lse_and_mean(rows, queue, twice(scale[:1]), len(rows), None, False)
             lse = torch.cat((lse_t, lse_s), 1)
-        # Cross-entropies with the teacher: first its own, which is its entropy, then that of each student
-        # view.
         theta = torch.cat((to_dtype(k, lse.dtype) * scale[1], to_dtype(rows, lse.dtype) * scale[0]))
-        high, low = lse.view(2, -1, batch)
-        cross = high - (theta.view(-1, batch, dim) * mean_t).sum(-1) + low
-        entropy = cross[0]
-        losses = (cross[1:] - entropy if form == "kl" else cross[1:].clone()).view(views)
-        return losses if weight is None else total(losses, weight), entropy, grad_q, lse, mean_t
+        return relation_of(theta, lse, mean, q, batch, scale, form, weight)
 
     def info_nce(
         self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool
@@ -167,6 +157,34 @@ class Backend(ABC):
     def variant(self, name: str) -> "Backend":
         """Returns the backend that runs a variant. Raises ValueError, here or later, if it cannot run."""
         raise ValueError(self.unsupported_variant(name, torch.float32, 1))
+
+
+def relation_of(
+    theta: Tensor,
+    lse: Tensor,
+    mean: Tensor,
+    q: Tensor,
+    batch: int,
+    scale: Scale,
+    form: str,
+    weight: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns what Backend.relation returns, from theta and lse of the rows of k and then of q.
+
+    mean is that of all these rows, or where grad_q is not wanted that of k's rows alone.
+    """
+    mean_t, mean_s = mean[:batch], mean[batch:]
+    if len(mean_s):
+        grad_q = mean_s.view(q.shape) - mean_t
+        grad_q *= scale[0] if weight is None else weight * scale[0]
+    else:
+        grad_q = theta.new_empty(len(theta) - batch, 0)
+    # Cross-entropies with the teacher: first its own, which is its entropy, then that of each student view.
+    high, low = lse.view(2, -1, batch)
+    cross = high - (theta.view(-1, *mean_t.shape) * mean_t).sum(-1) + low
+    entropy = cross[0]
+    losses = (cross[1:] - entropy if form == "kl" else cross[1:].clone()).view(q.shape[:-1])
+    return losses if weight is None else total(losses, weight), entropy, grad_q, lse, mean_t
 
 
 def twice(scale: Scale) -> Scale:

@@ -40,9 +40,14 @@ def flat(q: Tensor) -> Tensor:
     return row_contiguous(q if q.dim() == 2 else q.reshape(-1, q.shape[-1]))
 
 
-def autocasts(device_type: str) -> bool:
+def device_type(x: Tensor) -> str:
+    """Returns x.device.type, which takes ten times as long for a tensor on the CPU."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
+def autocasts(device: str) -> bool:
     """Whether autocast is on for a device type; torch raises for one that has none, such as "meta"."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(run: F) -> F:
@@ -50,7 +55,7 @@ def without_autocast(run: F) -> F:
 
     @wraps(run)
     def guarded(x: Tensor, *args: Any) -> Any:
-        if not autocasts(x.device.type):
+        if not autocasts(device_type(x)):
             return run(x, *args)
         with torch.autocast(x.device.type, enabled=False):
             return run(x, *args)

@@ -21,7 +21,9 @@ def lse_and_mean(
     theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns lse [2, R] and mean [R, D], or [R, 0], of scaled rows."""
-    high = low = mean = theta.new_empty(theta.shape[0], 0)
+    high: Tensor  # Not one sum: see the contract.
+    low: Tensor
+    mean: Tensor
     for columns, tile, logits in _tiles(theta, queue, exclude):
         p = logits.softmax(1)
         # The largest probability is exp(largest logit - lse).
@@ -30,7 +32,7 @@ def lse_and_mean(
             empty = exclude == columns.start
             p.masked_fill_(empty[:, None], 0)
             part_low.masked_fill_(empty, 0)
-        part_mean = torch.mm(p, tile) if want_mean else mean
+        part_mean = torch.mm(p, tile) if want_mean else p[:, :0]
         if columns.start == 0:
             high, low, mean = part_high, part_low, part_mean
             continue
