@@ -26,7 +26,7 @@ def about() -> dict[str, str]:
         "torch": torch.__version__,
         "relssl": relssl.__version__,
         # .git does not travel with a source archive; whoever sends one may say.
-        "commit": os.environ.get("RELSSL_COMMIT") or _commit(),
+        "commit": os.environ.get("RELSSL_COMMIT") or commit(),
         "date": str(date.today()),
     }
     if DEVICE == "cuda":
@@ -60,13 +60,13 @@ def _processor() -> str:
         return name
 
 
-def _commit() -> str:
-    """The checkout's commit, with a + if files that count are not as committed."""
-    commit = _told("git", "rev-parse", "--short", "HEAD")
+def commit() -> str:
+    """Returns the checkout's commit, with a + if files that matter are not as committed."""
+    name = _told("git", "rev-parse", "--short", "HEAD")
     changed = _told(
         "git", "status", "--porcelain", "--", "relssl", "kernels", "csrc", "bench/*.py", "setup.py"
     )
-    return commit + ("+" if changed else "")
+    return name + ("+" if changed else "")
 
 
 def _told(*command: str) -> str:
