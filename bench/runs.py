@@ -1,9 +1,11 @@
-"""Several runs of one device made into one result, whose spread is that of processes, not of rounds alone.
+"""Several runs on one device: merged into one result, or compared.
 
-    python bench/merge.py OUT.json A.json B.json ...
+    python bench/runs.py merge OUT.json A.json B.json ...
+    python bench/runs.py compare A.json B.json
 
-Time and ratio of a peer become the median of the runs' medians, with the lowest and highest of all their
-rounds; error and memory the largest. All must be of one device, one version of torch and one commit.
+A single run has the spread of its rounds; a merged one has that of processes, too. merge: a peer's time and
+slowdown become the median of the runs' medians, with the lowest and highest of all rounds; error and memory
+become the largest. compare: lists the slowdowns whose spreads, from lowest to highest, do not overlap.
 """
 
 import json
@@ -16,25 +18,34 @@ from report import rounded
 SAME = ("device", "threads", "torch", "commit")
 
 
-def merged(documents: list[dict]) -> dict:
+def merge(documents: list[dict]) -> dict:
+    """Returns one document of several.
+
+    Raises:
+        ValueError: they differ in device, threads, version of torch or commit.
+    """
     for name in SAME:
         if len(found := {document.get(name) for document in documents}) > 1:
             raise ValueError(f"runs of more than one {name}: {', '.join(map(str, found))}")
     entries: dict[tuple, list[dict]] = {}
     for document in documents:
         for entry in document["results"]:
-            entries.setdefault((entry["title"], entry["shape"], entry["peer"]), []).append(entry)
-    return documents[0] | {"results": [_together(found) for found in entries.values()]}
+            entries.setdefault(key(entry), []).append(entry)
+    return documents[0] | {"results": [_merge_entries(found) for found in entries.values()]}
 
 
-def _together(entries: list[dict]) -> dict:
+def key(entry: dict) -> tuple[str, str, str]:
+    return entry["title"], entry["shape"], entry["peer"]
+
+
+def _merge_entries(entries: list[dict]) -> dict:
     timed = [e for e in entries if "ms" in e]
     if not timed:
         return entries[0]
     result = timed[0] | {"runs": len(timed), "rounds": sum(e["rounds"] for e in timed)}
-    for name in ("ms", "times_ours"):
-        mids, lows, highs = zip(*(e[name] for e in timed), strict=True)
-        result[name] = rounded([median(mids), min(lows), max(highs)])
+    for name in ("ms", "slowdown"):
+        medians, lows, highs = zip(*(e[name] for e in timed), strict=True)
+        result[name] = rounded([median(medians), min(lows), max(highs)])
     for name in ("error", "bytes"):
         if found := [e[name] for e in timed if name in e]:
             result[name] = max(found)
@@ -44,8 +55,32 @@ def _together(entries: list[dict]) -> dict:
     return result
 
 
+def overlap(a: list[float], b: list[float]) -> bool:
+    """Returns whether two spreads, (median, lowest, highest), overlap."""
+    return a[1] <= b[2] and b[1] <= a[2]
+
+
+def compare(first: dict, second: dict) -> None:
+    a, b = ({key(e): e["slowdown"] for e in d["results"] if "ms" in e} for d in (first, second))
+    both = [name for name in a if name in b]
+    apart = [name for name in both if not overlap(a[name], b[name])]
+    for name in apart:
+        spreads = ["{:.2f} ({:.2f} to {:.2f})".format(*found[name]) for found in (a, b)]
+        print(f"{', '.join(name)}: {spreads[0]} and {spreads[1]}")
+    print(f"{len(both) - len(apart)} of {len(both)} comparisons agree")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["merge", out, *paths] if paths:
+            document = merge([json.loads(Path(path).read_text()) for path in paths])
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text(json.dumps(document, indent=1) + "\n")
+        case ["compare", first, second]:
+            compare(*(json.loads(Path(path).read_text()) for path in (first, second)))
+        case _:
+            raise SystemExit((__doc__ or "").split("\n\n")[1])
+
+
 if __name__ == "__main__":
-    out, *paths = map(Path, sys.argv[1:])
-    document = merged([json.loads(path.read_text()) for path in paths])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    main()

@@ -15,7 +15,7 @@ import eager
 import matplotlib
 import torch
 from memory import case_memory, measurable
-from timing import interleave, ratio
+from timing import interleave, slowdown
 from torch.nn import functional as F
 from work import Case
 
@@ -64,7 +64,7 @@ def time_loss(rounds: int = 7) -> dict:
     losses = {name: run().item() for name, run in runs.items()}
     both = {name: (lambda run=run: torch.autograd.grad(run(), q)) for name, run in runs.items()}
     seconds = interleave(both, rounds)
-    times_faster, low, high = ratio(seconds["eager"], seconds["relssl"])
+    times_faster, low, high = slowdown(seconds["eager"], seconds["relssl"])
     case = Case("relation", *SHAPE.values())
     memory = {name: case_memory(case, name) for name in runs if measurable()}
     return {

@@ -6,7 +6,6 @@
     vjp.py         backward through lse and mean
     pieces.py      what these share
     heuristics.py  tiles and splits: one table for each chip
-    resources.py   what the compiler makes of it all, without a GPU
 
 relssl/backends/triton.py launches them.
 """

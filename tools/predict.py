@@ -1,4 +1,4 @@
-"""Predicts the part of the tensor cores' rate that the forward kernels reach, from machine code, without a GPU:
+"""Predicts the part of the tensor cores' rate that the forward kernels reach, from machine code alone:
 
     python tools/predict.py [--capability 90] [--dim 128] [--dtype bf16] [--json]
 
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cuda_resources
 import tables
@@ -52,14 +52,14 @@ CHIPS = {
     100: Chip({"UTCHMMA": 8192}, 128, 228 << 10),
 }
 REGISTERS, THREADS, BLOCKS = 65_536, 2048, 32
-RESERVED = 1024  # bytes of shared memory of each block that are the system's
+RESERVED = 1024  # bytes of shared memory of each block that the system uses
 COLUMNS = 512  # of tensor memory (PTX ISA)
 XU, ALU = 16, 64  # results per clock: special functions; integers and logic
 BANDWIDTH = 128  # bytes of shared memory per clock
-LATENCY = 60  # clocks until warps go on after a chain of products, a barrier or a turn: an assumption
+LATENCY = 60  # assumed clocks until warps continue after a chain of products, a barrier or a turn
 
-# Which pipe an instruction takes beside its issue slot. By Nsight Compute's documentation conversions are the
-# XU's, but packed ones (F2FP) the ALU's.
+# The pipe of an instruction, beside its issue slot. By Nsight Compute's documentation the XU converts, but
+# the ALU does packed conversions (F2FP).
 PIPES = {
     "xu": "MUFU F2F F2I I2F",
     "alu": "F2FP LOP3 SHF PRMT IADD3 VIADD LEA SEL ISETP IMNMX VIMNMX FSEL FSETP FMNMX PLOP3",
@@ -73,7 +73,7 @@ def up(n: int, step: int) -> int:
 
 
 def occupancy(chip: Chip, registers: int, shared: int, warps: int, columns: int = 0) -> int:
-    """Blocks that a multiprocessor holds.
+    """Returns the number of blocks that a multiprocessor holds.
 
     Args:
         registers: of a thread.
@@ -105,12 +105,12 @@ class Kernel(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """How many groups of four warps compute, as simulation.py has them."""
+        """Groups of four warps that compute (simulation.py)."""
         return self.warps // 4
 
     @property
     def flop(self) -> int:
-        """The two products of a tile."""
+        """Flop of the two products of a tile."""
         return 4 * self.block_m * self.block_n * self.dim
 
     @property
@@ -120,9 +120,9 @@ class Kernel(NamedTuple):
 
 
 def with_loop(kernel: Kernel, listing: str) -> Kernel:
-    """The kernel with its main loop: the shortest that multiplies a whole tile.
+    """Returns the kernel with its main loop: the shortest that multiplies a whole tile.
 
-    (The redo with a running maximum does all that the sweep with a fixed reference does, and more.)
+    (The loop with a running maximum does all that the one with a fixed shift does, and more.)
 
     Raises:
         ValueError: there is no such loop.
@@ -137,7 +137,7 @@ def with_loop(kernel: Kernel, listing: str) -> Kernel:
 
 
 def product(instruction: Instruction, kernel: Kernel) -> tuple[float, float]:
-    """What an instruction of four warps multiplies, in flop, and reads of shared memory for it, in bytes."""
+    """Returns the flop of an instruction of four warps, and the bytes of shared memory that it reads."""
     if not instruction.multiplies:
         return 0, 0
     if found := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)\S* R\d+, (gdesc)?", instruction.text):
@@ -146,7 +146,7 @@ def product(instruction: Instruction, kernel: Kernel) -> tuple[float, float]:
     if found := re.match(r"(?:@\S+ )?HMMA\.(16)(8)(8|16)\.", instruction.text):
         m, n, k = map(int, found.groups())
         return 4 * 2 * m * n * k, 0
-    # tcgen05 has its shape in a register, and one thread issues for the block: each has an equal part.
+    # tcgen05's shape is in a register, and one thread issues it for the block: each gets an equal part.
     m, n, d = kernel.block_m, kernel.block_n, kernel.dim
     products = [each.text for each in kernel.loop if each.multiplies]
     in_shared = not any("UTCHMMA tmem" in text for text in products)  # p
@@ -156,7 +156,7 @@ def product(instruction: Instruction, kernel: Kernel) -> tuple[float, float]:
 
 
 def clocks(instruction: Instruction, kernel: Kernel) -> float:
-    """Clocks of the tensor cores, or of shared memory if longer, for an instruction of four warps."""
+    """Returns the clocks of an instruction of four warps: the tensor cores', or shared memory's if more."""
     flop, read = product(instruction, kernel)
     rate: float = CHIPS[kernel.capability].tensor.get(instruction.name, 0)
     if not rate:
@@ -167,7 +167,7 @@ def clocks(instruction: Instruction, kernel: Kernel) -> float:
 
 
 def touched(instruction: Instruction, kernel: Kernel) -> float:
-    """Bytes of shared memory that an instruction of four warps reads or writes."""
+    """Returns the bytes of shared memory that an instruction of four warps reads or writes."""
     name, text = instruction.name, instruction.text
     if name in ("LDSM", "STSM"):
         matrices = re.search(r"88\.([24])\b", text)
@@ -182,7 +182,7 @@ def touched(instruction: Instruction, kernel: Kernel) -> float:
 
 
 def work(loop: list[Instruction], kernel: Kernel) -> Work:
-    """Clocks that instructions of four warps, one on each quarter of the multiprocessor, take."""
+    """Returns the clocks on each pipe of four warps, one on each quarter of the multiprocessor."""
     rates = {"xu": XU, "alu": ALU, "fma": CHIPS[kernel.capability].fma}
     counts = Counter(PIPE_OF.get(each.name) for each in loop)
     found = {pipe: 128 * counts[pipe] / rate for pipe, rate in rates.items()}
@@ -193,7 +193,7 @@ def work(loop: list[Instruction], kernel: Kernel) -> Work:
 
 
 def steps(kernel: Kernel) -> list[Step]:
-    """What four warps do for a tile, in the order of the code, and one thing after the other."""
+    """Returns the steps of four warps for a tile, in the order of the code, one after the other."""
     found: list[Step] = []
     passed: list[Instruction] = []
     pending = 0.0
@@ -204,20 +204,20 @@ def steps(kernel: Kernel) -> list[Step]:
             pending += clocks(each, kernel)
             if "gsb0" in each.text:  # the last of a chain
                 then, pending = [{"tensor": pending}, {"alone": LATENCY}], 0.0
-        elif kind := barrier(each.text, turns):
-            then = [kind, {"alone": LATENCY}] if kind != "pass" else [kind]
+        elif step := barrier(each.text, turns):
+            then = [step, {"alone": LATENCY}] if step != "pass" else [step]
         if not each.multiplies:
             passed.append(each)
         if then:
             found += [work(passed, kernel), *then]
             passed = []
     found.append(work(passed, kernel))
-    # Chains of other instructions have no such mark, nor turns.
+    # Chains of other instructions have neither such a mark nor turns.
     return [{"tensor": pending}, {"alone": LATENCY}, *found] if pending else found
 
 
 def barrier(text: str, turns: bool) -> str:
-    """The step that an instruction is, if it is a barrier of more than one group."""
+    """Returns the step that an instruction stands for, "" if it is no barrier of several groups."""
     if "BAR.ARV" in text:
         return "pass"
     threads = re.search(r"BAR\.SYNC.*, 0x([0-9a-f]+)", text)
@@ -227,7 +227,7 @@ def barrier(text: str, turns: bool) -> str:
 
 
 class Prediction(NamedTuple):
-    clocks: Work  # that a block's tile takes on each pipe; "alone" of one warp
+    clocks: Work  # of a block's tile on each pipe; "alone" is of one warp
     worst: float  # part of the tensor cores' rate
     best: float
 
@@ -362,7 +362,9 @@ def main() -> None:
     if options.json:
         write()
         return
-    print("All of this is predicted: instructions of a warp and clocks of a multiprocessor, both for a tile.\n")
+    print(
+        "All of this is predicted: instructions of a warp and clocks of a multiprocessor, both for a tile.\n"
+    )
 
     def rows() -> Iterator[tables.Row]:
         for size in itertools.product(options.capability, options.dim):
