@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -27,7 +28,7 @@ COLOURS = {
     "liger-kernel, Triton": "#b891cf",
     "solo-learn": "#c77fa0",
 }
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
 
 
 def draw(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import torch
 from grid import DEFAULT, MORE, SLOW
 from machine import DEVICE, available_bytes, matrix_product
 from memory import COMPILES, case_memory, measurable
-from peers import GRAPH, PEERS, Unfit, find, runner
+from peers import GRAPH, PEERS, Unsupported, find, runner
 from timing import alternate
 from work import Problem
 
@@ -44,12 +44,12 @@ def test_loss(problem, name, benchmark, results, full):
         needed, free = peer.keeps(case), available_bytes()
         if needed > free:
             gib = f"{needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free"
-            raise Unfit(f"{name} would need some {gib}")
+            raise Unsupported(f"{name} would need some {gib}")
         run, ours = runner(problem, name), runner(problem, "relssl")
         value, grads = run()
         error = problem.error(value, grads, peer.form, peer.normalises)
         assert error <= TOLERANCE[case.dtype], f"an error of {error:.1e}: not timed"
-    except Unfit as why:
+    except Unsupported as why:
         results.absent(case, name, str(why))
         pytest.skip(str(why))
     except Exception as why:
@@ -73,7 +73,7 @@ def test_loss(problem, name, benchmark, results, full):
 
 def multiply_adds() -> float:
     """Returns the flop rate of multiply-adds in registers on all of torch's threads, the best of five."""
-    from relssl import _cpu
+    from relssl import _cpu  # type: ignore[attr-defined]
 
     rates = []
     for _ in range(5):

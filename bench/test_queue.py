@@ -3,7 +3,7 @@
 import pytest
 import torch
 from machine import DEVICE, matrix_product
-from peers import QUEUES, Unfit
+from peers import QUEUES, Unsupported
 from timing import alternate
 from torch.nn import functional as F
 from work import Case
@@ -16,7 +16,7 @@ def test_enqueue(name, benchmark, results):
     keys = F.normalize(torch.randn(2, case.rows, case.dim, device=DEVICE), dim=2)
     try:
         queue, ours = QUEUES[name](start), QUEUES["relssl"](start)
-    except Unfit as why:
+    except Unsupported as why:
         results.absent(case, name, str(why))
         pytest.skip(str(why))
     for batch in keys:

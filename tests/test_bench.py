@@ -124,9 +124,9 @@ def test_queues_agree(name):
 def test_absent_peers_say_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     problem = work.Problem(SMALL["nt_xent"], "cpu")
-    with pytest.raises(peers.Unfit, match="pytorch-metric-learning is not installed"):
+    with pytest.raises(peers.Unsupported, match="pytorch-metric-learning is not installed"):
         peers.find("nt_xent", "pytorch-metric-learning").make(problem)
-    with pytest.raises(peers.Unfit, match="solo-learn is not installed"):
+    with pytest.raises(peers.Unsupported, match="solo-learn is not installed"):
         peers.find("nt_xent", "solo-learn").make(problem)
 
 
@@ -151,7 +151,7 @@ def test_memory_sees_the_similarities():
     )
     matrix = 64 * 2**16 * 4
     assert fused < matrix < 3 * matrix < eager < 8 * matrix
-    with pytest.raises(RuntimeError, match="Unfit: it runs on"):
+    with pytest.raises(RuntimeError, match="Unsupported: it runs on"):
         memory.case_memory(work.Case("info_nce", 64, 2**10, 16), "relssl cuda")
 
 

@@ -22,7 +22,7 @@ Job = tuple[str, tuple, str]  # dtype; views, B, K and D; which of the tests' ch
 def jobs(checks: tuple[str, ...] = ("relation", "info_nce", "logsumexp")) -> list[Job]:
     """Returns the shapes of the tests, the widest first: they take longest."""
     from test_gpu import LARGE_LOGITS, PUBLISHED, WIDTHS
-    from test_losses import LARGE, SHAPES
+    from test_losses import LARGE, SHAPES  # type: ignore[attr-defined]  # of tests/, not of bench/
 
     shapes = [*SHAPES, LARGE, (None, *PUBLISHED), *((None, *LARGE_LOGITS, d) for d in WIDTHS["triton"])]
     found = [(dtype, s, c) for s in shapes for dtype in ("float32", "bfloat16", "float16") for c in checks]

@@ -66,7 +66,7 @@ def dump(option: str, file: Path) -> str:
     if folder is None:
         raise SystemExit("neither the CUDA toolkit's cuobjdump nor Triton's was found")
     environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = [folder / "cuobjdump", option, file]
+    command = [str(folder / "cuobjdump"), option, str(file)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 

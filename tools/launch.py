@@ -9,6 +9,7 @@ launches: those of Triton, and torch's own operations on the device.
 import time
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -20,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from relssl import backends
 from relssl.functional import info_nce, relation_loss
 
-kernels = backends.MODULES["triton"]
-launches = []
+kernels: Any = backends.MODULES["triton"]
+launches: list[tuple] = []
 
 
 class Idle:

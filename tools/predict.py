@@ -335,14 +335,14 @@ def write() -> None:
     """Writes the predictions for bfloat16 on every chip; nothing was measured beside them yet."""
     import triton
 
+    file = cuda_resources.extension()
+    if file is None:
+        raise SystemExit("relssl._cuda is not built: see `relssl info`")
     sizes = list(itertools.product(CAPABILITIES, DIMS))
     kernels = {
         "triton": [triton_kernel(*size, "bf16") for size in sizes],
         "cuda": [kernel for size in sizes for kernel in cuda_kernels(*size, "bf16")],
     }
-    if not kernels["cuda"]:
-        raise SystemExit("relssl._cuda is not built: see `relssl info`")
-    file = cuda_resources.extension()
     versions = {"triton": {"triton": triton.__version__}, "cuda": {"nvcc": cuda_resources.compiler(file)}}
     for name, version in versions.items():
         rows = [
