@@ -85,7 +85,7 @@ def section(path: Path, document: dict, folder: Path) -> str:
     """Returns the first case with every peer, all other cases in a row each, and the plots."""
     (title, entries), *others = groups(document)
     lines = [f"{device(document)}: {title}", ""]
-    lines.append(tables.heading(["", "ms", "slowdown", "error", "MiB", "of torch.mm's rate"]))
+    lines.append(tables.heading(["peer", "ms", "slowdown", "error", "MiB", "of torch.mm's rate"]))
     for e in entries:
         if "ms" in e:
             name, ms, slowdown, spread, *rest = cells(e)

@@ -104,17 +104,17 @@ def ours(p: Problem, backend: str) -> Loss:
         return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
     if case.work == "info_nce":
         return lambda: info_nce(p.q, p.k, p.queue, temperature=INFO_NCE, backend=name)
-    if case.work == "bank":
+    if case.work == "in_queue":
 
-        def bank() -> Tensor:
+        def in_queue() -> Tensor:
             lse, _ = queue_logsumexp(p.q, p.queue, INFO_NCE, backend=name)
             return (lse - (p.q * p.k).sum(1) / INFO_NCE).mean()
 
-        return bank
+        return in_queue
     return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)  # type: ignore[return-value]
 
 
-for _work in ("relation", "multi_crop", "info_nce", "bank", "nt_xent"):
+for _work in ("relation", "multi_crop", "info_nce", "in_queue", "nt_xent"):
     for _name in backends.MODULES:
         _traits = {"keeps": matrices} if _name == "reference" else {}
         peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
@@ -168,7 +168,7 @@ EAGER: dict[str, Callable[[Problem], tuple]] = {
     "relation": lambda p: (eager.relation_loss, p.q, p.k, p.columns, STUDENT, TEACHER),
     "multi_crop": lambda p: (eager.multi_crop, p.q, p.k, p.columns, STUDENT, TEACHER),
     "info_nce": lambda p: (eager.info_nce, p.q, p.k, p.columns, INFO_NCE),
-    "bank": lambda p: (eager.bank_cross_entropy, p.q, p.queue, p.targets, INFO_NCE),
+    "in_queue": lambda p: (eager.queue_cross_entropy, p.q, p.queue, p.targets, INFO_NCE),
     "nt_xent": lambda p: (eager.nt_xent, p.q, p.k, NT_XENT),
 }
 
@@ -269,12 +269,12 @@ def split_attention(p: Problem) -> Loss:
     return lambda: _Attention.apply(p.q, p, num_splits)
 
 
-for _work in ("relation", "multi_crop", "info_nce", "bank"):
+for _work in ("relation", "multi_crop", "info_nce", "in_queue"):
     peer(_work, "attention")(attention)
     peer(_work, "attention, split queue")(split_attention)
 
 
-@peer("bank", "torch linear_cross_entropy, chunked")
+@peer("in_queue", "torch linear_cross_entropy, chunked")
 def _(p: Problem) -> Loss:
     if not hasattr(F, "linear_cross_entropy"):
         raise Unsupported(f"torch {torch.__version__} has no linear_cross_entropy")
@@ -302,7 +302,7 @@ def _(p: Problem) -> Loss:
     return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue, None)
 
 
-@peer("bank", "liger-kernel")
+@peer("in_queue", "liger-kernel")
 def _(p: Problem) -> Loss:
     needs_gpu(p, "liger-kernel's linear cross-entropy")
     module = package("liger-kernel", "liger_kernel.transformers.fused_linear_cross_entropy")
@@ -310,7 +310,7 @@ def _(p: Problem) -> Loss:
     return lambda: loss(p.queue, p.q / INFO_NCE, p.targets)
 
 
-@peer("bank", "cut-cross-entropy")
+@peer("in_queue", "cut-cross-entropy")
 def _(p: Problem) -> Loss:
     """Runs its Triton kernels on a GPU, its torch.compile implementation elsewhere."""
     loss = package("cut-cross-entropy", "cut_cross_entropy").linear_cross_entropy
@@ -319,7 +319,7 @@ def _(p: Problem) -> Loss:
     return lambda: loss(p.q / INFO_NCE, p.queue, p.targets, filter_eps=None, impl=implementation)
 
 
-@peer("bank", "inf-cl")
+@peer("in_queue", "inf-cl")
 def _(p: Problem) -> Loss:
     needs_gpu(p, "inf-cl")
     loss, head = package("inf-cl", "inf_cl").cal_flash_loss, min(p.case.dim, 256)

@@ -24,7 +24,7 @@ SMALL = {
     "relation": work.Case("relation", 6, 64, 16),
     "multi_crop": work.Case("multi_crop", 6, 64, 16, views=3),
     "info_nce": work.Case("info_nce", 6, 64, 16),
-    "bank": work.Case("bank", 6, 64, 16),
+    "in_queue": work.Case("in_queue", 6, 64, 16),
     "nt_xent": work.Case("nt_xent", 6, 0, 16),
 }
 
@@ -63,7 +63,9 @@ def formula(p):
         loss, _ = oracle.relation(q, k, queue, work.STUDENT, work.TEACHER, "ce")
     elif p.case.work == "info_nce":
         loss = oracle.info_nce(q, k, queue, work.INFO_NCE)
-    elif p.case.work == "bank":  # The row's own key is the positive and in the bank: all else is negative.
+    elif (
+        p.case.work == "in_queue"
+    ):  # The row's own key is the positive and in the queue: all else is negative.
         rows = [torch.cat((queue[:i], queue[i + 1 :])) for i in range(len(q))]
         pairs = zip(q.split(1), k.split(1), rows, strict=True)
         loss = torch.cat([oracle.info_nce(a, b, rest, work.INFO_NCE) for a, b, rest in pairs])
@@ -91,7 +93,7 @@ def test_yardstick(case, monkeypatch):
 
 def test_a_gradient_without_the_queue_is_noticed():
     """What is left of InfoNCE's gradient when every small probability is skipped, at the benchmark's size."""
-    problem = work.Problem(work.Case("bank", 32, 65_536, 128), "cpu")
+    problem = work.Problem(work.Case("in_queue", 32, 65_536, 128), "cpu")
     loss = torch.tensor(problem.exact[0]["ce"])
     short = -problem.k.double() / (work.INFO_NCE * 32)
     assert problem.error(loss, [short]) > 0.03
