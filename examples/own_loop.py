@@ -1,6 +1,9 @@
 """A self-supervised loop of your own: ReSSL's student, teacher and queue on handwritten digits, in seconds.
 
-python examples/own_loop.py
+    python examples/own_loop.py
+
+The images are scikit-learn's. The student learns to relate a strongly changed image to past embeddings as the
+teacher relates a weakly changed one; the teacher is a moving average of the student.
 """
 
 import copy
