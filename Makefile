@@ -2,7 +2,7 @@
 # make test      the test suite, but for what is slow: six minutes
 # make test-slow what is slow: fifteen minutes          make check   lint, format and types
 # make bench     time everything against its peers: five minutes; ARGS=--full for the large grid
-# make figures   draw the plots of bench/results/*.json and write the tables of README.md and docs/ from it
+# make figures   draw the plots, and write the tables of README.md and docs/, from bench/results/*.json
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour

@@ -1,4 +1,4 @@
-"""The benchmark: its yardsticks are right, its peers agree, and the pages have what is recorded."""
+"""The benchmark: its exact results are right, its peers agree, and the pages match the recorded results."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
-def test_pages_have_what_is_recorded(page):
+def test_pages_match_the_recorded_results(page):
     assert figures.filled(page) == page.read_text(), "run make figures"
 
 
@@ -56,16 +56,14 @@ def test_plots_are_of_what_is_recorded(path):
 
 
 def formula(p):
-    """The mean loss by tests/oracle.py, and the gradients of p.leaves."""
+    """Returns the mean loss by tests/oracle.py, and the gradients of p.leaves."""
     leaves = [t.detach().double().requires_grad_() for t in p.leaves]
     q, k, queue = leaves[0], p.k.detach().double(), p.queue.double()
     if p.case.work in ("relation", "multi_crop"):
         loss, _ = oracle.relation(q, k, queue, work.STUDENT, work.TEACHER, "ce")
     elif p.case.work == "info_nce":
         loss = oracle.info_nce(q, k, queue, work.INFO_NCE)
-    elif (
-        p.case.work == "in_queue"
-    ):  # The row's own key is the positive and in the queue: all else is negative.
+    elif p.case.work == "in_queue":  # its own key is the positive, all others are negatives
         rows = [torch.cat((queue[:i], queue[i + 1 :])) for i in range(len(q))]
         pairs = zip(q.split(1), k.split(1), rows, strict=True)
         loss = torch.cat([oracle.info_nce(a, b, rest, work.INFO_NCE) for a, b, rest in pairs])
@@ -92,7 +90,7 @@ def test_yardstick(case, monkeypatch):
 
 
 def test_a_gradient_without_the_queue_is_noticed():
-    """What is left of InfoNCE's gradient when every small probability is skipped, at the benchmark's size."""
+    """At the benchmark's size, where a peer might skip every small probability of InfoNCE."""
     problem = work.Problem(work.Case("in_queue", 32, 65_536, 128), "cpu")
     loss = torch.tensor(problem.exact[0]["ce"])
     short = -problem.k.double() / (work.INFO_NCE * 32)
@@ -133,7 +131,7 @@ def test_absent_peers_say_so(monkeypatch):
 
 
 def test_flop():
-    """One product of similarities is 2 B K D; the relation loss has two, and as many means."""
+    """A product of similarities has 2 B K D flop; the relation loss has two of them, and two means."""
     product = 2 * 6 * 64 * 16
     assert work.Case("relation", 6, 64, 16).flop == 4 * product
     assert work.Case("relation", 6, 64, 16, grad=False).flop == 2 * product
@@ -160,7 +158,7 @@ def test_memory_sees_the_similarities():
 @pytest.mark.alone
 @pytest.mark.slow
 def test_a_run_ends_with_table_json_and_plots(tmp_path):
-    """The case whose work is nothing, and two of its peers; from another folder."""
+    """Runs the smallest case with two peers, and one that is absent, from another folder."""
     nothing = f"{ROOT}/bench/test_losses.py::test_loss[{work.Case('relation', 8, 64, 32)}-{{}}]"
     command = [sys.executable, "-m", "pytest", "-q", "--record", tmp_path, "-p", "no:cacheprovider"]
     command += ["--benchmark-json", tmp_path / "statistics" / "all.json"]
@@ -256,18 +254,8 @@ print(compile_all(("float16", (None, 3, 17, 16), "info_nce"), 90, 132))
 
 @pytest.mark.slow
 def test_kernels_are_compiled_before_tests_need_them(tmp_path):
-    """Two launches forward, and two backward: exponents, and the gradient of the queue."""
-    command = [
-        sys.executable,
-        "-P",
-        "-W",
-        "ignore",
-        "-c",
-        COMPILE,
-        ROOT / "tests",
-        ROOT / "bench",
-        ROOT / "tools",
-    ]
+    """There are two launches forward and two backward: exponents, and the gradient of the queue."""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", COMPILE, ROOT / "tests", ROOT / "tools"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

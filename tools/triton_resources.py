@@ -84,7 +84,7 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    """Returns each parameter's type: addresses of float32 where the name does not say otherwise."""
+    """Returns each parameter's type: the address of float32 values by default."""
 
     def type_of(parameter: Any) -> str:
         name = parameter.name
