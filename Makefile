@@ -2,7 +2,7 @@
 # make test      the test suite, but for what is slow: six minutes
 # make test-slow what is slow: fifteen minutes          make check   lint, format and types
 # make bench     time everything against its peers: five minutes; ARGS=--full for the large grid
-# make figures   draw bench/results/*.json anew and write the README's tables from them
+# make figures   draw the plots, and write the tables of README.md and docs/, from bench/results/*.json
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
@@ -22,7 +22,7 @@ SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 .PHONY: demo test test-slow check bench figures fuzz matrix sanitize clean
 
 demo: .venv/installed
-	$(BIN)/python bench/demo.py --out out/demo
+	$(BIN)/python examples/demo.py --out out/demo
 
 # Workers with a thread each, one for every core; then, one by one, what has threads or processes of its own.
 # Triton is interpreted or compiles, in a process; so there are two halves. With ARGS a part may be empty (status 5).

@@ -1,6 +1,6 @@
-"""The losses and the queue as training code has them today: plain PyTorch, step by step as in published code.
+"""The losses and the queue in plain PyTorch, step by step as in published training code.
 
-The queue lies as [D, K] there; products take a clone of it, since enqueueing writes into it in place.
+There the queue has the shape [D, K], and products use a clone of it, since enqueueing modifies it in place.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def relation_loss(q: Tensor, k: Tensor, queue: Tensor, tau_s: float = 0.1, tau_t: float = 0.04) -> Tensor:
-    """ReSSL: mean cross-entropy of q [B, D] against k [B, D] over queue [D, K]."""
+    """ReSSL: the mean cross-entropy of q [B, D] against k [B, D] over a queue [D, K]."""
     logits_q = torch.mm(q, queue.clone().detach())
     logits_k = torch.mm(k, queue.clone().detach())
     target = F.softmax(logits_k.detach() / tau_t, dim=1)
@@ -25,20 +25,20 @@ def multi_crop(q: Tensor, k: Tensor, queue: Tensor, tau_s: float = 0.1, tau_t: f
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
-    """MoCo: class 0 of [positive, negatives], negatives [D, K]."""
+    """MoCo: the cross-entropy of [positive, negatives] with class 0, for negatives [D, K]."""
     positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
     negative = torch.einsum("nc,ck->nk", q, queue.clone().detach())
     logits = torch.cat((positive, negative), dim=1) / tau
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
-def bank_cross_entropy(q: Tensor, bank: Tensor, targets: Tensor, tau: float) -> Tensor:
-    """Each query's own key is one of the rows of the bank [K, D], the one that `targets` names."""
-    return F.cross_entropy(q @ bank.T / tau, targets)
+def queue_cross_entropy(q: Tensor, queue: Tensor, targets: Tensor, tau: float) -> Tensor:
+    """The cross-entropy of queries whose keys are the rows `targets` of the queue [K, D]."""
+    return F.cross_entropy(q @ queue.T / tau, targets)
 
 
 def nt_xent(z1: Tensor, z2: Tensor, tau: float) -> Tensor:
-    """CC and SACC: the positive beside the 2N - 2 negatives that a mask picks from the similarities."""
+    """CC and SACC: the cross-entropy of the positive and the 2N - 2 negatives that a mask selects."""
     n = 2 * len(z1)
     z = torch.cat((z1, z2))
     similarity = z @ z.T / tau
@@ -51,7 +51,7 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float) -> Tensor:
 
 
 class Queue:
-    """ReSSL's and MoCo's: columns [D, K], and a pointer that is read back for every batch."""
+    """ReSSL's and MoCo's queue: columns [D, K], and a pointer that the host reads for every batch."""
 
     def __init__(self, rows: Tensor) -> None:
         self.columns = rows.T.contiguous()

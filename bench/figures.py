@@ -1,75 +1,208 @@
-"""README.md's part on speed, written from bench/results (make figures).
+"""Writes the plots, and the tables of README.md and docs/, from the JSON in bench/results (make figures).
 
     python bench/figures.py
 
-draws the plots of bench/results/*.json anew, and writes what lies between two marks in README.md.
+In a page, everything between `<!-- figures: NAME -->` and `<!-- end -->` is written; PARTS has the names.
 """
 
 import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from report import cells, groups, number, own
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+
+import tables
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-START, END = "<!-- make figures writes from here -->", "<!-- to here -->"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.S)
 ALT = {
     "size": "Time and memory against the size of the queue",
-    "rate": "Rate of each peer as a part of a matrix product's",
-    "roofline": "What bounds the work, and how near relssl comes",
-    "step": "A training step, and the loss's share of it",
+    "rate": "Rate of each peer relative to a matrix product",
+    "roofline": "What bounds the work, and the rate that relssl reaches",
+    "step": "A training step, and the share of the loss",
 }
+# The rows of README.md by work, B and K: first those of CPUs, then what GPUs have instead.
+SUMMARY = [
+    ("relation", 256, 65_536),  # on a CPU in float32 and bfloat16
+    ("relation", 64, 262_144),
+    ("relation", 64, 4_096),  # where relssl is slower
+    ("multi_crop", 64, 16_384),
+    ("info_nce", 256, 65_536),
+    ("nt_xent", 1024, 0),
+    ("ressl_step", 128, 65_536),
+    ("multi_crop", 256, 65_536),
+    ("nt_xent", 4096, 0),
+    ("ressl_step", 256, 65_536),
+]
 
 
-def readme(text: str) -> str:
-    """README.md with the part between its two marks written from bench/results."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
+def filled(page: Path) -> str:
+    """Returns a page's text with its marked parts written from the recorded results."""
+
+    def part(found: re.Match) -> str:
+        return f"{found[1]}\n{PARTS[found[2]](page.parent)}\n\n{found[3]}"
+
+    return MARKED.sub(part, page.read_text())
+
+
+def benchmarks() -> dict[Path, dict]:
+    """Returns the recorded benchmark of each device; the other files are reports of tools/."""
     documents = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    parts = [section(path, document, ROOT) for path, document in documents.items()]
-    if not any("driver" in document for document in documents.values()):
-        parts.append("**No result on a GPU is recorded yet.**\n")
-    return before + START + "\n\n" + "\n".join(parts) + "\n" + END + after
+    return {path: document for path, document in documents.items() if "results" in document}
 
 
-def section(path: Path, document: dict, root: Path) -> str:
-    """The yardstick with every peer, all other work in a line each, and the plots, as seen from a folder."""
+def each_device(write: Callable[[Path, dict, Path], str]) -> Callable[[Path], str]:
+    """Returns a part that calls `write` with each benchmark, its file and the folder of the page."""
+    return lambda folder: "\n\n".join(write(*recorded, folder) for recorded in benchmarks().items())
+
+
+def device(document: dict) -> str:
+    runs = max(entry.get("runs", 1) for entry in document["results"])
+    return f"**{document['device']}** ({versions(document)}{f'; the median of {runs} runs' * (runs > 1)}):"
+
+
+def versions(document: dict) -> str:
+    names = ("driver", "torch", "triton", "nvcc", "commit", "date")
+    return ", ".join(f"{name} {document[name]}" for name in names if name in document)
+
+
+def plot(path: Path, name: str, folder: Path) -> str:
+    """Returns an image as seen from a folder, with a blank line before it; nothing where it was not drawn."""
+    image = path.with_name(f"{path.stem}-{name}.png")
+    return f"\n\n![{ALT[name]}]({os.path.relpath(image, folder)})" if image.exists() else ""
+
+
+def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join([tables.heading(columns), *map(tables.line, rows)])
+
+
+def summary(path: Path, document: dict, folder: Path) -> str:
+    """Returns the representative cases in a row each."""
+    cases = [(title, entries) for title, entries in groups(document) if summarised(entries[0])]
+    return f"{device(document)}\n\n{comparisons(cases)}"
+
+
+def summarised(entry: dict) -> bool:
+    return entry["grad"] and (entry["work"], entry["rows"], entry["size"]) in SUMMARY
+
+
+def benchmark(folder: Path) -> str:
+    """Returns everything that is recorded."""
+    on_gpu = any("driver" in document for document in benchmarks().values())
+    missing = "" if on_gpu else "\n\n**No result on a GPU is recorded yet.**"
+    return each_device(section)(folder) + missing
+
+
+def section(path: Path, document: dict, folder: Path) -> str:
+    """Returns the first case with every peer, all other cases in a row each, and the plots."""
     (title, entries), *others = groups(document)
-    versions = ", ".join(
-        f"{n} {document[n]}" for n in ("driver", "torch", "triton", "commit", "date") if n in document
-    )
-    runs = max(e.get("runs", 1) for e in entries)
-    versions += f"; the median of {runs} runs" if runs > 1 else ""
-    lines = [f"**{document['device']}** ({versions}): {title}", ""]
-    lines += ["| | ms | times relssl's | error | MiB | of torch.mm's rate |", "|---|---|---|---|---|---|"]
+    rows = []
     for e in entries:
         if "ms" in e:
-            name, ms, times, spread, *rest = cells(e)
-            row = [name, ms, f"{times} ({spread})", *rest]
-            lines.append("| " + " | ".join(f"**{c}**" if own(e["peer"]) else c for c in row) + " |")
-    lines += ["", "| | relssl, ms | times that: eager | best other | |", "|---|---|---|---|---|"]
-    for title, entries in others:
-        rest = [e for e in entries if "ms" in e and not e["peer"].startswith("relssl")]
-        if rest:
-            best = min(rest, key=lambda e: e["times_ours"][0])
+            name, ms, slowdown, spread, *rest = cells(e)
+            row = [name, ms, f"{slowdown} ({spread})", *rest]
+            rows.append([f"**{cell}**" for cell in row] if own(e["peer"]) else row)
+    first = markdown(["peer", "ms", "slowdown", "error", "MiB", "of torch.mm's rate"], rows)
+    plots = "".join(plot(path, name, folder) for name in ALT)
+    return f"{device(document)} {title}\n\n{first}\n\n{comparisons(others)}{plots}"
+
+
+def comparisons(cases: list[tuple[str, list[dict]]]) -> str:
+    """Returns a table with a row for each case: relssl, eager code, and the fastest of all other peers."""
+    rows = []
+    for title, entries in cases:
+        others = [e for e in entries if "ms" in e and not e["peer"].startswith("relssl")]
+        if others:
+            best = min(others, key=lambda e: e["slowdown"][0])
             timed = [e["ms"][0] for e in entries if "ms" in e and own(e["peer"])]
-            ours = timed[0] if timed else best["ms"][0] / best["times_ours"][0]
-            eager = [f"{e['times_ours'][0]:.2f}" for e in rest if e["peer"] == "eager"] or [""]
-            lines.append(
-                f"| {title} | {number(ours)} | {eager[0]} | {best['times_ours'][0]:.2f} | {best['peer']} |"
-            )
-    lines += [""]
-    for name in ALT:
-        plot = path.with_name(f"{path.stem}-{name}.png")
-        if plot.exists():
-            lines += [f"![{ALT[name]}]({plot.relative_to(root)})", ""]
-    return "\n".join(lines)
+            ours = timed[0] if timed else best["ms"][0] / best["slowdown"][0]
+            eager = [f"{e['slowdown'][0]:.2f}" for e in others if e["peer"] == "eager"] or [""]
+            rows.append([title, number(ours), eager[0], f"{best['slowdown'][0]:.2f}", best["peer"]])
+    columns = ["work", "relssl, ms", "slowdown of eager", "slowdown of the best other", "which"]
+    return markdown(columns, rows)
+
+
+def limits(path: Path, document: dict, folder: Path) -> str:
+    """Returns the device's rates, and the time that each permits for the first case."""
+    title, entries = groups(document)[0]
+    ours = next(e for e in entries if "ms" in e and own(e["peer"]))
+    pairs = ours["rows"] * ours["size"]
+    queue = ours["size"] * ours["dim"] * (4 if ours["dtype"] == "float32" else 2)
+    needed = {
+        "matmul": ("flop of matrix products", 8 * pairs * ours["dim"]),
+        "exponentials": ("exponentials", 2 * pairs),
+        "bandwidth": ("bytes of the queue", queue),
+    }
+    rates = document["limits"]
+    rows = [
+        [name, number(rates[key] / 1e9), number(1e3 * amount / rates[key])]
+        for key, (name, amount) in needed.items()
+        if key in rates
+    ]
+    rows.append([f"**{ours['peer']}, measured**", number(ours["flop_rate"] / 1e9), number(ours["ms"][0])])
+    table = markdown(["", "10⁹ per second", "ms"], rows)
+    return f"{device(document)} {title}\n\n{table}{plot(path, 'roofline', folder)}"
+
+
+def step(path: Path, document: dict, folder: Path) -> str:
+    """Returns the time of a training step of ReSSL and the loss's share of it, for each size of the queue."""
+    steps = [e for e in document["results"] if e["work"] == "ressl_step" and "ms" in e]
+    rows = []
+    for size in sorted({e["size"] for e in steps}):
+        cells_of = {
+            e["peer"]: [number(e["ms"][0]), f"{e['loss_share']:.0%}"] for e in steps if e["size"] == size
+        }
+        rows.append([f"{size:,}", *cells_of.get("relssl", ["-", "-"]), *cells_of.get("eager", ["-", "-"])])
+    columns = ["K", "relssl, ms", "share of the loss", "eager, ms", "share of the loss"]
+    return f"{device(document)}\n\n{markdown(columns, rows)}{plot(path, 'step', folder)}"
+
+
+def growth(path: Path, document: dict, folder: Path) -> str:
+    """Returns time and memory of the relation loss for each size of the queue, for batches with several."""
+    first = document["results"][0]
+    cells_of: dict[tuple[int, int], dict[str, str]] = {}
+    for e in sorted((e for e in document["results"] if "bytes" in e), key=lambda e: -e["ms"][0]):
+        if all(e[name] == first[name] for name in ("work", "grad", "dim", "dtype")):
+            peer = "relssl" if own(e["peer"]) else e["peer"]  # the fastest one, which comes last
+            cell = f"{number(e['ms'][0])} ms, {number(e['bytes'] / 2**20)} MiB"
+            cells_of.setdefault((e["rows"], e["size"]), {})[peer] = cell
+    sizes = Counter(rows for rows, _ in cells_of)
+    rows = [
+        [f"B {b:,}, K {k:,}", *(cells_of[b, k].get(peer, "-") for peer in ("eager", "relssl"))]
+        for b, k in sorted(cells_of)
+        if sizes[b] > 1
+    ]
+    table = markdown(["", "eager", "relssl"], rows)
+    return f"{device(document)}\n\n{table}{plot(path, 'size', folder)}"
+
+
+def report(name: str, folder: Path) -> str:
+    """Returns the table of a report of tools/."""
+    document = json.loads((RESULTS / f"{name}.json").read_text())
+    return f"By {versions(document)}:\n\n{tables.table(document['rows'])}"
+
+
+REPORTS = ("triton-resources", "triton-predictions", "cuda-resources", "cuda-predictions")
+PARTS: dict[str, Callable[[Path], str]] = {
+    "benchmark": benchmark,
+    **{write.__name__: each_device(write) for write in (summary, limits, step, growth)},
+    **{name: partial(report, name) for name in REPORTS},
+}
 
 
 if __name__ == "__main__":
     from plots import draw
 
-    for recorded in sorted(RESULTS.glob("*.json")):
+    for recorded in benchmarks():
         print(*draw(recorded), sep="\n")
-    target = ROOT / "README.md"
-    target.write_text(readme(target.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page))

@@ -1,4 +1,4 @@
-"""The sizes: what runs by default on two cores in minutes, and what --full and a GPU add."""
+"""The sizes: those that run by default, on two cores in minutes, and those that --full and a GPU add."""
 
 from itertools import product
 
@@ -8,7 +8,8 @@ from work import Case
 
 SWEEP = (16_384, 65_536, 262_144)  # K, for the plots of time and memory
 
-# The yardstick, then a large one; small batches, where a queue counts most; and one whose work is nothing.
+# The first is the one of reports and plots; then a large one; small batches, where a queue matters most; and
+# one that needs no work.
 SMALL = [
     Case("relation", 256, 65_536, 128),
     Case("relation", 256, 65_536, 128, grad=False),
@@ -16,7 +17,7 @@ SMALL = [
     *(Case("relation", 64, size, 128) for size in SWEEP),
     Case("relation", 8, 64, 32),
     Case("info_nce", 256, 65_536, 128),
-    Case("bank", 256, 65_536, 128),
+    Case("in_queue", 256, 65_536, 128),
     Case("multi_crop", 64, 16_384, 128, views=5),  # ReSSL's five crops
     Case("nt_xent", 64, 0, 128),
     Case("nt_xent", 1024, 0, 128),
@@ -31,14 +32,14 @@ LARGE = [
     Case("info_nce", 256, 262_144, 128),
     Case("multi_crop", 32, 131_072, 512, views=5),
 ]
-# The two of the plots first, whole; then whatever the time allows.
+# First the two of the plots, complete; then as many as the time allows.
 GPU = [
     *(Case("relation", 256, size, 128, "bfloat16") for size in (65_536, 4_096, 16_384, 262_144, 1_048_576)),
     *(Case("relation", 1024, size, 128, "bfloat16") for size in (262_144, 65_536, 1_048_576)),
     Case("relation", 256, 65_536, 128, "bfloat16", grad=False),
     Case("relation", 256, 65_536, 128),
     Case("relation", 8, 64, 32, "bfloat16"),
-    *(Case(work, 256, 65_536, 128, "bfloat16") for work in ("info_nce", "bank")),
+    *(Case(work, 256, 65_536, 128, "bfloat16") for work in ("info_nce", "in_queue")),
     Case("multi_crop", 256, 65_536, 128, "bfloat16", views=5),
     Case("nt_xent", 64, 0, 128, "bfloat16"),
     Case("nt_xent", 4096, 0, 128, "bfloat16"),
@@ -49,8 +50,8 @@ GPU += [
     if (case := Case("relation", rows, size, dim, "bfloat16")) not in GPU
 ]
 DEFAULT, MORE = (SMALL, LARGE) if DEVICE == "cpu" else (GPU, [])
-# Who waits for --full: at the large size all but one, elsewhere who does what eager code does, and who
-# compiles for long to little end. relssl's own time is beside every peer's.
+# Peers that run only with --full: at the large size all but one, elsewhere those with eager code's work, and
+# those that compile for long to little effect. relssl is timed with every peer.
 ALIKE = {"relssl reference", "solo-learn"}
 SLOW = {
     Case("relation", 256, 65_536, 128): {"relssl reference"},
@@ -59,11 +60,11 @@ SLOW = {
     **{Case("relation", 64, size, 128): ALIKE for size in SWEEP},
     Case("relation", 8, 64, 32): {"torch.compile", "liger-kernel"},
     Case("info_nce", 256, 65_536, 128): {"relssl reference"},
-    Case("bank", 256, 65_536, 128): {"relssl reference"},
+    Case("in_queue", 256, 65_536, 128): {"relssl reference"},
     Case("multi_crop", 64, 16_384, 128, views=5): {"relssl reference"},
     Case("nt_xent", 64, 0, 128): {"torch.compile"},
-    # Of the large grid they are left out; of bfloat16 whoever takes 20 seconds a call, as eager code does,
-    # where the CPU has no instructions for it.
+    # In the large grid they never run, nor in bfloat16 those that take 20 seconds a call, as eager code does
+    # where the CPU lacks its instructions.
     **{case: ALIKE for case in LARGE},
     Case("relation", 256, 65_536, 128, "bfloat16"): ALIKE | {"torch.compile", "liger-kernel"},
 }

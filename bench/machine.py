@@ -1,4 +1,4 @@
-"""What a result must say of where it comes from."""
+"""The origin of a result: device, versions and commit; and the rates that bound the device."""
 
 import os
 import platform
@@ -18,27 +18,27 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def about() -> dict[str, str]:
-    """Device, driver, versions, commit and date; all words."""
-    told = {
+    """Returns device, driver, versions, commit and date."""
+    found = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "relssl": relssl.__version__,
-        # .git does not travel with a source archive; whoever sends one may say.
-        "commit": os.environ.get("RELSSL_COMMIT") or _commit(),
+        # A source archive has no .git.
+        "commit": os.environ.get("RELSSL_COMMIT") or commit(),
         "date": str(date.today()),
     }
     if DEVICE == "cuda":
         import triton
 
-        told["driver"] = _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        told["triton"] = triton.__version__
-    return {name: value for name, value in told.items() if value}
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["triton"] = triton.__version__
+    return {name: value for name, value in found.items() if value}
 
 
 def available_bytes() -> int:
-    """What a peer may still fill."""
+    """Returns the memory that a peer may still allocate."""
     if DEVICE == "cuda":
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + cached
@@ -50,26 +50,26 @@ def available_bytes() -> int:
 
 
 def _processor() -> str:
-    """As "AMD EPYC, 2 cores, AVX2": the set of instructions is the one that relssl's kernel uses."""
+    """For example "AMD EPYC, 2 cores, avx2", with the instruction set of relssl's kernel."""
     name = f"{tuned.processor()}, {os.cpu_count()} cores"
     try:
-        from relssl import _cpu
+        from relssl import _cpu  # type: ignore[attr-defined]
 
         return f"{name}, {_cpu.instruction_set()}"
     except ImportError:
         return name
 
 
-def _commit() -> str:
-    """The checkout's commit, with a + if files that count are not as committed."""
-    commit = _told("git", "rev-parse", "--short", "HEAD")
-    changed = _told(
+def commit() -> str:
+    """Returns the checkout's commit, with a + if files that matter are not as committed."""
+    name = _output("git", "rev-parse", "--short", "HEAD")
+    changed = _output(
         "git", "status", "--porcelain", "--", "relssl", "kernels", "csrc", "bench/*.py", "setup.py"
     )
-    return commit + ("+" if changed else "")
+    return name + ("+" if changed else "")
 
 
-def _told(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     except OSError:
@@ -77,15 +77,15 @@ def _told(*command: str) -> str:
 
 
 def matrix_product(dtype: torch.dtype) -> tuple[Callable, int]:
-    """The yardstick: a product large enough to reach the full rate, and its flop."""
+    """Returns a product of matrices that is large enough to reach the full rate, and its flop."""
     return trial.matrix_product(dtype, DEVICE)
 
 
 def limits() -> dict[str, float]:
-    """Rates of the device that bound the work: flop of products, bytes read, exponentials; per second.
+    """Returns the rates that bound the work: flop of products, bytes read and exponentials a second.
 
-    Products are of float32, on a GPU of bfloat16. Exponentials of a GPU are not measured: they are what its
-    special function units could do, 16 a clock and processor.
+    Products are in float32, on a GPU in bfloat16. A GPU's exponentials are not measured, but computed: 16 a
+    clock and multiprocessor.
     """
     product, flop = matrix_product(torch.bfloat16)
     far = torch.ones(2**26, device=DEVICE)  # 256 MiB, more than caches hold
@@ -105,7 +105,7 @@ def limits() -> dict[str, float]:
 
 
 def _seconds(run: Callable) -> float:
-    """Of a call, the best of ten times as many as take 10 ms."""
+    """Returns the seconds of a call: the best of ten rounds of at least 10 ms."""
     clock = Clock(DEVICE)
     clock.time("warm", run)
     calls = max(1, int(0.01 / clock.seconds()["warm"][0]))

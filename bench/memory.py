@@ -1,10 +1,10 @@
-"""Peak memory of a piece of code: on the CPU what a child process needs beyond what it already has.
+"""Measures the peak memory of code on the CPU: what a child process needs beyond what it already has.
 
     python bench/memory.py      the relation loss at up to a million queue rows, by relssl and by eager code
 
-Resident memory is what the system sees, whoever allocated it: torch, BLAS or a kernel of ours. Linux
-keeps its high-water mark (VmHWM in /proc/self/status) and resets it on request. Children are forked from a
-server that has imported everything and computed nothing, so each starts in no time and with a clean heap.
+Resident memory counts every allocation, of torch, BLAS and relssl's kernels. Linux keeps its high-water mark
+(VmHWM in /proc/self/status) and resets it on request. Children are forked from a server that has imported
+everything and computed nothing, so that each starts at once and with a clean heap.
 """
 
 import atexit
@@ -19,16 +19,20 @@ from pathlib import Path
 
 from work import Case
 
-COMPILES = ("torch.compile", "liger-kernel", "cut-cross-entropy")  # Whose warm-up must have the same size.
+COMPILES = ("torch.compile", "liger-kernel", "cut-cross-entropy")  # Their warm-up must have the same size.
 
 
 def measurable() -> bool:
-    """Whether this system has the /proc files that the measurement needs."""
+    """Returns whether this system has the /proc files that the measurement needs."""
     return os.access("/proc/self/clear_refs", os.W_OK) and os.access("/proc/self/status", os.R_OK)
 
 
 def case_memory(case: Case, name: str) -> int:
-    """Bytes that a peer needs on the CPU beyond inputs and queue. RuntimeError if it fails."""
+    """Returns the bytes that a peer needs on the CPU beyond inputs and queue.
+
+    Raises:
+        RuntimeError: the peer fails.
+    """
     small = case if name in COMPILES else replace(case, rows=8, size=min(case.size, 1024))
     setup = "from peers import runner\nfrom work import Case, Problem\n"
     for variable, each in {"run": case, "small": small}.items():
@@ -37,15 +41,17 @@ def case_memory(case: Case, name: str) -> int:
 
 
 def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> int:
-    """Bytes by which `statement` raises the resident memory of a fresh process at its peak.
+    """Returns the bytes by which `statement` raises the peak of a fresh process's resident memory.
 
-    `setup` makes the inputs, `warm_up` runs the same code small, so that thread pools and lazily
-    loaded libraries are not counted. What setup and warm_up freed may be used again uncounted:
-    keep their temporaries small. What statement leaves behind, such as gradients, counts.
+    `setup` makes the inputs; `warm_up` runs the same code at a small size, so that thread pools and lazily
+    loaded libraries do not count. Memory that both have freed may be used again uncounted: keep their
+    temporaries small. What statement leaves behind, such as gradients, counts.
 
-    Raises RuntimeError with its message if the code fails.
+    Raises:
+        RuntimeError: the code fails.
     """
     server = _server()
+    assert server.stdin and server.stdout
     print(json.dumps([setup, warm_up, statement]), file=server.stdin, flush=True)
     answer = json.loads(server.stdout.readline())
     if isinstance(answer, str):
@@ -54,26 +60,26 @@ def peak_extra_memory(statement: str, *, setup: str = "", warm_up: str = "") -> 
 
 
 @cache
-def _server() -> subprocess.Popen:
+def _server() -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-c",
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory; memory._serve()",
     ]
-    # Never in the source folder, which would stand in for the package. It ends with its standard input.
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen(command, cwd=tempfile.gettempdir(), text=True, **pipes)
+    # Not in the source folder, which would shadow the package. It ends with its standard input.
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(command, cwd=tempfile.gettempdir(), text=True, stdin=pipe, stdout=pipe)
     atexit.register(server.communicate)  # Closes its input.
     return server
 
 
 def _serve() -> None:
-    # All that a child may import, once.
+    # Everything that a child may import.
     import peers  # noqa: F401
     import torch._inductor.compile_fx  # noqa: F401
 
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What the code prints must not stand among the answers.
+    os.dup2(2, 1)  # Output of the code must not mix with the answers.
     for line in sys.stdin:
         read, write = os.pipe()
         child = os.fork()
@@ -86,9 +92,9 @@ def _serve() -> None:
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as pipe:
-            told = pipe.read()
+            answer_text = pipe.read()
         os.waitpid(child, 0)
-        print(told or json.dumps("the process was killed"), file=out, flush=True)
+        print(answer_text or json.dumps("the process was killed"), file=out, flush=True)
 
 
 def _measure(setup: str, warm_up: str, statement: str) -> int:

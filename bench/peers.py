@@ -1,8 +1,8 @@
-"""Who is timed: relssl's backends, plain PyTorch, and other packages, each running its own code.
+"""The peers that are timed: relssl's backends, plain PyTorch, and other packages, each running its own code.
 
-A peer makes, from a Problem, a function without arguments that gives the mean loss. What it needs beyond
-the inputs (a queue that lies otherwise, a compiled function) it prepares beforehand. Whoever cannot take part
-says why by raising Unfit. relssl is asked for the cross-entropy form, the value that published code has.
+A peer makes, from a Problem, a function without arguments that returns the mean loss. It prepares beforehand
+what it needs beyond the inputs (a queue of another layout, a compiled function). A peer that cannot run
+raises Unsupported with the reason. relssl computes the cross-entropy form, the value of the published code.
 """
 
 import importlib
@@ -23,18 +23,18 @@ from relssl import FeatureQueue, backends
 from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
 
 Loss = Callable[[], Tensor]
-GRAPH = ", graph"  # How the name of a peer ends that is replayed as a CUDA graph.
+GRAPH = ", graph"  # The names of peers that are replayed as CUDA graphs end so.
 
 
-class Unfit(Exception):
-    """Why a peer takes no part."""
+class Unsupported(Exception):
+    """The reason why a peer cannot run."""
 
 
 @dataclass(frozen=True)
 class Peer:
     make: Callable[[Problem], Loss]
     form: str = "ce"  # of the relation loss
-    normalises: bool = False  # its rows, so that gradients have no part along them
+    normalises: bool = False  # it normalises its rows, so gradients are orthogonal to them
     keeps: Callable[[Case], int] = lambda case: 0  # bytes that must fit into memory, roughly
 
 
@@ -50,39 +50,40 @@ def peer(work: str, name: str, **traits):
 
 
 def matrices(case: Case) -> int:
-    """Eager code keeps some five matrices of similarities, and has as many again in passing."""
+    """Returns the bytes of eager code: some five matrices of similarities, and as many temporaries."""
     return 40 * case.pairs
 
 
 def package(name: str, module: str) -> ModuleType:
     if importlib.util.find_spec(module.split(".")[0]) is None:
-        raise Unfit(f"{name} is not installed")
+        raise Unsupported(f"{name} is not installed")
     try:
         return importlib.import_module(module)
     except ImportError as missing:
-        raise Unfit(f"{name}: {missing}") from missing
+        raise Unsupported(f"{name}: {missing}") from missing
 
 
 def solo(module: str) -> ModuleType:
-    """A file of solo-learn's losses, which need torch alone; its package would import Lightning and more."""
-    spec = importlib.util.find_spec("solo")
-    if spec is None:
-        raise Unfit("solo-learn is not installed")
-    path = Path(spec.submodule_search_locations[0]) / "losses" / f"{module}.py"
+    """Imports a file of solo-learn's losses, which needs torch alone; the package would import Lightning."""
+    found = importlib.util.find_spec("solo")
+    if found is None or not found.submodule_search_locations:
+        raise Unsupported("solo-learn is not installed")
+    path = Path(found.submodule_search_locations[0]) / "losses" / f"{module}.py"
     spec = importlib.util.spec_from_file_location(f"solo_losses_{module}", path)
+    assert spec and spec.loader
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
 def lightly(module: str) -> ModuleType:
-    importlib.import_module("relssl.data.torchvision_import")  # Which lightly imports, and may be broken.
+    importlib.import_module("relssl.data.torchvision_import")  # lightly imports it; it may be broken
     return package("lightly", module)
 
 
 def needs_gpu(p: Problem, name: str) -> None:
     if p.device == "cpu":
-        raise Unfit(f"{name}: its kernels need a GPU")
+        raise Unsupported(f"{name}: its kernels need a GPU")
 
 
 # ------------------------------------------------------------------------------------------------ relssl
@@ -92,28 +93,28 @@ def fitting(p: Problem, backend: str) -> str:
     if backend != "auto":
         why = backends.unsupported(backend, p.device, p.q.dtype, p.case.dim)
         if why is not None:
-            raise Unfit(why)
+            raise Unsupported(why)
     return backend
 
 
 def ours(p: Problem, backend: str) -> Loss:
-    """relssl's loss, by one of its backends; "auto" is what a user gets who does not ask."""
+    """Returns relssl's loss by one of its backends; "auto" is the default."""
     name, case = fitting(p, backend), p.case
     if case.work == "nt_xent":
         return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
     if case.work == "info_nce":
         return lambda: info_nce(p.q, p.k, p.queue, temperature=INFO_NCE, backend=name)
-    if case.work == "bank":
+    if case.work == "in_queue":
 
-        def bank() -> Tensor:
+        def in_queue() -> Tensor:
             lse, _ = queue_logsumexp(p.q, p.queue, INFO_NCE, backend=name)
             return (lse - (p.q * p.k).sum(1) / INFO_NCE).mean()
 
-        return bank
-    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)
+        return in_queue
+    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)  # type: ignore[return-value]
 
 
-for _work in ("relation", "multi_crop", "info_nce", "bank", "nt_xent"):
+for _work in ("relation", "multi_crop", "info_nce", "in_queue", "nt_xent"):
     for _name in backends.BACKENDS:
         _traits = {"keeps": matrices} if _name == "reference" else {}
         peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
@@ -122,12 +123,12 @@ peer("relation", "relssl cuda/sm_90a")(partial(ours, backend="cuda/sm_90a"))
 
 
 def find(work: str, name: str) -> Peer:
-    """A peer by name; "relssl" is relssl's backend "auto"."""
+    """Returns a peer by name; "relssl" is relssl's backend "auto"."""
     return Peer(partial(ours, backend="auto")) if name == "relssl" else PEERS[work][name]
 
 
 def runner(problem: Problem, name: str) -> Callable[[], tuple]:
-    """A peer's function that gives the loss and, where the case says so, its gradients."""
+    """Returns a peer's function that computes the loss and, if the case has them, its gradients."""
     if name.endswith(GRAPH):
         return replayed(runner(problem, name.removesuffix(GRAPH)))
     loss, leaves = find(problem.case.work, name).make(problem), problem.leaves
@@ -144,7 +145,7 @@ def runner(problem: Problem, name: str) -> Callable[[], tuple]:
 
 
 def replayed(run: Callable[[], tuple]) -> Callable[[], tuple]:
-    """The same as a CUDA graph, which has no launches to wait for."""
+    """Captures a function in a CUDA graph, and returns one that replays it, without the host's launches."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -167,7 +168,7 @@ EAGER: dict[str, Callable[[Problem], tuple]] = {
     "relation": lambda p: (eager.relation_loss, p.q, p.k, p.columns, STUDENT, TEACHER),
     "multi_crop": lambda p: (eager.multi_crop, p.q, p.k, p.columns, STUDENT, TEACHER),
     "info_nce": lambda p: (eager.info_nce, p.q, p.k, p.columns, INFO_NCE),
-    "bank": lambda p: (eager.bank_cross_entropy, p.q, p.queue, p.targets, INFO_NCE),
+    "in_queue": lambda p: (eager.queue_cross_entropy, p.q, p.queue, p.targets, INFO_NCE),
     "nt_xent": lambda p: (eager.nt_xent, p.q, p.k, NT_XENT),
 }
 
@@ -181,8 +182,8 @@ compile_once = cache(torch.compile)
 
 
 def compiled(p: Problem) -> Loss:
-    """As by default: the first shape on its own, which is the yardstick; at the next, once for all others."""
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # Lest eager code go by its name.
+    """Compiles as by default: the first shape on its own, at the next one once for all others."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of running eager code
     loss, *arguments = EAGER[p.case.work](p)
     fast = compile_once(loss)
     return lambda: fast(*arguments)
@@ -194,24 +195,23 @@ for _work in EAGER:
 
 
 class _Attention(torch.autograd.Function):
-    """torch's own flash attention with keys = values = queue, which also gives the log-sum-exp.
+    """torch's own flash attention with keys = values = queue, which also returns the log-sum-exp.
 
-    What is left is the epilogue that relssl has, gradient in forward included: the strongest a user could
-    put together from parts, given the idea. A queue in one piece keeps as many processors busy as there are
-    blocks of rows (on a GPU, more where the kernel itself splits keys); in `splits` pieces, as heads whose
-    results are merged, all.
+    relssl's epilogue follows, with the gradient in forward: the fastest code that a user could write from
+    parts. A queue in one piece occupies as many processors as there are blocks of rows (on a GPU more, where
+    the kernel itself splits keys); in `num_splits` pieces, which are heads whose results are merged, all.
     """
 
     @staticmethod
-    def forward(ctx, q, p, splits):
+    def forward(ctx, q, p, num_splits):
         x, case = q.flatten(0, -2), p.case
         if case.work in ("relation", "multi_crop"):
-            mean, lse = attend(x, p.queue, STUDENT, splits)
-            target, _ = attend(p.k, p.queue, TEACHER, splits)
+            mean, lse = attend(x, p.queue, STUDENT, num_splits)
+            target, _ = attend(p.k, p.queue, TEACHER, num_splits)
             target = target.repeat(case.views, 1)
             tau = STUDENT
         else:
-            mean, lse = attend(x, p.queue, INFO_NCE, splits)
+            mean, lse = attend(x, p.queue, INFO_NCE, num_splits)
             target, tau = p.k.float(), INFO_NCE
         similarity = (x.float() * target).sum(1) / tau
         if case.work == "info_nce":
@@ -229,17 +229,19 @@ class _Attention(torch.autograd.Function):
         return (g * ctx.saved_tensors[0]).to(ctx.like.dtype).view_as(ctx.like), None, None
 
 
-def attend(x: Tensor, queue: Tensor, tau: float, splits: int) -> tuple[Tensor, Tensor]:
-    """Softmax-weighted mean of the queue, and log-sum-exp, of rows x / tau; in float32."""
-    bank = queue.view(1, splits, -1, queue.shape[1])
-    rows = x.expand(1, splits, *x.shape)
+def attend(x: Tensor, queue: Tensor, tau: float, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Returns the softmax-weighted mean of the queue and the log-sum-exp of rows x / tau, in float32."""
+    pieces = queue.view(1, num_splits, -1, queue.shape[1])
+    rows = x.expand(1, num_splits, *x.shape)
     if queue.is_cuda:
-        mean, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(rows, bank, bank, scale=1 / tau)
+        mean, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            rows, pieces, pieces, scale=1 / tau
+        )
     else:
         mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, bank, bank, scale=1 / tau
+            rows, pieces, pieces, scale=1 / tau
         )
-    if splits == 1:
+    if num_splits == 1:
         return mean[0, 0].float(), lse.view(-1).float()
     whole = lse[0].logsumexp(0)
     return torch.einsum("sb,sbd->bd", (lse[0] - whole).exp(), mean[0].float()), whole
@@ -247,36 +249,36 @@ def attend(x: Tensor, queue: Tensor, tau: float, splits: int) -> tuple[Tensor, T
 
 def attention(p: Problem) -> Loss:
     if p.device != "cpu" and (p.case.dim > 256 or p.q.dtype == torch.float32):
-        raise Unfit("torch's flash attention takes 16-bit rows up to 256 wide")
+        raise Unsupported("torch's flash attention takes 16-bit rows up to 256 wide")
     return lambda: _Attention.apply(p.q, p, 1)
 
 
 def split_attention(p: Problem) -> Loss:
-    """With as many pieces, of equal size, as fill the device's processors with blocks of 128 rows."""
+    """Splits the queue into as many equal pieces as fill the device's processors with blocks of 128 rows."""
     attention(p)
     rows, size = p.q.flatten(0, -2).shape[0], p.case.size
     if p.device == "cpu":
         processors = torch.get_num_threads()
     else:
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-    splits = 1
-    while splits * -(-rows // 128) < processors and size % (2 * splits) == 0:
-        splits *= 2
-    if splits == 1:
-        raise Unfit("its rows fill the device without splitting the queue")
-    return lambda: _Attention.apply(p.q, p, splits)
+    num_splits = 1
+    while num_splits * -(-rows // 128) < processors and size % (2 * num_splits) == 0:
+        num_splits *= 2
+    if num_splits == 1:
+        raise Unsupported("its rows fill the device without splitting the queue")
+    return lambda: _Attention.apply(p.q, p, num_splits)
 
 
-for _work in ("relation", "multi_crop", "info_nce", "bank"):
+for _work in ("relation", "multi_crop", "info_nce", "in_queue"):
     peer(_work, "attention")(attention)
     peer(_work, "attention, split queue")(split_attention)
 
 
-@peer("bank", "torch linear_cross_entropy, chunked")
+@peer("in_queue", "torch linear_cross_entropy, chunked")
 def _(p: Problem) -> Loss:
     if not hasattr(F, "linear_cross_entropy"):
-        raise Unfit(f"torch {torch.__version__} has no linear_cross_entropy")
-    # Its own choice is a row at a time, where K is much larger than B D, and takes 16 times as long.
+        raise Unsupported(f"torch {torch.__version__} has no linear_cross_entropy")
+    # Its default is a row at a time where K is much larger than B D, which takes 16 times as long.
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64, chunking_method=None)
     return lambda: F.linear_cross_entropy(p.q / INFO_NCE, p.queue, p.targets, options=options)
 
@@ -286,7 +288,7 @@ def _(p: Problem) -> Loss:
 
 @peer("relation", "liger-kernel", form="kl", keeps=lambda case: 40 * min(case.rows, 1024) * case.size)
 def _(p: Problem) -> Loss:
-    """Distillation of a linear head, 1,024 rows at a time, by PyTorch; computes the head's gradient, too."""
+    """Distils a linear head in PyTorch, 1,024 rows at a time; it computes the head's gradient, too."""
     jsd = package("liger-kernel", "liger_kernel.chunked_loss.jsd_loss")
     loss = jsd.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
     return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue, p.targets)
@@ -300,7 +302,7 @@ def _(p: Problem) -> Loss:
     return lambda: loss(p.q / STUDENT, p.queue, p.k / TEACHER, p.queue, None)
 
 
-@peer("bank", "liger-kernel")
+@peer("in_queue", "liger-kernel")
 def _(p: Problem) -> Loss:
     needs_gpu(p, "liger-kernel's linear cross-entropy")
     module = package("liger-kernel", "liger_kernel.transformers.fused_linear_cross_entropy")
@@ -308,16 +310,16 @@ def _(p: Problem) -> Loss:
     return lambda: loss(p.queue, p.q / INFO_NCE, p.targets)
 
 
-@peer("bank", "cut-cross-entropy")
+@peer("in_queue", "cut-cross-entropy")
 def _(p: Problem) -> Loss:
-    """Its Triton kernels on a GPU, its torch.compile implementation elsewhere."""
+    """Runs its Triton kernels on a GPU, its torch.compile implementation elsewhere."""
     loss = package("cut-cross-entropy", "cut_cross_entropy").linear_cross_entropy
-    kind = "torch_compile" if p.device == "cpu" else "cce"
-    # Its default leaves small terms out of the gradient: here, all that the queue contributes.
-    return lambda: loss(p.q / INFO_NCE, p.queue, p.targets, filter_eps=None, impl=kind)
+    implementation = "torch_compile" if p.device == "cpu" else "cce"
+    # Its default omits small terms of the gradient: here, all of the queue's.
+    return lambda: loss(p.q / INFO_NCE, p.queue, p.targets, filter_eps=None, impl=implementation)
 
 
-@peer("bank", "inf-cl")
+@peer("in_queue", "inf-cl")
 def _(p: Problem) -> Loss:
     needs_gpu(p, "inf-cl")
     loss, head = package("inf-cl", "inf_cl").cal_flash_loss, min(p.case.dim, 256)
@@ -326,7 +328,7 @@ def _(p: Problem) -> Loss:
 
 @peer("relation", "solo-learn", keeps=matrices)
 def _(p: Problem) -> Loss:
-    """Its training step clones the queue for it, as it does for enqueueing into it."""
+    """Clones the queue, as its training step does before enqueueing."""
     loss = solo("ressl").ressl_loss_func
     return lambda: loss(p.q, p.k, p.queue.clone().detach(), STUDENT, TEACHER)
 
@@ -345,7 +347,7 @@ def _(p: Problem) -> Loss:
 
 @peer("info_nce", "lightly", normalises=True, keeps=matrices)
 def _(p: Problem) -> Loss:
-    """With its memory bank, which it clones for every batch and then moves on: enqueueing is in its time."""
+    """Clones its memory bank for every batch and enqueues: both are in its time."""
     module = lightly("lightly.loss.ntx_ent_loss")
     loss = module.NTXentLoss(temperature=INFO_NCE, memory_bank_size=(p.case.size, p.case.dim)).to(p.device)
     loss.memory_bank.bank = p.queue.clone()
@@ -362,7 +364,7 @@ def _(p: Problem) -> Loss:
     "nt_xent",
     "pytorch-metric-learning",
     normalises=True,
-    keeps=lambda case: 24 * case.pairs * 2 * case.rows,  # Each positive beside all pairs of the batch.
+    keeps=lambda case: 24 * case.pairs * 2 * case.rows,  # each positive with all pairs of the batch
 )
 def _(p: Problem) -> Loss:
     losses = package("pytorch-metric-learning", "pytorch_metric_learning.losses")
@@ -371,10 +373,11 @@ def _(p: Problem) -> Loss:
 
 
 # ------------------------------------------------------------------------------------------------ queues
-# These make a function that enqueues keys; `rows` is what then lies in the queue, [K, D].
 
 
 class Enqueue:
+    """A queue: a function that enqueues keys, and one that returns its rows, [K, D]."""
+
     def __init__(self, enqueue: Callable[[Tensor], object], rows: Callable[[], Tensor]) -> None:
         self.enqueue, self.rows = enqueue, rows
 
@@ -391,7 +394,7 @@ def _eager_queue(rows: Tensor) -> Enqueue:
 
 
 def _lightly_queue(rows: Tensor) -> Enqueue:
-    """Its memory bank gives a clone of itself back with every batch."""
+    """Its memory bank returns a clone of itself with every batch."""
     bank = lightly("lightly.models.modules.memory_bank").MemoryBankModule(size=tuple(rows.shape))
     bank = bank.to(rows.device)
     bank.bank = rows.clone()

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from report import own
 
@@ -26,11 +28,11 @@ COLOURS = {
     "liger-kernel, Triton": "#b891cf",
     "solo-learn": "#c77fa0",
 }
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
 
 
 def draw(path: Path) -> list[Path]:
-    """The plots of a JSON file, beside it. Each says in its metadata which file it was drawn from."""
+    """Draws the plots of a JSON file beside it, with its digest in their metadata; returns their paths."""
     document = json.loads(path.read_text())
     drawn = []
     for name, plot in {"size": by_size, "rate": rates, "roofline": roofline, "step": steps}.items():
@@ -57,30 +59,30 @@ def timed(document: dict, work: str) -> list[dict]:
     return [e for e in document["results"] if e["work"] == work and "ms" in e]
 
 
-def by_size(document: dict):
-    """Time and memory against K, a line for each peer, at the batch that was run with most sizes."""
+def by_size(document: dict) -> Figure | None:
+    """Plots time and memory against K, a line for each peer, at the batch with most sizes."""
     entries = [e for e in timed(document, "relation") if e["grad"]]
-    kinds: dict[tuple, set] = {}
+    sizes_of: dict[tuple, set] = {}
     for e in entries:
-        kinds.setdefault((e["rows"], e["dim"], e["dtype"]), set()).add(e["size"])
-    if not kinds:
+        sizes_of.setdefault((e["rows"], e["dim"], e["dtype"]), set()).add(e["size"])
+    if not sizes_of:
         return None
-    kind = max(kinds, key=lambda k: len(kinds[k]))
-    if len(kinds[kind]) < 2:
+    batch = max(sizes_of, key=lambda key: len(sizes_of[key]))
+    if len(sizes_of[batch]) < 2:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.6), layout="constrained")
     names = list(dict.fromkeys(e["peer"] for e in entries))
     for name in sorted(names, key=own):  # Ours last, above the others.
         line = {"color": colour(name), "marker": "o", "markersize": 3.5}
         line |= {"linewidth": 2.6, "zorder": 5} if own(name) else {"linewidth": 1.4}
-        mine = [e for e in entries if e["peer"] == name and (e["rows"], e["dim"], e["dtype"]) == kind]
+        mine = [e for e in entries if e["peer"] == name and (e["rows"], e["dim"], e["dtype"]) == batch]
         if not mine:
             continue
         mine.sort(key=lambda e: e["size"])
         axes[0].plot([e["size"] for e in mine], [e["ms"][0] for e in mine], label=name, **line)
         kept = [e for e in mine if "bytes" in e]
         axes[1].plot([e["size"] for e in kept], [e["bytes"] / 2**20 for e in kept], **line)
-    sizes = sorted(kinds[kind])
+    sizes = sorted(sizes_of[batch])
     for axis, label in zip(
         axes, ("time, forward + backward (ms)", "peak memory beyond inputs (MiB)"), strict=True
     ):
@@ -89,14 +91,14 @@ def by_size(document: dict):
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
         axis.grid(alpha=0.25)
-    rows, dim, dtype = kind
+    rows, dim, dtype = batch
     figure.suptitle(f"relation loss, B {rows:,}, D {dim}, {dtype}\n{document['device']}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
-def rates(document: dict):
-    """The flop rate of each peer at the yardstick, as a part of torch.mm's in the same rounds."""
+def rates(document: dict) -> Figure | None:
+    """Plots the flop rate of each peer in the first case, as a part of torch.mm's in the same rounds."""
     entries = [e for e in timed(document, "relation") if e["grad"]]
     entries = [e for e in entries if e["shape"] == entries[0]["shape"]]
     if not entries:
@@ -112,16 +114,16 @@ def rates(document: dict):
         1.0, 1.0, "torch.mm ", ha="right", va="bottom", transform=axis.get_xaxis_transform(), fontsize=9
     )
     axis.margins(x=0.09)
-    axis.set(xlabel="rate of the least flop that suffice, as a part of torch.mm's")
+    axis.set(xlabel="rate of the least sufficient flop, as a part of torch.mm's")
     figure.suptitle(f"relation loss, forward + backward, {entries[0]['shape']}\n{document['device']}")
     return figure
 
 
-def roofline(document: dict):
-    """What bounds the work, and where relssl's kernels are: the rate against the flop per byte of the queue.
+def roofline(document: dict) -> Figure | None:
+    """Plots the rates of relssl's kernels, and what bounds them, against the flop for each byte of the queue.
 
-    Of the queue alone, read once: B rows make 8 B D flop of each of its rows. What several blocks of rows
-    read again comes from a cache.
+    The queue counts once: B rows make 8 B D flop of each of its rows, and what several blocks of rows read
+    again comes from a cache.
     """
     limits, dim = document["limits"], 128
     dtype, bytes_each = ("bfloat16", 2) if "driver" in document else ("float32", 4)
@@ -158,9 +160,9 @@ def roofline(document: dict):
             at, [e["flop_rate"] / scale for e in mine], "o", color=colour(name), label=name, markersize=5
         )
         for e, x in zip(mine, at, strict=True):
-            told = f"B {e['rows']}" + (f", D {e['dim']}" if e["dim"] != dim else "")
+            label = f"B {e['rows']}" + (f", D {e['dim']}" if e["dim"] != dim else "")
             axis.annotate(
-                told,
+                label,
                 (x, e["flop_rate"] / scale),
                 (0, -13),
                 textcoords="offset points",
@@ -178,8 +180,8 @@ def roofline(document: dict):
     return figure
 
 
-def steps(document: dict):
-    """A step of training and the losses in it, by relssl and by eager code."""
+def steps(document: dict) -> Figure | None:
+    """Plots a step of training and the losses' share of it, with relssl and with eager code."""
     entries = timed(document, "ressl_step")
     if not entries:
         return None
@@ -194,13 +196,13 @@ def steps(document: dict):
             loss = min(e["loss_ms"], e["ms"][0])
             axis.bar(at, e["ms"][0] - loss, 0.36, color="#d9d9d9")
             axis.bar(at, loss, 0.36, bottom=e["ms"][0] - loss, color=shade)
-            told = f"{e['loss_share']:.0%}"
-            axis.text(at, e["ms"][0], told, ha="center", va="bottom", fontsize=9, color=shade)
+            share = f"{e['loss_share']:.0%}"
+            axis.text(at, e["ms"][0], share, ha="center", va="bottom", fontsize=9, color=shade)
         axis.set_xticks(range(len(sizes)), [f"{k:,}" for k in sizes])
         axis.set(xlabel="queue rows K", ylabel="one step (ms)", title=f"{name}, B {mine[0]['rows']}")
         axis.margins(y=0.12)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (OURS, COLOURS["eager"], "#d9d9d9")]
-    told = ["relation loss by relssl", "by eager code", "augmentation, encoders, optimizer"]
-    figure.legend(handles, told, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    labels = ["relation loss by relssl", "by eager code", "augmentation, encoders, optimizer"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(f"one training step and the loss's share of it\n{document['device']}")
     return figure

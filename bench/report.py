@@ -1,19 +1,20 @@
-"""What a run found: kept as JSON, shown as a table."""
+"""The results of a run: kept as JSON, printed as tables."""
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 
 import machine
-from timing import ratio
+from timing import slowdown
 from work import Case
 
 
 class Results:
-    """An entry for each peer of each case, written as soon as it is there, if there is a folder for it."""
+    """One entry for each peer of each case, written at once where a folder was given."""
 
     def __init__(self, folder: Path | None) -> None:
         self.entries: list[dict] = []
@@ -22,7 +23,7 @@ class Results:
         self.path = folder / f"{name}.json" if folder else None
 
     def document(self) -> dict:
-        """What is kept; limits, which take a second to measure, only in a file."""
+        """Returns what is recorded; limits, which take a second to measure, only in a file."""
         limits = {"limits": self.limits} if self.path else {}
         return {**self.about, **limits, "results": self.entries}
 
@@ -30,11 +31,12 @@ class Results:
     def limits(self) -> dict[str, float]:
         return machine.limits()
 
-    def add(self, entry: dict) -> None:
+    def add(self, entry: dict) -> dict:
         self.entries.append(entry)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.document(), indent=1) + "\n")
+        return entry
 
     def absent(self, case: Case, peer: str, why: str) -> None:
         self.add({**described(case), "peer": peer, "absent": why})
@@ -48,14 +50,21 @@ class Results:
         peak: int | None,
         product: int = 0,
         extra: dict | None = None,
-    ) -> None:
-        """seconds: of "peer", "ours" and, `product` flop each, "between" (timing.alternate)."""
+    ) -> dict:
+        """Adds the entry of a peer's seconds and returns it.
+
+        Args:
+            seconds: of "peer", "ours" and "between" (timing.alternate).
+            error: relative, against float64.
+            peak: bytes beyond inputs and queue.
+            product: flop of "between".
+        """
         took = seconds["peer"]
         entry = {
             **described(case),
             "peer": peer,
             "ms": rounded([1e3 * s for s in (median(took), min(took), max(took))]),
-            "times_ours": rounded(ratio(took, seconds["ours"])),  # median, lowest, highest of the rounds
+            "slowdown": rounded(slowdown(took, seconds["ours"])),  # median, lowest, highest of the rounds
             "rounds": len(took),
         }
         if error is not None:
@@ -65,26 +74,26 @@ class Results:
         if product:
             rate = product / median(seconds["between"])
             entry["flop_rate"], entry["matmul_rate"] = rounded([case.flop / median(took), rate])
-        self.add(entry | (extra or {}))
+        return self.add(entry | (extra or {}))
 
 
 def described(case: Case) -> dict:
     return {"title": case.title, "shape": case.shape, **asdict(case)}
 
 
-def rounded(values) -> list[float]:
+def rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{v:.4g}") for v in values]
 
 
 LEGEND = """\
-ms: the median of rounds in which a peer and relssl's default backend take turns.
-times: how many times as long as that backend the peer takes; in brackets lowest and highest of the rounds.
-error: of loss and gradients, relative, against float64. MiB: peak memory beyond inputs and queue.
-of mm: the rate at which the least work that suffices is done, as a part of torch.mm's in the same rounds."""
+ms: the median of rounds that alternate between a peer and relssl's default backend.
+slowdown: the peer's time divided by that backend's, the median of the rounds with the lowest and highest.
+error: relative, of loss and gradients, against float64. MiB: peak memory beyond inputs and queue.
+of mm: the rate at which the least sufficient work is done, as a part of torch.mm's in the same rounds."""
 
 
 def show(document: dict, width: int) -> None:
-    """The table in the terminal: a part for each case, fastest first, absent peers last."""
+    """Prints a table for each case, the fastest peer first, absent ones below it."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -100,7 +109,7 @@ def show(document: dict, width: int) -> None:
     for title, entries in groups(document):
         table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
         table.add_column("peer", min_width=26)
-        for name in ("ms", "times", "(rounds)", "error", "MiB", "of mm"):
+        for name in ("ms", "slowdown", "(rounds)", "error", "MiB", "of mm"):
             table.add_column(name, justify="right")
         for entry in entries:
             table.add_row(*cells(entry), style="bold" if entry["peer"].startswith("relssl") else None)
@@ -109,18 +118,18 @@ def show(document: dict, width: int) -> None:
             if "absent" in entry:
                 console.print(f"  without {entry['peer']}: {entry['absent']}", style="dim")
             if "of_fma_rate" in entry:
-                told = f"{entry['of_fma_rate']:.2f} of the rate of multiply-adds in registers"
-                console.print(f"  {entry['peer']}: {told}", style="dim")
+                rate = f"{entry['of_fma_rate']:.2f} of the rate of multiply-adds in registers"
+                console.print(f"  {entry['peer']}: {rate}", style="dim")
             if "host_us" in entry and own(entry["peer"]):
-                console.print(
-                    f"  {entry['peer']}: the host takes {entry['host_us']:.0f} µs a call", style="dim"
-                )
+                host = f"the host takes {entry['host_us']:.0f} µs a call"
+                console.print(f"  {entry['peer']}: {host}", style="dim")
             if "loss_share" in entry:
-                told = f"{number(entry['loss_ms'])} ms, {entry['loss_share']:.0%} of the step"
-                console.print(f"  of {entry['peer']}'s, the losses are {told}", style="dim")
+                share = f"{number(entry['loss_ms'])} ms, {entry['loss_share']:.0%} of the step"
+                console.print(f"  {entry['peer']}: the losses take {share}", style="dim")
 
 
 def groups(document: dict) -> list[tuple[str, list[dict]]]:
+    """Returns the entries of each case by its title, the fastest first."""
     found: dict[str, list[dict]] = {}
     for entry in document["results"]:
         found.setdefault(f"{entry['title']}, {entry['shape']}", []).append(entry)
@@ -128,14 +137,14 @@ def groups(document: dict) -> list[tuple[str, list[dict]]]:
 
 
 def own(name: str) -> bool:
-    """Whether a peer is one of relssl's kernels: not its PyTorch code."""
+    """Returns whether a peer is one of relssl's kernels, not its PyTorch code."""
     return name.startswith("relssl") and name not in ("relssl chunked", "relssl reference")
 
 
 def cells(entry: dict) -> list[str]:
     if "absent" in entry:
         return [entry["peer"], "absent"]
-    mid, low, high = entry["times_ours"]
+    mid, low, high = entry["slowdown"]
     return [
         entry["peer"],
         number(entry["ms"][0]),
@@ -148,5 +157,5 @@ def cells(entry: dict) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits, or whole."""
+    """Returns a number with three digits, or more where it is larger."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

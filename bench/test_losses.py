@@ -1,4 +1,4 @@
-"""Every loss by everyone who can compute it, held to float64, then timed with relssl in turn."""
+"""Times every loss by every peer that computes it, alternating with relssl, after a check against float64."""
 
 import time
 from statistics import median
@@ -8,19 +8,19 @@ import torch
 from grid import DEFAULT, MORE, SLOW
 from machine import DEVICE, available_bytes, matrix_product
 from memory import COMPILES, case_memory, measurable
-from peers import GRAPH, PEERS, Unfit, find, runner
+from peers import GRAPH, PEERS, Unsupported, find, runner
 from timing import alternate
 from work import Problem
 
 from relssl.trial import peak_memory
 
-# In 16 bits eager code is wrong by up to 2 %; a loss that left the queue out of its gradient would be by 4 %.
+# In 16 bits the error of eager code is up to 2 %, that of a gradient without the queue 4 %.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.03}
 SECONDS = 0.8  # that the rounds of a case and peer may take
 
 
 def parameters() -> list:
-    """(case, peer), all peers of a case in a row, so that its inputs are made once."""
+    """Returns (case, peer), all peers of a case in a row, so that its inputs are made once."""
     found = []
     for case in DEFAULT + MORE:
         for name in PEERS[case.work]:
@@ -44,12 +44,12 @@ def test_loss(problem, name, benchmark, results, full):
         needed, free = peer.keeps(case), available_bytes()
         if needed > free:
             gib = f"{needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free"
-            raise Unfit(f"{name} would need some {gib}")
+            raise Unsupported(f"{name} would need some {gib}")
         run, ours = runner(problem, name), runner(problem, "relssl")
         value, grads = run()
         error = problem.error(value, grads, peer.form, peer.normalises)
-        assert error <= TOLERANCE[case.dtype], f"wrong by {error:.1e}: not timed"
-    except Unfit as why:
+        assert error <= TOLERANCE[case.dtype], f"an error of {error:.1e}: not timed"
+    except Unsupported as why:
         results.absent(case, name, str(why))
         pytest.skip(str(why))
     except Exception as why:
@@ -59,7 +59,7 @@ def test_loss(problem, name, benchmark, results, full):
 
     fma = multiply_adds() if name == "relssl cpu" else 0.0
     between, flop = matrix_product(problem.q.dtype)
-    benchmark.group = str(case)
+    benchmark.group, benchmark.name = str(case), name
     seconds = alternate(benchmark, DEVICE, ours, run, between, SECONDS * (1 + full))
     extra = {}
     if fma:
@@ -67,12 +67,13 @@ def test_loss(problem, name, benchmark, results, full):
         extra["of_fma_rate"] = round(rate / max(fma, multiply_adds()), 3)
     if DEVICE == "cuda":
         extra["host_us"] = round(1e6 * host_seconds(run), 1)
-    results.timed(case, name, seconds, error, peak(problem, name, run, full), flop, extra)
+    entry = results.timed(case, name, seconds, error, peak(problem, name, run, full), flop, extra)
+    benchmark.extra_info.update(entry)
 
 
 def multiply_adds() -> float:
-    """The flop rate of multiply-adds in registers, on all of torch's threads: the best of five."""
-    from relssl import _cpu
+    """Returns the flop rate of multiply-adds in registers on all of torch's threads, the best of five."""
+    from relssl import _cpu  # type: ignore[attr-defined]
 
     rates = []
     for _ in range(5):
@@ -83,7 +84,7 @@ def multiply_adds() -> float:
 
 
 def host_seconds(run) -> float:
-    """Of one call's Python, launches and all, which do not wait for the device."""
+    """Returns the seconds that a call's Python and launches take, without waiting for the device."""
     torch.cuda.synchronize()
     began, calls = time.perf_counter(), 0
     while calls < 20 and time.perf_counter() - began < 0.2:
@@ -95,13 +96,13 @@ def host_seconds(run) -> float:
 
 
 def peak(problem: Problem, name: str, run, full: bool) -> int | None:
-    """Bytes beyond inputs and queue."""
+    """Returns the peak of bytes beyond inputs and queue, if it can be measured."""
     case = problem.case
-    if name.endswith(GRAPH):  # It was allocated when the graph was made.
+    if name.endswith(GRAPH):  # Its memory was allocated with the graph.
         return None
     if DEVICE == "cuda":
         return peak_memory(run, DEVICE)
-    # Whoever compiles does so again in the child, for many seconds.
+    # Code that is compiled is compiled again in the child, for many seconds.
     quick = name not in COMPILES or case in DEFAULT[:1]
     wanted = case.grad and (full or (quick and case.rows < 1024))
     return case_memory(case, name) if wanted and measurable() else None

@@ -1,9 +1,9 @@
-"""Enqueueing a batch of keys, by relssl's queue and others'."""
+"""Times enqueueing a batch of keys, by relssl's queue and others."""
 
 import pytest
 import torch
 from machine import DEVICE, matrix_product
-from peers import QUEUES, Unfit
+from peers import QUEUES, Unsupported
 from timing import alternate
 from torch.nn import functional as F
 from work import Case
@@ -16,13 +16,13 @@ def test_enqueue(name, benchmark, results):
     keys = F.normalize(torch.randn(2, case.rows, case.dim, device=DEVICE), dim=2)
     try:
         queue, ours = QUEUES[name](start), QUEUES["relssl"](start)
-    except Unfit as why:
+    except Unsupported as why:
         results.absent(case, name, str(why))
         pytest.skip(str(why))
     for batch in keys:
         queue.enqueue(batch)
     assert torch.equal(queue.rows(), torch.cat((keys.flatten(0, 1), start[2 * case.rows :]))), name
-    benchmark.group = str(case)
+    benchmark.group, benchmark.name = str(case), name
     seconds = alternate(
         benchmark,
         DEVICE,
@@ -31,4 +31,4 @@ def test_enqueue(name, benchmark, results):
         matrix_product(torch.bfloat16)[0],
         1.0,
     )
-    results.timed(case, name, seconds, None, None)
+    benchmark.extra_info.update(results.timed(case, name, seconds, None, None))

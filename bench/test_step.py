@@ -1,7 +1,6 @@
-"""A whole step of training, augmentation to optimizer, and the share of the losses in it.
+"""Times a whole step of training, from augmentation to optimizer, with relssl's losses and with eager ones.
 
-The same step with relssl's losses and with eager ones; beside it the losses alone: forward, backward and
-enqueueing.
+The losses alone (forward, backward and enqueueing) are timed beside it, for their share of the step.
 """
 
 from dataclasses import replace
@@ -17,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from work import NT_XENT, STUDENT, TEACHER, Case
 
-# What training needs beyond torch may not be there.
+# The dependencies of training may be missing.
 ressl = pytest.importorskip("relssl.methods.ressl", exc_type=ImportError)
 sacc = pytest.importorskip("relssl.methods.sacc", exc_type=ImportError)
 optimizer_of = pytest.importorskip("relssl.train", exc_type=ImportError).optimizer_of
 
-# A small encoder on a CPU, where the published one takes ten seconds a step.
+# On a CPU a small encoder: the published one takes ten seconds a step.
 ARCH, ROWS = ("conv4", 128) if DEVICE == "cpu" else ("resnet18", 256)
 SIZE, DIM = 32, 128  # pixels; width of embeddings
 
 
 class Columns(nn.Module):
-    """ReSSL's queue as published, [D, K], in place of relssl's."""
+    """ReSSL's queue as published, of shape [D, K]."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
@@ -49,11 +48,11 @@ def eager_relation(q, k, queue, *, student_temperature, teacher_temperature, **_
 class ReSSL:
     config = replace(ressl.PRESETS["cifar10"], arch=ARCH, bn_splits=1)
 
-    def __init__(self, size: int, kind: str) -> None:
-        self.relation = eager_relation if kind == "eager" else ressl.relation_loss
+    def __init__(self, size: int, losses: str) -> None:
+        self.relation = eager_relation if losses == "eager" else ressl.relation_loss
         method = ressl.ReSSL(replace(self.config, queue_size=size), torch.zeros(3), torch.ones(3))
         self.method = prepared(method)
-        if kind == "eager":
+        if losses == "eager":
             self.method.queue = Columns(self.method.queue.rows)
 
     def loss(self, images: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ class ReSSL:
             ressl.relation_loss = own
 
     def losses(self, views: Tensor) -> Tensor:
-        """Of unit-norm embeddings in place of the encoder's; and what else the step does with the queue."""
+        """Computes the loss of given unit-norm embeddings, and enqueues as the step does."""
         q, k = views[0], views[1].detach()
         queue = self.method.queue
         taus = {"student_temperature": STUDENT, "teacher_temperature": TEACHER}
@@ -76,9 +75,9 @@ class ReSSL:
 class SACC:
     config = replace(sacc.PRESETS["cifar10"], arch=ARCH, stem="small", image_size=SIZE, clusters=10)
 
-    def __init__(self, size: int, kind: str) -> None:
+    def __init__(self, size: int, losses: str) -> None:
         self.method = prepared(sacc.SACC(self.config, torch.zeros(3), torch.ones(3)))
-        if kind == "eager":
+        if losses == "eager":
             self.method.nt_xent = EagerNTXent()
 
     def loss(self, images: Tensor) -> Tensor:
@@ -102,14 +101,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["relssl", "eager"])
+@pytest.mark.parametrize("peer", ["relssl", "eager"])
 @pytest.mark.parametrize(("name", "size"), CASES)
-def test_step(name, size, kind, benchmark, results):
+def test_step(name, size, peer, benchmark, results):
     case = Case(f"{name.lower()}_step", ROWS, size, DIM)
     generator = torch.Generator(DEVICE).manual_seed(0)
     images = torch.randint(256, (ROWS, 3, SIZE, SIZE), dtype=torch.uint8, device=DEVICE, generator=generator)
     views = F.normalize(torch.randn(3, ROWS, DIM, device=DEVICE, generator=generator), dim=2).requires_grad_()
-    sides = {side: METHODS[name](size, side) for side in ("relssl", kind)}
+    sides = {side: METHODS[name](size, side) for side in ("relssl", peer)}
 
     def autocast() -> torch.autocast:
         return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
@@ -135,10 +134,10 @@ def test_step(name, size, kind, benchmark, results):
 
         return run
 
-    ours, theirs = step(sides["relssl"]), step(sides[kind])
-    benchmark.group = str(case)
-    seconds = alternate(benchmark, DEVICE, ours, theirs, lambda: losses(sides[kind]), 2.5)
+    ours, theirs = step(sides["relssl"]), step(sides[peer])
+    benchmark.group, benchmark.name = str(case), peer
+    seconds = alternate(benchmark, DEVICE, ours, theirs, lambda: losses(sides[peer]), 2.5)
     alone = median(seconds["between"])
     extra: dict = {"title": f"{case.title}, {ARCH} at {SIZE} px"}
     extra["loss_ms"], extra["loss_share"] = rounded([1e3 * alone, alone / median(seconds["peer"])])
-    results.timed(case, kind, seconds, None, None, extra=extra)
+    benchmark.extra_info.update(results.timed(case, peer, seconds, None, None, extra=extra))

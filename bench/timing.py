@@ -1,23 +1,27 @@
-"""Time several pieces of code against each other: in turn, in one process, on the same data.
+"""Times several pieces of code against each other: interleaved, in one process, on the same data.
 
-Machines drift and share their cores with others, so that times taken apart say little; ratios of times taken
-next to each other do.
+Machines drift and share their cores with others: times from different minutes cannot be compared, ratios of
+times taken next to each other can.
 """
 
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-PAUSE = 0.01  # seconds; OpenMP's threads go on spinning for some milliseconds after a parallel loop.
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+PAUSE = 0.01  # seconds; OpenMP's threads spin for some milliseconds after a parallel loop.
 
 
 class Clock:
-    """Keeps the seconds that each of several pieces of code took: those of the device, where that is a GPU.
+    """Keeps the seconds that each of several pieces of code took, on a GPU those of the device.
 
-    On a GPU nothing waits until `seconds` is asked for: work enqueued before keeps the device busy while the
-    host enqueues what is timed, so that launches do not count.
+    On a GPU nothing waits until `seconds` is called: earlier work keeps the device busy while the host
+    enqueues the code to be timed, so that launches do not count.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -25,13 +29,13 @@ class Clock:
         self.taken: dict[str, list] = {}
 
     def time(self, name: str, run: Callable, calls: int = 1) -> None:
-        """One more time of a piece of code, the mean of so many calls."""
+        """Times a piece of code once more: the mean of so many calls."""
         if self.device == "cpu":
             time.sleep(PAUSE)
             began = time.perf_counter()
             for _ in range(calls):
                 run()
-            took: object = (time.perf_counter() - began) / calls
+            took: Any = (time.perf_counter() - began) / calls
         else:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -52,7 +56,7 @@ class Clock:
 
 
 def interleave(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, one a round, on the CPU, after a warm-up; each round starts with another run."""
+    """Returns the seconds of each run in each round, on the CPU; every round starts with another run."""
     names, clock = list(runs), Clock()
     for run in runs.values():
         run()
@@ -62,31 +66,37 @@ def interleave(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]
     return clock.seconds()
 
 
-def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
-    """Of times taken in one round: the median of their ratios, the lowest and the highest."""
-    ratios = [s / f for s, f in zip(slow, fast, strict=True)]
+def slowdown(peer: list[float], ours: list[float]) -> tuple[float, float, float]:
+    """Returns the median of the ratios within each round, the lowest and the highest."""
+    ratios = [p / o for p, o in zip(peer, ours, strict=True)]
     return median(ratios), min(ratios), max(ratios)
 
 
 def alternate(
-    benchmark, device: str, ours: Callable, peer: Callable, between: Callable, seconds: float
+    benchmark: "BenchmarkFixture",
+    device: str,
+    ours: Callable,
+    peer: Callable,
+    between: Callable,
+    seconds: float,
 ) -> dict[str, list[float]]:
-    """Seconds of "ours", "peer" and "between", which comes before each of the two: same caches, same threads.
+    """Returns the seconds of "ours", "peer" and "between", which precedes both: same caches, same threads.
 
-    In so many rounds as take the given seconds, within limits. The rounds are those of pytest-benchmark,
-    whose statistics get the peer's seconds.
+    There are as many rounds as fit into the given seconds, within limits. They are pytest-benchmark's rounds,
+    and its statistics are of the peer's seconds for a call: without the pause on a CPU, of the device on a
+    GPU.
     """
     clock = Clock(device)
-    if device != "cpu":  # There whoever was not called before compiles within the first call.
+    if device != "cpu":  # The first call may compile.
         ours()
         peer()
     for name, run in {"ours": ours, "peer": peer}.items():
         clock.time(name, run)
-    # What is short is called several times: on a CPU a first call after a pause says little. On a GPU there
+    # Short code is called several times, since on a CPU the first call after a pause is slow. On a GPU there
     # is no pause, and a second call would find the queue in the cache.
     shortest, most = (0.01, 11) if device == "cpu" else (0.0, 30)
     calls = {name: max(1, int(shortest / took[-1])) for name, took in clock.seconds().items()}
-    round_ = sum(calls[name] * took[-1] + 0.02 for name, took in clock.seconds().items())
+    one_round = sum(calls[name] * took[-1] + 0.02 for name, took in clock.seconds().items())
     clock.taken.clear()
 
     def before() -> None:
@@ -97,9 +107,10 @@ def alternate(
     benchmark.pedantic(
         lambda: clock.time("peer", peer, calls["peer"]),
         setup=before,
-        rounds=min(max(round(seconds / round_), 3), most),
+        rounds=min(max(round(seconds / one_round), 3), most),
     )
     found = clock.seconds()
-    if benchmark.stats:  # Not with --benchmark-disable.
+    if benchmark.stats:  # None with --benchmark-disable.
+        benchmark.stats.iterations = calls["peer"]
         benchmark.stats.stats.data[:] = found["peer"]
     return found

@@ -1,6 +1,6 @@
-"""The pieces of work that are timed: their inputs, what they come to in float64, and how many flop they need.
+"""The work that is timed: its inputs, its exact results in float64, and the flop that it needs.
 
-Everything is written from the formulas, row block by row block, and shares nothing with relssl.
+Everything follows the formulas, block by block of rows, and shares no code with relssl.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 STUDENT, TEACHER = 0.1, 0.04  # ReSSL
 INFO_NCE, NT_XENT = 0.2, 0.5  # MoCo v2; SimCLR, CC and SACC
-BLOCK = 2**26 if torch.cuda.is_available() else 2**21  # similarities that the oracle holds at a time
+BLOCK = 2**26 if torch.cuda.is_available() else 2**21  # similarities in memory for the exact results
 
 TITLES = {
     "relation": "relation loss",
     "info_nce": "InfoNCE with a queue",
-    "bank": "InfoNCE over a bank that holds the positives",
+    "in_queue": "InfoNCE over a queue that holds the positives",
     "nt_xent": "NT-Xent",
     "multi_crop": "relation loss, multi-crop",
     "enqueue": "enqueueing",
@@ -29,7 +29,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work at one size. K is 0 for nt_xent, which has no queue; V > 1 for multi_crop alone."""
+    """Work of one size. K is 0 for nt_xent, which has no queue; V > 1 only for multi_crop."""
 
     work: str
     rows: int
@@ -41,8 +41,8 @@ class Case:
 
     @property
     def title(self) -> str:
-        kind = ", forward + backward" if self.grad else ", forward"
-        return TITLES[self.work] + (kind if self.work in UNITS else "")
+        passes = ", forward + backward" if self.grad else ", forward"
+        return TITLES[self.work] + (passes if self.work in UNITS else "")
 
     @property
     def shape(self) -> str:
@@ -55,28 +55,28 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """Similarities that there are, of one side."""
+        """The number of similarities of one side."""
         return 4 * self.rows**2 if self.work == "nt_xent" else self.views * self.rows * self.size
 
     @property
     def flop(self) -> int:
-        """The fewest that compute loss and gradient without keeping similarities; of products alone."""
+        """The least flop of products that compute loss and gradient without storing similarities."""
         product = 2 * self.rows * (self.size or 4 * self.rows) * self.dim  # of one side's rows
         return product * UNITS[self.work](self)
 
 
-# Matrix products: similarities, and the queue's means where there is a gradient.
+# The matrix products of a case: similarities and, with a gradient, the queue's means.
 UNITS: dict[str, Callable[[Case], int]] = {
     "relation": lambda case: 4 if case.grad else 2,
     "multi_crop": lambda case: (case.views + 1) * (2 if case.grad else 1),
     "info_nce": lambda case: 2 if case.grad else 1,
-    "bank": lambda case: 2 if case.grad else 1,
-    "nt_xent": lambda case: 3 if case.grad else 1,  # The sums, then again with (E / Z_i + E / Z_j) z_j.
+    "in_queue": lambda case: 2 if case.grad else 1,
+    "nt_xent": lambda case: 3 if case.grad else 1,  # the sums, then again with (E / Z_i + E / Z_j) z_j
 }
 
 
 class Problem:
-    """A case's tensors on a device: unit-norm rows; `leaves` are those that want a gradient."""
+    """A case's tensors on a device, with rows of unit norm; `leaves` are those that require grad."""
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, device
@@ -98,18 +98,18 @@ class Problem:
             self.k.requires_grad_()
         self.leaves = [t for t in (self.q, self.k) if t.requires_grad]
         self.queue = unit(case.size).to(dtype)
-        if case.work == "bank":  # As if k had been enqueued already.
+        if case.work == "in_queue":  # as if k had been enqueued already
             self.queue[: case.rows] = self.k
         self.targets = torch.arange(case.rows, device=device)
 
     @cached_property
     def columns(self) -> Tensor:
-        """The queue as published code keeps it, [D, K]."""
+        """The queue in the published code's layout, [D, K]."""
         return self.queue.T.contiguous()
 
     @cached_property
     def exact(self) -> tuple[dict[str, float], list[Tensor]]:
-        """In float64: the mean loss ("ce" and "kl" of the relation loss), and its gradient for each leaf."""
+        """In float64, the mean loss ("ce" and "kl" of the relation loss) and its gradient for each leaf."""
         case = self.case
         queue = self.queue.double()
         losses: dict[str, float] = {}
@@ -148,9 +148,9 @@ class Problem:
         return losses, [total.view_as(q)]
 
     def error(self, loss: Tensor, grads: list[Tensor], form: str = "ce", tangential: bool = False) -> float:
-        """Of a mean loss and its gradients, the largest relative error, norms of gradients over all rows.
+        """Returns the largest relative error of a mean loss and of the norms of its gradients over all rows.
 
-        tangential: of the gradient's parts across each row alone, since the loss normalises its rows itself.
+        tangential: compares only the gradients' parts orthogonal to each row, for losses that normalise rows.
         """
         losses, expected = self.exact
         worst = abs(loss.item() / losses[form] - 1)

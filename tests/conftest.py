@@ -11,8 +11,9 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ["RELSSL_TUNE"] = "0"  # What has been tuned on this machine is no concern of the tests.
 
-# --import-mode=importlib leaves sys.path alone; helpers (oracle.py) lie beside the tests and in bench/.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "bench")]
+# --import-mode=importlib leaves sys.path alone; the tests import from these folders.
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / name) for name in ("tests", "bench", "tools")]
 
 
 @pytest.fixture(autouse=INTERPRETED, scope="session")

@@ -1,4 +1,4 @@
-"""The benchmark: its yardsticks are right, its peers agree, and README.md says what is recorded."""
+"""The benchmark: its exact results are right, its peers agree, and the pages match the recorded results."""
 
 import json
 import os
@@ -6,34 +6,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compare
 import figures
 import memory
-import merge
 import oracle
 import peers
 import plots
 import pytest
+import runs
 import timing
 import torch
 import work
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-RESULTS = sorted(figures.RESULTS.glob("*.json"))
+RESULTS = sorted(figures.benchmarks())
 SMALL = {
     "relation": work.Case("relation", 6, 64, 16),
     "multi_crop": work.Case("multi_crop", 6, 64, 16, views=3),
     "info_nce": work.Case("info_nce", 6, 64, 16),
-    "bank": work.Case("bank", 6, 64, 16),
+    "in_queue": work.Case("in_queue", 6, 64, 16),
     "nt_xent": work.Case("nt_xent", 6, 0, 16),
 }
 
 
-def test_readme_says_what_is_recorded():
-    text = (ROOT / "README.md").read_text()
-    assert figures.readme(text) == text, "run make figures"
-    assert RESULTS and all(f"**{json.loads(p.read_text())['device']}**" in text for p in RESULTS)
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_pages_match_the_recorded_results(page):
+    assert figures.filled(page) == page.read_text(), "run make figures"
+
+
+def test_every_result_is_on_a_page():
+    text = {page.name: page.read_text() for page in figures.PAGES}
+    marks = [found[2] for page in text.values() for found in figures.MARKED.finditer(page)]
+    assert sorted(marks) == sorted(figures.PARTS), "each part once"
+    assert sum(page.count("<!-- figures:") for page in text.values()) == len(marks), "each mark has its end"
+    devices = [document["device"] for document in figures.benchmarks().values()]
+    assert devices and all(f"**{name}**" in text["README.md"] for name in devices)
+    table = text["README.md"].split("<!-- figures: summary -->")[1].split("<!-- end -->")[0]
+    assert 0 < table.count("float32 |") + table.count("bfloat16 |") <= 8 * len(devices)
+    reports = {f"{name}.json" for name in figures.REPORTS}
+    assert reports | {path.name for path in RESULTS} == {p.name for p in figures.RESULTS.glob("*.json")}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
@@ -45,14 +56,14 @@ def test_plots_are_of_what_is_recorded(path):
 
 
 def formula(p):
-    """The mean loss by tests/oracle.py, and the gradients of p.leaves."""
+    """Returns the mean loss by tests/oracle.py, and the gradients of p.leaves."""
     leaves = [t.detach().double().requires_grad_() for t in p.leaves]
     q, k, queue = leaves[0], p.k.detach().double(), p.queue.double()
     if p.case.work in ("relation", "multi_crop"):
         loss, _ = oracle.relation(q, k, queue, work.STUDENT, work.TEACHER, "ce")
     elif p.case.work == "info_nce":
         loss = oracle.info_nce(q, k, queue, work.INFO_NCE)
-    elif p.case.work == "bank":  # The row's own key is the positive and in the bank: all else is negative.
+    elif p.case.work == "in_queue":  # its own key is the positive, all others are negatives
         rows = [torch.cat((queue[:i], queue[i + 1 :])) for i in range(len(q))]
         pairs = zip(q.split(1), k.split(1), rows, strict=True)
         loss = torch.cat([oracle.info_nce(a, b, rest, work.INFO_NCE) for a, b, rest in pairs])
@@ -79,8 +90,8 @@ def test_yardstick(case, monkeypatch):
 
 
 def test_a_gradient_without_the_queue_is_noticed():
-    """What is left of InfoNCE's gradient when every small probability is skipped, at the benchmark's size."""
-    problem = work.Problem(work.Case("bank", 32, 65_536, 128), "cpu")
+    """At the benchmark's size, where a peer might skip every small probability of InfoNCE."""
+    problem = work.Problem(work.Case("in_queue", 32, 65_536, 128), "cpu")
     loss = torch.tensor(problem.exact[0]["ce"])
     short = -problem.k.double() / (work.INFO_NCE * 32)
     assert problem.error(loss, [short]) > 0.03
@@ -113,14 +124,14 @@ def test_queues_agree(name):
 def test_absent_peers_say_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     problem = work.Problem(SMALL["nt_xent"], "cpu")
-    with pytest.raises(peers.Unfit, match="pytorch-metric-learning is not installed"):
+    with pytest.raises(peers.Unsupported, match="pytorch-metric-learning is not installed"):
         peers.find("nt_xent", "pytorch-metric-learning").make(problem)
-    with pytest.raises(peers.Unfit, match="solo-learn is not installed"):
+    with pytest.raises(peers.Unsupported, match="solo-learn is not installed"):
         peers.find("nt_xent", "solo-learn").make(problem)
 
 
 def test_flop():
-    """One product of similarities is 2 B K D; the relation loss has two, and as many means."""
+    """A product of similarities has 2 B K D flop; the relation loss has two of them, and two means."""
     product = 2 * 6 * 64 * 16
     assert work.Case("relation", 6, 64, 16).flop == 4 * product
     assert work.Case("relation", 6, 64, 16, grad=False).flop == 2 * product
@@ -128,8 +139,8 @@ def test_flop():
     assert work.Case("nt_xent", 6, 0, 16).flop == 3 * (2 * 12 * 12 * 16)
 
 
-def test_ratio():
-    assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (2.0, 2.0, 3.0)
+def test_slowdown():
+    assert timing.slowdown([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (2.0, 2.0, 3.0)
 
 
 @pytest.mark.alone
@@ -140,17 +151,19 @@ def test_memory_sees_the_similarities():
     )
     matrix = 64 * 2**16 * 4
     assert fused < matrix < 3 * matrix < eager < 8 * matrix
-    with pytest.raises(RuntimeError, match="Unfit: it runs on"):
+    with pytest.raises(RuntimeError, match="Unsupported: it runs on"):
         memory.case_memory(work.Case("info_nce", 64, 2**10, 16), "relssl cuda")
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 def test_a_run_ends_with_table_json_and_plots(tmp_path):
-    """The case whose work is nothing, and two of its peers; from another folder."""
+    """Runs the smallest case with two peers, and one that is absent, from another folder."""
     nothing = f"{ROOT}/bench/test_losses.py::test_loss[{work.Case('relation', 8, 64, 32)}-{{}}]"
     command = [sys.executable, "-m", "pytest", "-q", "--record", tmp_path, "-p", "no:cacheprovider"]
+    command += ["--benchmark-json", tmp_path / "statistics" / "all.json"]
     command += [nothing.format(name) for name in ("eager", "relssl cpu", "relssl cuda")]
+    (tmp_path / "statistics").mkdir()
     run = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     (recorded,) = tmp_path.glob("*.json")
@@ -161,28 +174,35 @@ def test_a_run_ends_with_table_json_and_plots(tmp_path):
     absent = [e["peer"] for e in document["results"] if "absent" in e]
     assert absent == ["relssl cuda"]
     for entry in timed.values():
-        low, high = entry["times_ours"][1:]
-        assert 0 < low <= entry["times_ours"][0] <= high and entry["error"] < 1e-4
-    assert f"{timed['eager']['times_ours'][0]:.2f}" in run.stdout
+        low, high = entry["slowdown"][1:]
+        assert 0 < low <= entry["slowdown"][0] <= high and entry["error"] < 1e-4
+    assert f"{timed['eager']['slowdown'][0]:.2f}" in run.stdout
     assert recorded.with_name(f"{recorded.stem}-rate.png").exists()
+    # The statistics of pytest-benchmark are those of the same rounds, and its table is printed, too.
+    statistics = json.loads((tmp_path / "statistics" / "all.json").read_text())["benchmarks"]
+    assert {each["name"] for each in statistics} == timed.keys()
+    for each in statistics:
+        entry = each["extra_info"]
+        assert entry == timed[each["name"]] and each["stats"]["rounds"] == entry["rounds"] >= 3
+        assert each["stats"]["median"] * 1e3 == pytest.approx(entry["ms"][0], rel=1e-3)
+    assert "Name (time in" in run.stdout and "slowdown" in run.stdout
 
 
 def test_runs_are_merged():
     entry = {"title": "t", "shape": "s", "peer": "eager", "rounds": 3, "error": 1e-7, "bytes": 5}
     about = {"device": "d", "threads": "2", "torch": "2", "commit": "c"}
-    runs = [
-        about | {"results": [entry | {"ms": [10.0, 9.0, 12.0], "times_ours": [4.0, 3.5, 4.4]}]},
-        about | {"results": [entry | {"ms": [12.0, 8.0, 13.0], "times_ours": [5.0, 4.9, 5.5], "bytes": 7}]},
-        about | {"results": [entry | {"ms": [11.0, 9.0, 14.0], "times_ours": [4.5, 4.0, 5.0]}]},
+    three = [
+        about | {"results": [entry | {"ms": [10.0, 9.0, 12.0], "slowdown": [4.0, 3.5, 4.4]}]},
+        about | {"results": [entry | {"ms": [12.0, 8.0, 13.0], "slowdown": [5.0, 4.9, 5.5], "bytes": 7}]},
+        about | {"results": [entry | {"ms": [11.0, 9.0, 14.0], "slowdown": [4.5, 4.0, 5.0]}]},
     ]
-    (got,) = merge.merged(runs)["results"]
-    assert got["ms"] == [11.0, 8.0, 14.0] and got["times_ours"] == [4.5, 3.5, 5.5]
+    (got,) = runs.merge(three)["results"]
+    assert got["ms"] == [11.0, 8.0, 14.0] and got["slowdown"] == [4.5, 3.5, 5.5]
     assert (got["runs"], got["rounds"], got["bytes"]) == (3, 9, 7)
-    assert not compare.agree([4.0, 3.5, 4.4], [5.0, 4.9, 5.5]) and compare.agree(
-        got["times_ours"], [5.0, 4.9, 5.5]
-    )
+    assert not runs.overlap([4.0, 3.5, 4.4], [5.0, 4.9, 5.5])
+    assert runs.overlap(got["slowdown"], [5.0, 4.9, 5.5])
     with pytest.raises(ValueError, match="more than one commit: "):
-        merge.merged([runs[0], runs[1] | {"commit": "other"}])
+        runs.merge([three[0], three[1] | {"commit": "other"}])
 
 
 COLLECT = """
@@ -215,7 +235,7 @@ print(len(everything) > 250)
 
 @pytest.mark.slow
 def test_the_gpu_report_runs_each_test_for_a_gpu_once(tmp_path):
-    command = [sys.executable, "-P", "-W", "ignore", "-c", COLLECT, ROOT / "bench", ROOT / "tests"]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", COLLECT, ROOT / "tools", ROOT / "tests"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.stdout.endswith("True\n"), run.stdout[-2000:] + run.stderr[-2000:]
@@ -234,8 +254,8 @@ print(compile_all(("float16", (None, 3, 17, 16), "info_nce"), 90, 132))
 
 @pytest.mark.slow
 def test_kernels_are_compiled_before_tests_need_them(tmp_path):
-    """Two launches forward, and two backward: exponents, and the gradient of the queue."""
-    command = [sys.executable, "-P", "-W", "ignore", "-c", COMPILE, ROOT / "tests", ROOT / "bench"]
+    """There are two launches forward and two backward: exponents, and the gradient of the queue."""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", COMPILE, ROOT / "tests", ROOT / "tools"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -1,11 +1,11 @@
 """The CUDA kernels: each of them on a CPU (emulated.py), and on a GPU where there is one."""
 
 import importlib
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import checks
+import cuda_resources
 import emulated
 import pytest
 import torch
@@ -530,13 +530,10 @@ def test_an_error_of_cuda_names_the_shape():
 
 @pytest.fixture(scope="session")
 def compiled():
-    spec = importlib.util.spec_from_file_location("resources", emulated.CUDA / "resources.py")
-    resources = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(resources)
-    file = resources.extension()
-    if file is None or resources.tools() is None:
+    file = cuda_resources.extension()
+    if file is None or cuda_resources.tools() is None:
         pytest.skip("the CUDA extension is not built, or there is no cuobjdump")
-    return list(resources.kernels(file))
+    return list(cuda_resources.kernels(file))
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton_resources as resources
 from checks import INTERPRETED
-from relssl.kernels import heuristics, resources, specialised
+from relssl.kernels import heuristics, specialised
 from relssl.kernels.heuristics import AMD, Tiles
 from triton import set_allocator
 from triton.runtime._allocation import _allocator
@@ -324,7 +325,7 @@ def test_not_installed(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- launches
 
-# With a driver that does nothing (bench/launch.py): the first launch is Triton's own, the second ours.
+# With a driver that does nothing (tools/launch.py): the first launch is Triton's own, the second ours.
 LAUNCH_TWICE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch, triton
@@ -372,8 +373,8 @@ print("alike")
 
 @pytest.mark.parametrize("scales", ["numbers", pytest.param("device", marks=pytest.mark.slow)])
 def test_remembered_launches_are_those_of_triton(tmp_path, scales):
-    bench = Path(__file__).parent.parent / "bench"
-    command = [sys.executable, "-W", "ignore", "-c", LAUNCH_TWICE, bench, scales]
+    tools = Path(__file__).parent.parent / "tools"
+    command = [sys.executable, "-W", "ignore", "-c", LAUNCH_TWICE, tools, scales]
     # From an empty folder, so that the source tree cannot stand in for the package.
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "alike\n", run.stderr

@@ -1,4 +1,4 @@
-"""How many launches a loss and its gradient take (bench/launch.py counts them)."""
+"""How many launches a loss and its gradient take (tools/launch.py counts them)."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from relssl.functional import info_nce, relation_loss
 pytest.importorskip("triton")
 import launch
 
-BENCH = Path(__file__).parent.parent / "bench"
+TOOLS = Path(__file__).parent.parent / "tools"
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ print(launched(with_gradient(relation_loss, *inputs)))
 
 
 def test_through_a_driver_that_does_nothing(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", DRIVEN, BENCH]
+    command = [sys.executable, "-W", "ignore", "-c", DRIVEN, TOOLS]
     # From an empty folder, so that the source tree cannot stand in for the package.
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "(2, ['aten::mul.out'])\n", run.stderr

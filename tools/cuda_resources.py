@@ -1,24 +1,28 @@
-"""What nvcc made of the kernels in the installed extension, without a GPU:
+"""Resources of the CUDA kernels in the installed extension, read from its machine code, without a GPU:
 
-    python csrc/cuda/resources.py
+    python tools/cuda_resources.py [--json FILE]
 
-prints registers, spilled bytes, shared memory and the instructions that matter, as a table in Markdown.
-cuobjdump and nvdisasm are those on PATH, or the ones that come with Triton.
+prints registers, spilled bytes, shared memory and the instructions used, as a table in Markdown. With `--json
+bench/results/cuda-resources.json`, `make figures` writes docs/cuda.md from them. It needs cuobjdump and
+nvdisasm: those on PATH, or the ones that come with Triton.
 """
 
+import argparse
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# As SASS names what the kernels stand on: products, and copies that leave the registers alone.
+import tables
+
+# The products, and the copies to shared memory that use no registers, by their names in SASS.
 INSTRUCTIONS = {"HMMA": "mma.sync", "HGMMA": "wgmma", "LDGSTS": "cp.async", "UTMALDG": "bulk tensor copy"}
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/")  # where it lies, which the disassembler puts before each
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/")  # the address that the disassembler puts before each
 LOOKUP = re.compile(r"_ZN6relssl\d+(sm\d+)6lookupINS_4(BF16|FP16)ELi(\d+)ELb([01])E")
 COMBINE = re.compile(r"_ZN6relssl.*?(combine_(?:rows|relation|info_nce))(?:INS_4(BF16|FP16)E)?")
 
@@ -34,10 +38,10 @@ class Resources(NamedTuple):
     shared: int  # bytes
     instructions: dict[str, int]  # how often each of INSTRUCTIONS occurs
     serialized: int  # products that are waited for one by one
-    late: int  # exponentials between the last wait before a product and that product, which nothing hides
+    late: int  # exponentials between the last wait before a product and that product: not overlapped
     turns: list[int]  # instructions between each turn at issuing products and the first product
-    early: int  # tiles given back between two waits, while the next one's similarities are on their way
-    asked: int  # votes of a warp on whether to mask a tile that wait for a load
+    early: int  # tiles released between two waits, while the next one's similarities are in flight
+    asked: int  # votes of a warp on masking a tile that wait for a load
     in_flight: int  # the most loads of 16 bytes that are issued before one is used
 
 
@@ -47,7 +51,7 @@ def extension() -> Path | None:
 
 
 def tools() -> Path | None:
-    """The folder with cuobjdump and nvdisasm."""
+    """Returns the folder with cuobjdump and nvdisasm."""
     found = shutil.which("cuobjdump")
     if found and shutil.which("nvdisasm"):
         return Path(found).parent
@@ -56,17 +60,18 @@ def tools() -> Path | None:
     return folder if folder and (folder / "cuobjdump").exists() else None
 
 
+@cache  # of an extension it takes seconds
 def dump(option: str, file: Path) -> str:
     folder = tools()
     if folder is None:
         raise SystemExit("neither the CUDA toolkit's cuobjdump nor Triton's was found")
     environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = [folder / "cuobjdump", option, file]
+    command = [str(folder / "cuobjdump"), option, str(file)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def kernels(file: Path) -> Iterator[Resources]:
-    """Of every kernel for every chip."""
+    """Yields the resources of every kernel for every chip."""
     from relssl import _cuda  # type: ignore[attr-defined]
 
     code: dict[tuple[str, str], str] = {}
@@ -84,7 +89,7 @@ def kernels(file: Path) -> Iterator[Resources]:
         name, registers, stack = found[1], int(found[2]), int(found[3])
         text = code[chip, name]
         counts = {i: len(re.findall(rf"\b{i}\b", text)) for i in INSTRUCTIONS}
-        # Each product of a chain but its last leaves the waiting to that one.
+        # Only the last product of a chain is waited for.
         waits, products = text.count("gsb0") - text.count("DEPBAR.LE gsb0"), counts["HGMMA"]
         if found := LOOKUP.match(name):
             own, dtype, dim, mean = found[1], found[2].lower(), int(found[3]), found[4] == "1"
@@ -109,18 +114,38 @@ def kernels(file: Path) -> Iterator[Resources]:
         )  # fmt: skip
 
 
+def rows(file: Path) -> Iterator[tables.Row]:
+    for r in sorted(kernels(file), key=lambda r: (r.kernel, r.chip, r.dtype, r.dim, r.mean)):
+        yield {
+            "kernel": r.kernel,
+            "compiled for": r.chip,
+            "dtype": r.dtype,
+            "D": r.dim or "any",
+            "mean": "yes" if r.mean else "no",
+            "registers": r.registers,
+            "spilled": r.spilled,
+            "shared": r.shared,
+            "by": ", ".join(INSTRUCTIONS[i] for i, count in r.instructions.items() if count),
+        }
+
+
+def compiler(file: Path) -> str:
+    """Returns the version of nvcc, which it leaves in what it compiles."""
+    found = re.search(rb"Cuda compilation tools, release \S+, V(\S+?)\0", file.read_bytes())
+    return found[1].decode() if found else "unknown"
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    options = parser.parse_args()
     file = extension()
     if file is None:
         raise SystemExit("relssl._cuda is not built: see `relssl info`")
-    print("| kernel | compiled for | dtype | D | mean | registers | spilled | shared | by |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for r in sorted(kernels(file), key=lambda r: (r.kernel, r.chip, r.dtype, r.dim, r.mean)):
-        by = ", ".join(INSTRUCTIONS[i] for i, count in r.instructions.items() if count)
-        mean = "yes" if r.mean else "no"
-        cells = r.kernel, r.chip, r.dtype, r.dim or "any", mean, r.registers, r.spilled, f"{r.shared:,}", by
-        print("|", *(f"{cell} |" for cell in cells))
+    found = tables.printed(rows(file))
+    if options.json:
+        tables.write(options.json, found, nvcc=compiler(file))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

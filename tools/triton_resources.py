@@ -1,8 +1,10 @@
-"""What the compiler makes of each kernel of the default tables, without a GPU:
+"""Resources of the Triton kernels in the default tables, read from what Triton compiles, without a GPU:
 
-    python -m relssl.kernels.resources [--capability 90 ...] [--dim 128 ...]
+    python tools/triton_resources.py [--capability 90 ...] [--dim 128 ...] [--json FILE]
 
-prints registers, spilled bytes, shared memory and the instructions that matter, as a table in Markdown.
+prints registers, spilled bytes, shared memory and the instruction of the products, as a table in Markdown.
+With `--json bench/results/triton-resources.json`, half an hour for all, `make figures` writes docs/kernels.md
+from them.
 """
 
 import argparse
@@ -11,9 +13,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tables
 import triton
 from relssl.kernels import backward, combine, forward, heuristics, specialised
 from relssl.kernels.heuristics import AMD, Chip, Tiles
@@ -32,14 +36,14 @@ class Resources(NamedTuple):
     tensor: str  # the instruction of the matrix products
     copies: int  # asynchronous ones of 16 bytes
     narrow: int  # asynchronous ones of fewer
-    tma: bool  # whether the copy engine fetches tiles
-    warps: int  # with those that Triton adds where warps are specialised
+    tma: bool  # the copy engine fetches tiles
+    warps: int  # including those that Triton adds where warps are specialised
     columns: int  # of tensor memory
     sass: str = ""  # the program, on NVIDIA's chips
 
 
 class Case(NamedTuple):
-    """A kernel as the default tables have it for a chip, width and dtype."""
+    """A kernel with the default tables' launch for a chip, width and dtype."""
 
     name: str
     kernel: Any
@@ -50,7 +54,7 @@ class Case(NamedTuple):
 
 
 def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
-    """The forward pass with a gradient, its combine step, and both kernels of the backward pass."""
+    """Yields the forward kernels with a gradient, both backward kernels, and the combine kernels."""
     chip = Chip(capability, PROCESSORS, heuristics.version(triton.__version__))
     common = {
         "DIM": dim,
@@ -84,9 +88,9 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    """What is neither constant, scale, weight, embedding nor index is an address of float32."""
+    """Returns each parameter's type: the address of float32 values by default."""
 
-    def kind(parameter: Any) -> str:
+    def type_of(parameter: Any) -> str:
         name = parameter.name
         if name in constants:
             return "constexpr"
@@ -98,11 +102,11 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             return "i32"
         return "*i64" if name == "exclude" else "*fp32"
 
-    return {parameter.name: kind(parameter) for parameter in kernel.params}
+    return {parameter.name: type_of(parameter) for parameter in kernel.params}
 
 
 def compiled(case: Case, capability: int) -> Any:
-    """For pointers and strides that are multiples of 16, as Triton finds them at most calls."""
+    """Compiles a kernel for pointers and strides that are multiples of 16, as in most calls."""
     names = case.kernel.arg_names
     constants = {n: v for n, v in (case.constants | blocks(case)).items() if n in names}
     types = signature(case.kernel, case.dtype, constants)
@@ -127,40 +131,42 @@ def blocks(case: Case) -> dict[str, int]:
     return {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CHUNK": tiles.chunk, "TMA": tiles.tma}
 
 
-def read(pattern: str, text: str) -> int:
+def read_int(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
-    assert found, f"the compiler's report has no {pattern}"
+    assert found, f"the compiler's report lacks {pattern}"
     return int(found[1])
 
 
 def resources(case: Case, capability: int) -> Resources:
     result = compiled(case, capability)
-    made = result.metadata
+    metadata = result.metadata
     if capability == AMD:
-        told = result.asm["amdgcn"]
-        registers, spilled = (read(rf"\.vgpr_{word}:\s+(\d+)", told) for word in ("count", "spill_count"))
-        tensor = "mfma" if "v_mfma" in told else "none"
-        return Resources(registers, 4 * spilled, made.shared, tensor, 0, 0, False, made.num_warps, 0)
+        code = result.asm["amdgcn"]
+        registers, spilled = (read_int(rf"\.vgpr_{word}:\s+(\d+)", code) for word in ("count", "spill_count"))
+        tensor = "mfma" if "v_mfma" in code else "none"
+        return Resources(registers, 4 * spilled, metadata.shared, tensor, 0, 0, False, metadata.num_warps, 0)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
-        told = subprocess.run(
+        listing = subprocess.run(
             [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = (read(rf"{word}:(\d+)", told) for word in ("REG", "STACK"))
+    registers, stack = (read_int(rf"{word}:(\d+)", listing) for word in ("REG", "STACK"))
     ptx = result.asm["ptx"]
     tensor = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none")
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^]]+\], \[[^]]+\], (\w+)", ptx)
     wide = sum(int(n, 0) == 16 for n in copies)
     tma = "cp.async.bulk.tensor" in ptx
-    columns = getattr(made, "tmem_size", None) or 0
+    columns = getattr(metadata, "tmem_size", None) or 0
     narrow = len(copies) - wide
-    return Resources(registers, stack, made.shared, tensor, wide, narrow, tma, made.num_warps, columns, told)
+    return Resources(
+        registers, stack, metadata.shared, tensor, wide, narrow, tma, metadata.num_warps, columns, listing
+    )
 
 
 def loops(sass: str) -> list[list[str]]:
-    """The instructions of each loop: from where a branch goes back to, up to the branch."""
+    """Returns the instructions of each loop, from the target of a backward branch up to the branch."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*?)\s*;", sass)
     places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     found = []
@@ -172,23 +178,40 @@ def loops(sass: str) -> list[list[str]]:
     return found
 
 
+def row(case: Case, capability: int) -> tables.Row:
+    used, tiles = resources(case, capability), case.tiles
+    return {
+        "chip": chip_name(capability),
+        "kernel": case.name,
+        "dtype": case.dtype,
+        "D": case.dim,
+        "tiles": f"{tiles.block_m} x {tiles.block_n}",
+        "warps, stages": f"{tiles.warps}, {tiles.stages}",
+        "registers": used.registers,
+        "spilled": used.spilled,
+        "shared": used.shared,
+        "product": used.tensor + ", TMA" * used.tma,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES)
+    # sm_89 has the kernels of sm_86; the combine kernels are left out, too: they never spill.
+    chips = [capability for capability in CAPABILITIES if capability != 89]
+    parser.add_argument("--capability", type=int, nargs="*", default=chips)
     parser.add_argument("--dim", type=int, nargs="*", default=DIMS)
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16", "fp32"])
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
     options = parser.parse_args()
-    print("| chip | kernel | dtype | D | tiles | warps, stages | registers | spilled | shared | product |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for capability in options.capability:
-        for dtype in options.dtype:
-            for dim in options.dim:
-                for case in cases(capability, dim, dtype):
-                    got, t = resources(case, capability), case.tiles
-                    tiles = f"{t.block_m} x {t.block_n}", f"{t.warps}, {t.stages}"
-                    used = got.registers, got.spilled, f"{got.shared:,}", got.tensor + ", TMA" * got.tma
-                    cells = chip_name(capability), case.name, dtype, dim, *tiles, *used
-                    print("|", *(f"{cell} |" for cell in cells), flush=True)
+    sizes = product(options.capability, options.dtype, options.dim)
+    rows = tables.printed(
+        row(case, capability)
+        for capability, dtype, dim in sizes
+        for case in cases(capability, dim, dtype)
+        if not case.name.startswith("combine")
+    )
+    if options.json:
+        tables.write(options.json, rows, triton=triton.__version__)
 
 
 if __name__ == "__main__":

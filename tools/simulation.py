@@ -1,15 +1,13 @@
-"""How far the warps of a multiprocessor hide one another's waits: a simulation of them in their loops.
+"""Simulates the warps of a multiprocessor in their loops, to find how far they hide one another's waits.
 
-Four warps, one on each quarter of the multiprocessor, are a group: a warpgroup, a view that serves all chips.
-They go through steps:
+Four warps, one on each quarter of the multiprocessor, form a group, on all chips. A group executes steps:
 
-    {pipe: clocks}    all pipes at the same time; "alone" is a pipe of each group's own
-    "meet"            until the block's other groups are there
-    "take", "pass"    the turn, which the block's groups pass round
+    {pipe: clocks}    work on all pipes at the same time; each group has a pipe "alone" of its own
+    "meet"            a barrier of the block's groups
+    "take", "pass"    wait for the turn, which the block's groups pass round, and pass it on
 
-Groups that want the same pipe at the same time share it evenly. Groups of a block begin together, blocks at
-times drawn at random: sharing evenly, they neither fall into step nor out of it, so that the mean of several
-draws is taken.
+Groups on the same pipe at the same time share it evenly. The groups of a block begin together, the blocks at
+random times. With even sharing they keep their distance, so the result is the mean of several draws.
 """
 
 import random
@@ -19,7 +17,7 @@ from statistics import fmean
 Work = dict[str, float]
 Step = Work | str
 
-ROUNDS = 32  # tiles of each group; the first half only gets them under way
+ROUNDS = 32  # tiles of each group, of which the second half is timed
 DRAWS = 16  # of the times at which blocks begin
 DONE = 1e-6  # clocks that rounding may leave
 
@@ -37,7 +35,7 @@ class Block:
         self.turn = 0
 
     def go_on(self, i: int, program: list[Step]) -> bool:
-        """Whether group i has gone on to its next step."""
+        """Moves group i to its next step, and returns whether it could."""
         group = self.groups[i]
         step = program[group.at]
         if step == "meet" and not group.work and not group.met:
@@ -59,7 +57,7 @@ class Block:
 
 
 def simulate(program: list[Step], groups: int, blocks: int = 1) -> float:
-    """Clocks in which each group of each block goes through its steps once."""
+    """Returns the clocks in which each group of each block executes its steps once."""
     tile = sum(max(step.values()) for step in program if isinstance(step, dict))
     drawn, draws = random.Random(0), DRAWS if blocks > 1 else 1
     return fmean(
@@ -68,7 +66,7 @@ def simulate(program: list[Step], groups: int, blocks: int = 1) -> float:
 
 
 def run(program: list[Step], resident: list[Block]) -> float:
-    """What simulate() returns, for one draw."""
+    """Returns the clocks for one draw of the times at which blocks begin."""
     every = [group for block in resident for group in block.groups]
     time, middle = 0.0, (0.0, 0)
     while (done := min(group.tiles for group in every)) < ROUNDS:

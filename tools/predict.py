@@ -1,35 +1,36 @@
-"""What part of the tensor cores' rate the lookup can reach, predicted from its machine code, without a GPU:
+"""Predicts the part of the tensor cores' rate that the forward kernels reach, from machine code alone:
 
-    python bench/predict.py [--capability 90] [--dim 128] [--dtype bf16]
+    python tools/predict.py [--capability 90] [--dim 128] [--dtype bf16] [--json]
 
 prints a table in Markdown: Triton kernels of the default tables, and those of the CUDA C++ extension where it
-is built. With --docs, the tables of docs/kernels.md and docs/cuda.md are written anew instead.
+is built. With --json, it writes those for bfloat16 to bench/results instead, and `make figures` then writes
+docs/kernels.md and docs/cuda.md from them.
 
-Both bounds rest on the instructions of the loop over the queue's tiles, on the nominal rates below and on how
-many blocks a multiprocessor holds. At best, all of a tile's work overlaps, and the busiest pipe decides. At
-worst, a warp does one thing after the other, without a product in flight beside its exponentials, and only
-other warps hide that, as simulation.py has it. Left out are memory beyond the multiprocessor, bank conflicts,
-clocks that drop under load, multiprocessors without work in the last wave, and what is not in the loop.
+Both bounds follow from the instructions of the loop over the queue's tiles, the nominal rates below and the
+number of blocks that a multiprocessor holds. At best, all of a tile's work overlaps, and the busiest pipe
+decides. At worst, a warp does one thing after the other, without a product in flight beside its exponentials,
+and only other warps hide that (simulation.py). Left out are memory beyond the multiprocessor, bank conflicts,
+clocks that drop under load, multiprocessors without work in the last wave, and code outside the loop.
 """
 
 import argparse
-import importlib.util
+import itertools
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import cuda_resources
+import tables
 from sass import Instruction, loops
 from simulation import Step, Work, simulate
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 CAPABILITIES = (80, 90, 100)
 DIMS = (64, 128, 256, 512)
-DOCS = {"triton": ROOT / "docs" / "kernels.md", "cuda": ROOT / "docs" / "cuda.md"}
-START, END = "<!-- python bench/predict.py --docs writes from here -->", "<!-- to here -->"
 
 
 # ------------------------------------------------------------------------------------------------ the chips
@@ -51,14 +52,14 @@ CHIPS = {
     100: Chip({"UTCHMMA": 8192}, 128, 228 << 10),
 }
 REGISTERS, THREADS, BLOCKS = 65_536, 2048, 32
-RESERVED = 1024  # bytes of shared memory of each block that are the system's
+RESERVED = 1024  # bytes of shared memory of each block that the system uses
 COLUMNS = 512  # of tensor memory (PTX ISA)
 XU, ALU = 16, 64  # results per clock: special functions; integers and logic
 BANDWIDTH = 128  # bytes of shared memory per clock
-LATENCY = 60  # clocks until warps go on after a chain of products, a barrier or a turn: an assumption
+LATENCY = 60  # assumed clocks until warps continue after a chain of products, a barrier or a turn
 
-# Which pipe an instruction takes beside its issue slot. By Nsight Compute's documentation conversions are the
-# XU's, but packed ones (F2FP) the ALU's.
+# The pipe of an instruction, beside its issue slot. By Nsight Compute's documentation the XU converts, but
+# the ALU does packed conversions (F2FP).
 PIPES = {
     "xu": "MUFU F2F F2I I2F",
     "alu": "F2FP LOP3 SHF PRMT IADD3 VIADD LEA SEL ISETP IMNMX VIMNMX FSEL FSETP FMNMX PLOP3",
@@ -72,7 +73,7 @@ def up(n: int, step: int) -> int:
 
 
 def occupancy(chip: Chip, registers: int, shared: int, warps: int, columns: int = 0) -> int:
-    """Blocks that a multiprocessor holds.
+    """Returns the number of blocks that a multiprocessor holds.
 
     Args:
         registers: of a thread.
@@ -104,12 +105,12 @@ class Kernel(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """How many groups of four warps compute, as simulation.py has them."""
+        """Groups of four warps that compute (simulation.py)."""
         return self.warps // 4
 
     @property
     def flop(self) -> int:
-        """The two products of a tile."""
+        """Flop of the two products of a tile."""
         return 4 * self.block_m * self.block_n * self.dim
 
     @property
@@ -119,9 +120,9 @@ class Kernel(NamedTuple):
 
 
 def with_loop(kernel: Kernel, listing: str) -> Kernel:
-    """The kernel with its main loop: the shortest that multiplies a whole tile.
+    """Returns the kernel with its main loop: the shortest that multiplies a whole tile.
 
-    (The redo with a running maximum does all that the sweep with a fixed reference does, and more.)
+    (The loop with a running maximum does all that the one with a fixed shift does, and more.)
 
     Raises:
         ValueError: there is no such loop.
@@ -136,7 +137,7 @@ def with_loop(kernel: Kernel, listing: str) -> Kernel:
 
 
 def product(instruction: Instruction, kernel: Kernel) -> tuple[float, float]:
-    """What an instruction of four warps multiplies, in flop, and reads of shared memory for it, in bytes."""
+    """Returns the flop of an instruction of four warps, and the bytes of shared memory that it reads."""
     if not instruction.multiplies:
         return 0, 0
     if found := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)\S* R\d+, (gdesc)?", instruction.text):
@@ -145,7 +146,7 @@ def product(instruction: Instruction, kernel: Kernel) -> tuple[float, float]:
     if found := re.match(r"(?:@\S+ )?HMMA\.(16)(8)(8|16)\.", instruction.text):
         m, n, k = map(int, found.groups())
         return 4 * 2 * m * n * k, 0
-    # tcgen05 has its shape in a register, and one thread issues for the block: each has an equal part.
+    # tcgen05's shape is in a register, and one thread issues it for the block: each gets an equal part.
     m, n, d = kernel.block_m, kernel.block_n, kernel.dim
     products = [each.text for each in kernel.loop if each.multiplies]
     in_shared = not any("UTCHMMA tmem" in text for text in products)  # p
@@ -155,7 +156,7 @@ def product(instruction: Instruction, kernel: Kernel) -> tuple[float, float]:
 
 
 def clocks(instruction: Instruction, kernel: Kernel) -> float:
-    """Clocks of the tensor cores, or of shared memory if longer, for an instruction of four warps."""
+    """Returns the clocks of an instruction of four warps: the tensor cores', or shared memory's if more."""
     flop, read = product(instruction, kernel)
     rate: float = CHIPS[kernel.capability].tensor.get(instruction.name, 0)
     if not rate:
@@ -166,7 +167,7 @@ def clocks(instruction: Instruction, kernel: Kernel) -> float:
 
 
 def touched(instruction: Instruction, kernel: Kernel) -> float:
-    """Bytes of shared memory that an instruction of four warps reads or writes."""
+    """Returns the bytes of shared memory that an instruction of four warps reads or writes."""
     name, text = instruction.name, instruction.text
     if name in ("LDSM", "STSM"):
         matrices = re.search(r"88\.([24])\b", text)
@@ -181,7 +182,7 @@ def touched(instruction: Instruction, kernel: Kernel) -> float:
 
 
 def work(loop: list[Instruction], kernel: Kernel) -> Work:
-    """Clocks that instructions of four warps, one on each quarter of the multiprocessor, take."""
+    """Returns the clocks on each pipe of four warps, one on each quarter of the multiprocessor."""
     rates = {"xu": XU, "alu": ALU, "fma": CHIPS[kernel.capability].fma}
     counts = Counter(PIPE_OF.get(each.name) for each in loop)
     found = {pipe: 128 * counts[pipe] / rate for pipe, rate in rates.items()}
@@ -192,7 +193,7 @@ def work(loop: list[Instruction], kernel: Kernel) -> Work:
 
 
 def steps(kernel: Kernel) -> list[Step]:
-    """What four warps do for a tile, in the order of the code, and one thing after the other."""
+    """Returns the steps of four warps for a tile, in the order of the code, one after the other."""
     found: list[Step] = []
     passed: list[Instruction] = []
     pending = 0.0
@@ -203,20 +204,20 @@ def steps(kernel: Kernel) -> list[Step]:
             pending += clocks(each, kernel)
             if "gsb0" in each.text:  # the last of a chain
                 then, pending = [{"tensor": pending}, {"alone": LATENCY}], 0.0
-        elif kind := barrier(each.text, turns):
-            then = [kind, {"alone": LATENCY}] if kind != "pass" else [kind]
+        elif step := barrier(each.text, turns):
+            then = [step, {"alone": LATENCY}] if step != "pass" else [step]
         if not each.multiplies:
             passed.append(each)
         if then:
             found += [work(passed, kernel), *then]
             passed = []
     found.append(work(passed, kernel))
-    # Chains of other instructions have no such mark, nor turns.
+    # Chains of other instructions have neither such a mark nor turns.
     return [{"tensor": pending}, {"alone": LATENCY}, *found] if pending else found
 
 
 def barrier(text: str, turns: bool) -> str:
-    """The step that an instruction is, if it is a barrier of more than one group."""
+    """Returns the step that an instruction stands for, "" if it is no barrier of several groups."""
     if "BAR.ARV" in text:
         return "pass"
     threads = re.search(r"BAR\.SYNC.*, 0x([0-9a-f]+)", text)
@@ -226,7 +227,7 @@ def barrier(text: str, turns: bool) -> str:
 
 
 class Prediction(NamedTuple):
-    clocks: Work  # that a block's tile takes on each pipe; "alone" of one warp
+    clocks: Work  # of a block's tile on each pipe; "alone" is of one warp
     worst: float  # part of the tensor cores' rate
     best: float
 
@@ -248,38 +249,26 @@ def predict(kernel: Kernel) -> Prediction:
 # --------------------------------------------------------------------------------------------- the kernels
 
 
-@cache
-def cuda_resources() -> Any:
-    """csrc/cuda/resources.py, which is not installed."""
-    spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "csrc" / "cuda" / "resources.py")
-    assert spec and spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.dump = cache(module.dump)  # of an extension it takes ten seconds
-    return module
-
-
 def triton_kernel(capability: int, dim: int, dtype: str) -> Kernel:
-    """The lookup with a gradient, of the default tables."""
-    from relssl.kernels import resources
+    """Returns the forward kernel with a gradient, as the default tables launch it."""
+    import triton_resources
 
-    case = next(case for case in resources.cases(capability, dim, dtype) if case.name == "forward")
-    compiled = resources.compiled(case, capability)
+    case = next(case for case in triton_resources.cases(capability, dim, dtype) if case.name == "forward")
+    compiled = triton_resources.compiled(case, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        listing = cuda_resources().dump("-sass", Path(file.name))
-    used, tiles = resources.resources(case, capability), case.tiles
+        listing = cuda_resources.dump("-sass", Path(file.name))
+    used, tiles = triton_resources.resources(case, capability), case.tiles
     shape = tiles.block_m, tiles.block_n, tiles.warps, 0
     columns = getattr(compiled.metadata, "tmem_size", 0)
-    kernel = Kernel(capability, "lookup", dim, *shape, used.registers, used.shared, columns, [])
+    kernel = Kernel(capability, "forward", dim, *shape, used.registers, used.shared, columns, [])
     return with_loop(kernel, listing)
 
 
 def cuda_kernels(capability: int, dim: int, dtype: str) -> Iterator[Kernel]:
-    """The lookups with a gradient that the installed extension has for a chip; none where it is not built."""
-    resources = cuda_resources()
-    file = resources.extension()
+    """Yields the extension's forward kernels with a gradient for a chip; none where it is not built."""
+    file = cuda_resources.extension()
     if file is None:
         return
     from relssl import _cuda  # type: ignore[attr-defined]
@@ -295,15 +284,14 @@ def cuda_kernels(capability: int, dim: int, dtype: str) -> Iterator[Kernel]:
 
 
 @cache
-def extension(file: Path) -> tuple[list[Any], dict[tuple, str]]:
-    """The resources of each lookup in an extension; and its listing, by the first five of them."""
-    resources = cuda_resources()
-    used = [r for r in resources.kernels(file) if r.kernel.startswith("lookup")]
+def extension(file: Path) -> tuple[list[cuda_resources.Resources], dict[tuple, str]]:
+    """Returns the resources of an extension's forward kernels, and their code by the first five of these."""
+    used = [r for r in cuda_resources.kernels(file) if r.kernel.startswith("lookup")]
     found, chip = {}, ""
-    for part in re.split(r"(?m)^(?=\s*(?:arch = |Function : ))", resources.dump("-sass", file)):
+    for part in re.split(r"(?m)^(?=\s*(?:arch = |Function : ))", cuda_resources.dump("-sass", file)):
         if named := re.match(r"\s*arch = (\S+)", part):
             chip = named[1]
-        elif named := re.search(resources.LOOKUP, part.split("\n")[0]):
+        elif named := re.search(cuda_resources.LOOKUP, part.split("\n")[0]):
             own, dtype, dim, mean = named.groups()
             found[f"lookup_{own}", chip, dtype.lower(), int(dim), mean == "1"] = part
     return used, found
@@ -311,36 +299,31 @@ def extension(file: Path) -> tuple[list[Any], dict[tuple, str]]:
 
 # ---------------------------------------------------------------------------------------------- the tables
 
-KERNEL = ("chip", "kernel", "D", "tiles", "blocks, warps")  # blocks of a multiprocessor, warps of a block
-COUNTS = (
-    "registers",
-    "shared",
-    "products, exponentials, conversions, all",
-    "tensor, XU, ALU, FMA, issue, shared, alone",
-)
+
+def described(kernel: Kernel) -> tables.Row:
+    return {
+        "chip": f"sm_{kernel.capability}",
+        "kernel": kernel.name,
+        "D": kernel.dim,
+        "tiles": f"{kernel.block_m} x {kernel.block_n}",
+        "blocks, warps": f"{kernel.blocks}, {kernel.warps + kernel.others}",
+    }  # blocks of a multiprocessor, warps of a block
 
 
-def line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def heading(*cells: str) -> str:
-    return f"{line(*cells)}\n{'|---' * len(cells)}|"
-
-
-def of_kernel(kernel: Kernel) -> tuple[object, ...]:
-    tiles = f"{kernel.block_m} x {kernel.block_n}"
-    held = f"{kernel.blocks}, {kernel.warps + kernel.others}"
-    return f"sm_{kernel.capability}", kernel.name, kernel.dim, tiles, held
-
-
-def counted(kernel: Kernel, prediction: Prediction) -> tuple[object, ...]:
+def counted(kernel: Kernel, prediction: Prediction) -> tables.Row:
+    """Returns the numbers that the prediction rests on."""
     counts = Counter(each.name for each in kernel.loop)
     products = sum(each.multiplies for each in kernel.loop)
     conversions = " + ".join(f"{counts[name]} {name}" for name in ("F2F", "F2FP") if counts[name])
-    instructions = f"{products}, {counts['MUFU']}, {conversions}, {len(kernel.loop)}"
-    pipes = ", ".join(f"{taken:,.0f}" for taken in prediction.clocks.values())
-    return kernel.registers, f"{kernel.shared:,}", instructions, pipes
+    clocks = ", ".join(f"{taken:,.0f}" for taken in prediction.clocks.values())
+    return {
+        "registers": kernel.registers,
+        "shared": kernel.shared,
+        "products, exponentials, conversions, all": (
+            f"{products}, {counts['MUFU']}, {conversions}, {len(kernel.loop)}"
+        ),
+        "tensor, XU, ALU, FMA, issue, shared, alone": clocks,
+    }
 
 
 def part(prediction: Prediction) -> str:
@@ -348,29 +331,25 @@ def part(prediction: Prediction) -> str:
     return f"{best} %" if worst == best else f"{worst} to {best} %"
 
 
-def of_docs(kernels: list[Kernel]) -> str:
-    rows = (line(*of_kernel(kernel), part(predict(kernel)), "-") for kernel in kernels)
-    return "\n".join([heading(*KERNEL, "predicted", "measured"), *rows])
+def write() -> None:
+    """Writes the predictions for bfloat16 on every chip; nothing was measured beside them yet."""
+    import triton
 
-
-def rewritten(page: str, table: str) -> str:
-    """A page with this table between its two marks."""
-    before, rest = page.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n\n{table}\n\n{END}{after}"
-
-
-def write_docs() -> None:
-    sizes = [(capability, dim) for capability in CAPABILITIES for dim in DIMS]
+    file = cuda_resources.extension()
+    if file is None:
+        raise SystemExit("relssl._cuda is not built: see `relssl info`")
+    sizes = list(itertools.product(CAPABILITIES, DIMS))
     kernels = {
         "triton": [triton_kernel(*size, "bf16") for size in sizes],
         "cuda": [kernel for size in sizes for kernel in cuda_kernels(*size, "bf16")],
     }
-    for name, page in DOCS.items():
-        if kernels[name]:
-            page.write_text(rewritten(page.read_text(), of_docs(kernels[name])))
-        else:
-            print(f"{page} is left as it is: relssl._cuda is not built")
+    versions = {"triton": {"triton": triton.__version__}, "cuda": {"nvcc": cuda_resources.compiler(file)}}
+    for name, version in versions.items():
+        rows = [
+            {**described(kernel), "predicted": part(predict(kernel)), "measured": "-"}
+            for kernel in kernels[name]
+        ]
+        tables.write(RESULTS / f"{name}-predictions.json", rows, **version)
 
 
 def main() -> None:
@@ -378,23 +357,27 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES, choices=CAPABILITIES)
     parser.add_argument("--dim", type=int, nargs="*", default=DIMS, choices=DIMS)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
-    parser.add_argument("--docs", action="store_true", help="write the tables of docs/ instead, all in bf16")
+    parser.add_argument("--json", action="store_true", help="write bench/results instead, all in bf16")
     options = parser.parse_args()
-    if options.docs:
-        write_docs()
+    if options.json:
+        write()
         return
-    print("All of this is predicted: instructions of a warp and clocks of a multiprocessor, both for a tile.")
-    print(f"\n{heading(*KERNEL, *COUNTS, 'predicted part of the tensor rate')}")
-    for capability in options.capability:
-        for dim in options.dim:
-            ours = triton_kernel(capability, dim, options.dtype)
-            for kernel in (ours, *cuda_kernels(capability, dim, options.dtype)):
+    print(
+        "All of this is predicted: instructions of a warp and clocks of a multiprocessor, both for a tile.\n"
+    )
+
+    def rows() -> Iterator[tables.Row]:
+        for size in itertools.product(options.capability, options.dim):
+            kernels = [triton_kernel(*size, options.dtype), *cuda_kernels(*size, options.dtype)]
+            for kernel in kernels:
                 prediction = predict(kernel)
-                cells = *of_kernel(kernel), *counted(kernel, prediction), part(prediction)
-                print(line(*cells), flush=True)
+                bounds = {"predicted part of the tensor rate": part(prediction)}
+                yield {**described(kernel), **counted(kernel, prediction), **bounds}
+
+    tables.printed(rows())
     if 100 in options.capability:
-        print("\nOn sm_100, tensor memory's bandwidth and products' being issued by one warp are left out;")
-        print("CUDA C++ kernels for it are compiled when they are loaded, and left out, too.")
+        print("\nOn sm_100, the bandwidth of tensor memory is left out, and so are the CUDA C++ kernels,")
+        print("which are compiled for it when they are loaded.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Fill Triton's cache with what the tests of a GPU launch, on all cores and without launching any of it:
+"""Compiles the Triton kernels that the tests of a GPU launch, on all cores, without launching any:
 
-    python -P bench/compile_kernels.py [--capability 90] [--processes 16]
+    python -P tools/compile_kernels.py [--capability 90] [--processes 16]
 
-A test compiles the kernels that it is the first to need, one after the other, which takes most of its time.
-What is left out here is compiled there.
+Otherwise a test compiles the kernels that it is the first to need, one after the other, which takes most of
+its time. A kernel that is missing here is compiled there.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-Job = tuple[str, tuple, str]  # a dtype, views, B, K and D, and which of the tests' checks
+Job = tuple[str, tuple, str]  # dtype; views, B, K and D; which of the tests' checks
 
 
 def jobs(checks: tuple[str, ...] = ("relation", "info_nce", "logsumexp")) -> list[Job]:
-    """The shapes of the tests, the widest first: they take longest."""
+    """Returns the shapes of the tests, the widest first: they take longest."""
     from test_gpu import LARGE_LOGITS, PUBLISHED, WIDTHS
-    from test_losses import LARGE, SHAPES
+    from test_losses import LARGE, SHAPES  # type: ignore[attr-defined]  # of tests/, not of bench/
 
     shapes = [*SHAPES, LARGE, (None, *PUBLISHED), *((None, *LARGE_LOGITS, d) for d in WIDTHS["triton"])]
     found = [(dtype, s, c) for s in shapes for dtype in ("float32", "bfloat16", "float16") for c in checks]
@@ -30,7 +30,7 @@ def jobs(checks: tuple[str, ...] = ("relation", "info_nce", "logsumexp")) -> lis
 
 
 def compile_all(job: Job, capability: int, processors: int) -> int:
-    """How many kernels the losses of one shape launch, with all their gradients."""
+    """Returns the number of launches of the losses of one shape, with all their gradients."""
     import checks
     import torch
     import triton
@@ -50,7 +50,7 @@ def compile_all(job: Job, capability: int, processors: int) -> int:
     launching.chip = lambda index: Chip(capability, processors, version(triton.__version__))
     backend.supports = lambda *arguments: None  # type: ignore[method-assign]
     checks.device = lambda backend: "cpu"
-    # Nothing is computed, so nothing is compared.
+    # Nothing is computed, so there is nothing to compare.
     checks.agree = lambda ours, formula, inputs, cotangents, *rest: evaluate(ours, inputs, cotangents)
     dtype, shape, check = job
     launches.clear()
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, help="10 * major + minor; default: this GPU's")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]  # test_losses.py is in both
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
     import torch
 
     capability, processors = options.capability, 132

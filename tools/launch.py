@@ -1,15 +1,15 @@
-"""Host time of the Triton backend, without a GPU: its kernels compile for one, and a driver that does nothing
-launches them.
+"""Measures the Triton backend's host time without a GPU: a driver that does nothing launches its kernels.
 
-    python bench/launch.py
+    python tools/launch.py
 
-Counts all that Python does in a call, for which a GPU would wait; not what the driver itself takes. Beside it
-stands the number of launches: those of Triton, and torch's own device operations.
+The time is that of all Python code in a call, without the driver's own. It is printed with the number of
+launches: those of Triton, and torch's own operations on the device.
 """
 
 import time
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -23,11 +23,11 @@ from relssl.backends import launching
 from relssl.functional import info_nce, relation_loss
 
 backend = backends.BACKENDS["triton"]
-launches = []
+launches: list[tuple] = []
 
 
 class Idle:
-    """A driver for compute capability 9.0 that counts launches."""
+    """A driver for compute capability 9.0 that only counts launches."""
 
     utils = SimpleNamespace(
         load_binary=lambda name, kernel, shared, device: (None, 1, 0, 0, 1024),
@@ -48,7 +48,7 @@ class Idle:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what launches a kernel of torch's on a device: all its operations but views and allocations."""
+    """Records the operations of torch that launch a kernel: all but views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -62,11 +62,11 @@ class Operations(TorchDispatchMode):
 
 
 def launched(run) -> tuple[int, list[str]]:
-    """How many kernels of Triton a call launches, and torch's own operations beside them."""
+    """Returns the number of Triton kernels that a call launches, and the names of torch's own operations."""
     own = Operations()
 
     def counted(part):
-        def run_counted(*arguments):  # An op of relssl hides from a mode what it calls.
+        def run_counted(*arguments):  # A mode does not see what an op of relssl calls.
             with own:
                 return part(*arguments)
 
@@ -85,14 +85,14 @@ def launched(run) -> tuple[int, list[str]]:
 
 
 def pretend() -> None:
-    """From now on tensors of the CPU pass for a Hopper GPU's."""
+    """Makes the backend treat tensors of the CPU as those of a Hopper GPU."""
     triton.runtime.driver.set_active(Idle())
     launching.chip = lambda index: Chip(90, 132)
     backend.supports = lambda device, dtype, dim: None  # type: ignore[method-assign]
 
 
 def with_gradient(loss, q, k, queue, **options):
-    """A call of a loss and its backward pass, which autograd's seed is given, so that it makes none."""
+    """Returns a function that calls a loss and its backward pass, with a seed that autograd need not make."""
     q = q.clone().requires_grad_()
     seed = torch.ones(q.shape[0] if options.get("reduction") == "none" else ())
 

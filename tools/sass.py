@@ -1,4 +1,4 @@
-"""Machine code as cuobjdump -sass prints it: instructions, and loops that hold products and exponentials."""
+"""Parses what cuobjdump -sass prints: instructions, and the loops with products and exponentials."""
 
 import re
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 class Instruction(NamedTuple):
     text: str
-    stall: int  # clocks before the warp's next one, as the compiler has scheduled it
+    stall: int  # clocks before the warp's next instruction, set by the compiler
 
     @property
     def name(self) -> str:
-        """HGMMA of "@!P0 HGMMA.64x128x16.F32.BF16 R24, ..."."""
+        """For example HGMMA, of "@!P0 HGMMA.64x128x16.F32.BF16 R24, ..."."""
         return re.sub(r"^@\S+\s+", "", self.text).split()[0].split(".")[0]
 
     @property
@@ -19,7 +19,7 @@ class Instruction(NamedTuple):
 
 
 def instructions(listing: str) -> dict[int, Instruction]:
-    """A kernel's instructions by address.
+    """Returns a kernel's instructions by address.
 
     The stall is in bits 105 to 108 of an instruction (Jia et al. 2018, arXiv:1804.06826).
     """
@@ -28,10 +28,10 @@ def instructions(listing: str) -> dict[int, Instruction]:
 
 
 def loops(listing: str) -> list[list[Instruction]]:
-    """Passes through the loops that hold products and exponentials, the shortest first.
+    """Returns the instructions of each loop with products and exponentials, the shortest first.
 
-    Blocks that are jumped over and neither compute, copy nor wait are left out: they mask tails and left-out
-    rows.
+    Blocks that a branch skips and that neither compute, copy nor wait are left out: they mask tails and
+    excluded rows.
     """
     listed = instructions(listing)
     code, index = list(listed.values()), {at: i for i, at in enumerate(listed)}

@@ -1,13 +1,13 @@
-"""Everything that is to be done with a GPU, in under eight minutes: build, test, time, draw, report.
+"""Tests and benchmarks a GPU in under eight minutes: builds, tests, times, draws, reports.
 
-    python bench/gpu_report.py OUT [--parts build tests bench] [--seconds 470] [--wheels FOLDER]
+    python tools/gpu_report.py OUT [--parts build tests bench] [--seconds 470] [--wheels FOLDER]
 
-OUT gets log.txt, the results as JSON with their plots, and report.md, which is printed last. Each part is
-guarded: a failure leaves the rest. Peers that are not installed are left out; without a network, --wheels
-names a folder that holds those of bench/peers.txt. `--parts build tune bench` has `relssl tune --published`
-choose the kernels first, another six minutes, and keeps its figures in OUT/tuned; `--parts sanitizer` runs
-the CUDA kernels under compute-sanitizer, another four. Results to keep go to bench/results; `make figures`
-then writes the README's tables.
+It writes log.txt, the results as JSON with their plots, and report.md to OUT, and prints the report. When a
+part fails, the others still run. Peers that are not installed are left out; without a network, --wheels names
+a folder with the wheels of bench/peers.txt. `--parts build tune bench` lets `relssl tune --published` choose
+the kernels first, another six minutes, and keeps its results in OUT/tuned; `--parts sanitizer` runs the CUDA
+kernels under compute-sanitizer, another four. Copy results to keep to bench/results; `make figures` then
+writes the tables of README.md and docs/.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGAN = time.monotonic()
-# Of the installed package (-P): in the source folder there may be no extensions.
+sys.path.append(str(ROOT / "bench"))
+# -P: the installed package, since the source folder may have no extensions.
 PYTHON = [sys.executable, "-P"]
 
 
-def told(text: str) -> None:
+def log(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:4.0f} s] {text}", flush=True)
 
 
@@ -45,13 +46,13 @@ class Report:
         return self.until - time.monotonic()
 
     def run(self, *command: object, seconds: float, **environment: str) -> str:
-        """The last line that a command says. All goes to the log; it is stopped after so many seconds."""
-        with open(self.log, "a") as log:
-            print(f"\n$ {' '.join(map(str, command))[:300]}", file=log, flush=True)
+        """Runs a command for at most so many seconds, and returns the last line of its output."""
+        with open(self.log, "a") as output:
+            print(f"\n$ {' '.join(map(str, command))[:300]}", file=output, flush=True)
             process = subprocess.Popen(
                 list(map(str, command)),
                 cwd=self.out,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
                 start_new_session=True,
@@ -61,11 +62,11 @@ class Report:
                 try:
                     process.wait(min(left, 20))
                 except subprocess.TimeoutExpired:
-                    told(f"  {self.last()[-100:]}")
+                    log(f"  {self.last()[-100:]}")
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # With what it started itself.
+                os.killpg(process.pid, signal.SIGKILL)  # with its children
                 process.wait()
-                print(f"\nstopped after {seconds:.0f} s", file=log)
+                print(f"\nstopped after {seconds:.0f} s", file=output)
         return self.last()
 
     def last(self) -> str:
@@ -73,7 +74,7 @@ class Report:
 
 
 def build(report: Report) -> str:
-    """Install the package from this source folder, unless what is installed is newer than all of it."""
+    """Installs the package from this source folder, unless the installed one is newer than all of it."""
     found = []
     if report.wheels:
         wheels = [*PYTHON, "-m", "pip", "install", "--no-deps", "--no-index", "--find-links", report.wheels]
@@ -88,25 +89,25 @@ def build(report: Report) -> str:
     return "; ".join([*found, built])
 
 
-# The files with tests that need a GPU, and the processes that run them, one for each backend: after an error
-# of CUDA's a process can launch nothing more. The selections are disjoint, and leave none out.
+# The files with tests that need a GPU, and their selections, one process each: after an error of CUDA a
+# process can launch nothing more. The selections are disjoint and complete.
 FILES = ("test_gpu.py", "test_cuda.py", "test_triton.py", "test_losses.py")
 SELECTIONS = {"triton": "not cuda", "cuda": "cuda and not sm_90", "cuda, sm_90a": "cuda and sm_90"}
 
 
 def selected(expression: str) -> list[object]:
-    """The arguments with which pytest runs a selection."""
+    """Returns the arguments with which pytest runs a selection."""
     return ["-m", "gpu", "-k", expression, *(ROOT / "tests" / name for name in FILES)]
 
 
 def tests(report: Report) -> str:
-    """The tests that need a GPU, and no other; a skip for want of one would be a failure."""
+    """Runs the tests that need a GPU; without one they fail instead of being skipped."""
     until = time.monotonic() + min(report.left, 270)
-    here = [*PYTHON, ROOT / "bench" / "compile_kernels.py"]
+    here = [*PYTHON, ROOT / "tools" / "compile_kernels.py"]
     found = [report.run(*here, seconds=min(report.left, 120))]
     options = ["-q", "--maxfail=40", "-p", "no:cacheprovider"]
     options += ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    # From a thread: no signal ends what waits in the driver.
+    # From a thread: no signal interrupts a wait in the driver.
     options += (
         ["--timeout=60", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
     )
@@ -118,8 +119,8 @@ def tests(report: Report) -> str:
 
 
 def tune(report: Report) -> str:
-    """Every kernel verified and timed at the published sizes; "auto" takes what is chosen from here on."""
-    os.environ["RELSSL_CACHE"] = str(report.out / "tuned")  # What follows runs by its choices.
+    """Verifies and times every kernel at the published sizes; from then on "auto" takes the chosen ones."""
+    os.environ["RELSSL_CACHE"] = str(report.out / "tuned")  # The following parts use its choices.
     found = report.run(*PYTHON, "-m", "relssl", "tune", "--published", seconds=min(report.left, 400))
     from relssl import tuned
     from relssl.tune import table
@@ -128,7 +129,7 @@ def tune(report: Report) -> str:
 
 
 def bench(report: Report) -> str:
-    """pytest bench/ with the grid of a GPU: host time and graph replay are in it."""
+    """Runs pytest bench/ with the grid of a GPU, host time and graph replay included."""
     command = [
         *PYTHON,
         "-m",
@@ -144,14 +145,14 @@ def bench(report: Report) -> str:
     try:
         from plots import draw
 
-        for recorded in report.out.glob("*.json"):  # Anew, lest the run was stopped before it drew them.
+        for recorded in report.out.glob("*.json"):  # The run may have been stopped before it drew them.
             draw(recorded)
     except ImportError as missing:
         found += f"; no plots: {missing}"
     return found
 
 
-# A few rows and tiles of each width, by both kernels and on both paths of the exponent.
+# A few rows and tiles of each width, with both kernels and both paths of the exponent.
 SANITIZED = """
 import sys, torch
 from relssl.functional import info_nce, relation_loss
@@ -168,11 +169,11 @@ torch.cuda.synchronize()
 def sanitizer(report: Report) -> str:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
-        return "compute-sanitizer is not here"
+        return "compute-sanitizer was not found"
     found = []
-    for kernel, kind in itertools.product(("cuda", "cuda/sm_90a"), ("memcheck", "racecheck")):
-        last = report.run(tool, "--tool", kind, *PYTHON, "-c", SANITIZED, kernel, seconds=60)
-        found.append(f"{kind}, {kernel}: {last}")
+    for kernel, check in itertools.product(("cuda", "cuda/sm_90a"), ("memcheck", "racecheck")):
+        last = report.run(tool, "--tool", check, *PYTHON, "-c", SANITIZED, kernel, seconds=60)
+        found.append(f"{check}, {kernel}: {last}")
     return "; ".join(found)
 
 
@@ -183,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=["build", "tests", "bench"])
-    parser.add_argument("--seconds", type=float, default=470, help="that all parts may take")
+    parser.add_argument("--seconds", type=float, default=470, help="limit for all parts together")
     parser.add_argument("--wheels", type=Path, help="folder with the peers' wheels")
     options = parser.parse_args()
     out = options.out.resolve()
@@ -191,12 +192,12 @@ def main() -> None:
     report = Report(out, options.seconds, options.wheels and options.wheels.resolve())
     lines = []
     for name in options.parts:
-        told(f"{name} ...")
+        log(f"{name} ...")
         try:
             found = PARTS[name](report)
         except Exception:
             found = traceback.format_exc(limit=-2)
-        told(f"{name}: {found}")
+        log(f"{name}: {found}")
         lines.append(f"- {name}: {found}")
     try:
         from figures import section
@@ -206,7 +207,7 @@ def main() -> None:
     except Exception:
         lines.append(traceback.format_exc(limit=-2))
     (out / "report.md").write_text("\n".join(lines) + "\n")
-    told(f"report.md, after {time.monotonic() - BEGAN:.0f} s:")
+    log(f"report.md, after {time.monotonic() - BEGAN:.0f} s:")
     print((out / "report.md").read_text(), flush=True)
 
 

@@ -1,22 +1,30 @@
-"""The library's main job in two minutes of CPU: train ReSSL on real images, and time the loss.
+"""Trains ReSSL on real images and times the loss, in two minutes of CPU (make demo).
 
-Writes metrics.json, loss_curve.png and comparison.png into --out, and prints what they hold.
+    python examples/demo.py [--out out/demo]
+
+Writes metrics.json, loss_curve.png and comparison.png to --out, and prints the results.
 """
 
 import argparse
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
-import eager
 import matplotlib
 import torch
-from memory import case_memory, measurable
-from timing import interleave, ratio
 from torch.nn import functional as F
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+
+import eager
+from memory import case_memory, measurable
+from timing import interleave, slowdown
 from work import Case
 
 from relssl import backends
@@ -33,7 +41,7 @@ BLUE, GREY = "#1f5fa8", "#9a9a9a"
 
 
 def train_digits(out: Path) -> dict:
-    """ReSSL on scikit-learn's scans of handwritten digits: accuracies before and after, and the losses."""
+    """Trains on scikit-learn's handwritten digits; returns accuracies before and after, and the losses."""
     config = replace(PRESETS["digits"], out=out / "ressl")
     shutil.rmtree(config.out, ignore_errors=True)
     began = perf_counter()
@@ -45,7 +53,7 @@ def train_digits(out: Path) -> dict:
 
 
 def inputs(B: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unit-norm queries, keys near them, and a queue [K, D]."""
+    """Returns unit-norm queries, keys near them, and a queue [K, D]."""
     generator = torch.Generator().manual_seed(0)
     q = F.normalize(torch.randn(B, D, generator=generator), dim=1)
     k = F.normalize(q + 0.5 * torch.randn(B, D, generator=generator) / D**0.5, dim=1)
@@ -54,18 +62,18 @@ def inputs(B: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def time_loss(rounds: int = 7) -> dict:
-    """Forward and backward, eager and fused in turn in this process; peak memory in a process each."""
+    """Times forward and backward, eager and relssl alternating; measures peak memory in a process each."""
     q, k, queue = inputs(**SHAPE)
     columns = queue.T.contiguous()  # The published code keeps its queue as [D, K].
-    runs = {
+    runs: dict[str, Callable[[], Any]] = {
         "eager": lambda: eager.relation_loss(q, k, columns),
         "relssl": lambda: relation_loss(q, k, queue, form="ce"),
     }
     losses = {name: run().item() for name, run in runs.items()}
     both = {name: (lambda run=run: torch.autograd.grad(run(), q)) for name, run in runs.items()}
     seconds = interleave(both, rounds)
-    times_faster, low, high = ratio(seconds["eager"], seconds["relssl"])
-    case = Case("relation", *SHAPE.values())
+    ratio, low, high = slowdown(seconds["eager"], seconds["relssl"])
+    case = Case("relation", SHAPE["B"], SHAPE["K"], SHAPE["D"])
     memory = {name: case_memory(case, name) for name in runs if measurable()}
     return {
         "shape": SHAPE,
@@ -74,8 +82,8 @@ def time_loss(rounds: int = 7) -> dict:
         "backend": backends.choose("auto", "cpu", torch.float32, SHAPE["D"]),
         "loss": losses,
         "seconds": {name: median(times) for name, times in seconds.items()},
-        "ratio": times_faster,
-        "ratio_range": [low, high],
+        "slowdown": ratio,
+        "slowdown_range": [low, high],
         "peak_extra_bytes": memory,
     }
 
@@ -87,7 +95,7 @@ def plot_training(training: dict, path: Path) -> None:
     axis.plot(at, [e["loss"] for e in epochs], color=BLUE, label="relation loss, KL")
     axis.plot(at, [e["teacher_entropy"] for e in epochs], color=GREY, label="teacher entropy")
     axis.set(xlabel="epoch", ylabel="nats", title="ReSSL on handwritten digits")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="x", integer=True)
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -128,11 +136,11 @@ def main() -> None:
     print(f"\nrelation loss, forward and backward, {shape}, float32, {loss['threads']} CPU threads")
     for name, seconds in loss["seconds"].items():
         memory = loss["peak_extra_bytes"].get(name)
-        told = f"{memory / 2**20:>8.0f} MiB extra at its peak" if memory is not None else ""
-        print(f"  {name:<8}{1e3 * seconds:>8.0f} ms{told}   loss {loss['loss'][name]:.6f}")
-    low, high = loss["ratio_range"]
-    told = f"{loss['ratio']:.1f} times as fast ({low:.1f} to {high:.1f} over the rounds)"
-    print(f"  relssl ({loss['backend']}) is {told}")
+        peak = f"{memory / 2**20:>8.0f} MiB extra at its peak" if memory is not None else ""
+        print(f"  {name:<8}{1e3 * seconds:>8.0f} ms{peak}   loss {loss['loss'][name]:.6f}")
+    low, high = loss["slowdown_range"]
+    rounds = f"({low:.1f} to {high:.1f} over the rounds)"
+    print(f"  slowdown of eager: {loss['slowdown']:.1f} {rounds}; relssl's backend: {loss['backend']}")
     print(f"\nwritten: {', '.join(sorted(str(p) for p in out.glob('*.*')))}")
 
 
