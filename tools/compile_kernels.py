@@ -47,8 +47,8 @@ def compile_all(job: Job, capability: int, processors: int) -> int:
 
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
-    launching.chip = lambda index: Chip(capability, processors, version(triton.__version__))
-    backend.supports = lambda *arguments: None  # type: ignore[method-assign]
+    launching.chip = lambda index: Chip(capability, processors, version(triton.__version__))  # type: ignore[assignment]
+    backend.supports = lambda *arguments: None
     checks.device = lambda backend: "cpu"
     # Nothing is computed, so there is nothing to compare.
     checks.agree = lambda ours, formula, inputs, cotangents, *rest: evaluate(ours, inputs, cotangents)

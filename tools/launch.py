@@ -22,7 +22,7 @@ from relssl import backends
 from relssl.backends import launching
 from relssl.functional import info_nce, relation_loss
 
-backend = backends.BACKENDS["triton"]
+backend: Any = backends.BACKENDS["triton"]
 launches: list[tuple] = []
 
 
@@ -87,8 +87,8 @@ def launched(run) -> tuple[int, list[str]]:
 def pretend() -> None:
     """Makes the backend treat tensors of the CPU as those of a Hopper GPU."""
     triton.runtime.driver.set_active(Idle())
-    launching.chip = lambda index: Chip(90, 132)
-    backend.supports = lambda device, dtype, dim: None  # type: ignore[method-assign]
+    launching.chip = lambda index: Chip(90, 132)  # type: ignore[assignment]
+    backend.supports = lambda device, dtype, dim: None
 
 
 def with_gradient(loss, q, k, queue, **options):
