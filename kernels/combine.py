@@ -1,4 +1,4 @@
-"""The splits of the queue merged, and the losses: epilogues of the forward pass, one program for each row.
+"""Combines the splits of the queue, and computes the losses: one program for each row.
 
 The order of summation is fixed. What depends on a row alone is computed in float64: it is a few numbers, a
 loss is the small difference of large ones, and a log-sum-exp rounded to one float32 would carry its rounding
@@ -15,7 +15,7 @@ from relssl.kernels.common import HUGE, LN2, load_scale
 
 @triton.jit
 def merge(stats, row, rows, num_splits, c, S: tl.constexpr, MEAN: tl.constexpr):
-    """A row's log-sum-exp in units of log 2, float64, and what to weigh its partial means with, [S]."""
+    """Returns a row's log-sum-exp in units of log 2, float64, and the weights [S] of its partial means."""
     s = tl.arange(0, S)
     inside = s < num_splits
     at = stats + s.to(tl.int64) * rows + row
@@ -41,7 +41,7 @@ def load_mean(means, row, rows, num_splits, weight, d, S: tl.constexpr, DIM: tl.
 
 @triton.jit
 def store_lse(lse, to, row, rows):
-    """As high + low, [2, rows]."""
+    """Stores lse as high + low, [2, rows]."""
     natural = lse * LN2
     high = natural.to(tl.float32)
     low = (natural - high.to(tl.float64)).to(tl.float32)

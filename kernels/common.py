@@ -1,4 +1,4 @@
-"""What the kernels share: loading rows, scales and similarities.
+"""Helpers of the kernels: loading rows, scales and similarities.
 
 Throughout, c = log2(e) / temperature: exponents are in units of log 2, exp2 being what the hardware has. c
 multiplies in float32 after a matrix product; rows are never rounded a second time.
@@ -65,7 +65,7 @@ def product(
     x, x_at, x_valid, tile, tile_at, tile_valid,
     DIM: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Computes x tile^T, [M, N], for x [M, D] and a tile [N, D], which lie where the addresses say.
+    """Computes x tile^T, [M, N], for x [M, D] and a tile [N, D], which lie at the addresses.
 
     Products of float32 take both sides apart in registers. Wide rows would overflow these, and are read
     again, CHUNK columns at a time.

@@ -72,7 +72,7 @@ def sweep(
 
 @triton.jit
 def is_exact(total, size):
-    """Whether sums [M] with the shift 0 are, all of them. NaN is not.
+    """Whether all sums [M] with the shift 0 are exact. NaN is not.
 
     What sank below 2^-126 is less than an ulp of such a sum, and nothing came near infinity.
     """

@@ -1,4 +1,4 @@
-"""Forward with specialised warps, for Hopper and Blackwell: a candidate that must be asked for by name.
+"""Forward with specialised warps, for Hopper and Blackwell: a candidate that runs only where it is named.
 
 It leaves what forward.py leaves, but Triton gives copies, matrix products and exponentials warps of their
 own, which overlap. That takes one loop a kernel, and rows of x that the copy engine can fetch: so a block has

@@ -4,7 +4,7 @@
     relssl.nn            the same as modules
     relssl.FeatureQueue  the ring of past embeddings
 
-`relssl info` on the command line tells which backends are there.
+`relssl info` on the command line lists the backends.
 """
 
 from relssl import functional, nn

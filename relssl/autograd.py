@@ -19,7 +19,7 @@ from relssl.saving import save, snapshots
 
 
 class Settings(NamedTuple):
-    """What a Function is given besides tensors."""
+    """The arguments of a Function besides tensors."""
 
     dtype: torch.dtype
     backend: str

@@ -1,4 +1,4 @@
-"""The registered torch ops: schemas, fakes, and what each of them runs.
+"""The registered torch ops: their schemas, fakes and implementations.
 
     relssl::lse_and_mean      log-sum-exp and mean of stacked rows: the primitive
     relssl::lse_and_mean_vjp  its vector-Jacobian product

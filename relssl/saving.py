@@ -1,4 +1,4 @@
-"""What backward gets from forward: saved tensors, and a queue that may have changed in between.
+"""How forward saves tensors for backward, and the guard of a queue that may change in between.
 
 Gradients are computed in forward, so the queue may change before backward: a plain reference to it is kept,
 and a backward that must read the queue again raises if it has changed.

@@ -52,7 +52,7 @@ def batch(rows: int, queue: int, dim: int, dtype: torch.dtype, device: str) -> t
 
 
 def with_gradients(run: Callable, tensors: tuple[Tensor, ...], cotangents: list[Tensor]) -> list[Tensor]:
-    """What run(*tensors) returns, and the gradients of the tensors."""
+    """Returns the results of run(*tensors), and the gradients of the tensors."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     outputs = run(*leaves)
     grads = torch.autograd.grad(outputs, leaves, [g.to(o) for g, o in zip(cotangents, outputs, strict=True)])
@@ -67,7 +67,7 @@ def hold(
     scales: list[float],
     rows: Tensor | None = None,
 ) -> tuple[float, list[Tensor]]:
-    """The largest relative error of ours(*tensors) and its gradients, and these.
+    """Returns the largest relative error of ours(*tensors) and its gradients, and these.
 
     Raises Refused if one is over the budget,
 
@@ -99,7 +99,7 @@ def hold(
 
 
 def verify(backend: str, device: str, dtype: torch.dtype, dim: int, shapes: list) -> list[float]:
-    """The largest relative error of loss and gradient of q at each shape [rows of q and k, of the queue].
+    """Returns the largest relative error of loss and gradient of q at each shape [rows of q and k, queue rows].
 
     Every loss and gradient is held to the budget at odd sizes, the relation loss and its gradient for q at
     the shapes; Refused where one is over it.
@@ -120,7 +120,7 @@ def reduced(rows: Tensor, reduction: str) -> Tensor:
 def check_relation(
     backend: str, tensors: tuple[Tensor, ...], tau_s: float, tau_t: float, form: str, reduction: str
 ) -> None:
-    """The loss and its gradients for q, k and the queue; and without gradients, by other kernels."""
+    """Checks the loss and its gradients for q, k and the queue; and without gradients, by other kernels."""
     (rows, size), (c_s, c_t) = (len(t) for t in tensors[1:]), (1 / tau_s, 1 / tau_t)
     g = weights(tensors[0], rows) if reduction == "none" else weights(tensors[0])
     norm = float(g.norm())
@@ -143,7 +143,7 @@ def check_relation(
 
 
 def check_info_nce(backend: str, tensors: tuple[Tensor, ...], tau: float) -> None:
-    """The mean loss and its gradients for q, k and the queue."""
+    """Checks the mean loss and its gradients for q, k and the queue."""
     c, g = 1 / tau, weights(tensors[0])
     norm = float(g.norm())
     hold(
@@ -167,7 +167,7 @@ def check_logsumexp(backend: str, tensors: tuple[Tensor, ...], tau: float) -> No
 
 
 def check_shape(backend: str, tensors: tuple[Tensor, ...]) -> float:
-    """The error of the rows' loss and gradient for q, at either end; the mean's must be the mean of these."""
+    """Returns the error of the rows' loss and gradient of q, at either end; checks the mean against them."""
     q, k, queue = tensors
     ends = torch.arange(len(q), device=q.device)
     ends = torch.cat((ends[:CHECKED], ends[CHECKED:][-CHECKED:]))
@@ -195,9 +195,9 @@ def weights(like: Tensor, *shape: int) -> Tensor:
 
 
 def matrix_product(dtype: torch.dtype, device: str) -> tuple[Callable[[], Tensor], int]:
-    """The yardstick: a product that reaches the full rate, and its flop.
+    """Returns a product that reaches the full rate, the yardstick, and its flop.
 
-    On a CPU of float32 whatever is asked for: without instructions for 16 bits it would take seconds.
+    On a CPU it is of float32, whatever the dtype: without instructions for 16 bits it would take seconds.
     """
     side = 768 if device == "cpu" else 8192 if dtype.itemsize == 2 else 4096
     a = torch.randn(side, side, device=device, dtype=torch.float32 if device == "cpu" else dtype)
@@ -206,7 +206,7 @@ def matrix_product(dtype: torch.dtype, device: str) -> tuple[Callable[[], Tensor
 
 
 def lap(run: Callable, device: str, calls: int = 1) -> Any:
-    """A time of so many calls, to be read by `seconds`: on a GPU nothing waits for them here."""
+    """Returns a time of so many calls that `seconds` reads: on a GPU nothing waits for them here."""
     if device == "cpu":
         began = time.perf_counter()
         for _ in range(calls):
@@ -266,7 +266,7 @@ def figures(backend: str, baseline: str, device: str, dtype: torch.dtype, dim: i
 
 
 def peak_memory(run: Callable, device: str) -> int | None:
-    """Bytes that a call needs beyond what there is; None where the system does not tell."""
+    """Returns the bytes that a call adds to memory; None where the system does not report them."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -64,10 +64,10 @@ class Trial:
         self.said = self.errors.submit(self.process.stderr.read)  # type: ignore[union-attr]
 
     def verify(self) -> None:
-        self.verdict = self.ask(self.task)
+        self.verdict = self.request(self.task)
 
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The process's answer, or {"refused": why there is none}."""
+    def request(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Returns the process's answer, or {"refused": why there is none}."""
         timer = Timer(self.limit, self.stop)
         timer.start()
         try:
@@ -84,7 +84,7 @@ class Trial:
         self.kill()
 
     def end(self) -> str:
-        """How the process ends, or is ended, without an answer."""
+        """Returns how the process ended, or ends it, without an answer."""
         status = self.process.wait()
         if self.overdue:
             return f"no answer within {self.limit:g} s"
@@ -108,7 +108,7 @@ class Trial:
 
 
 def candidates(device: str, dtype: torch.dtype, dim: int) -> list[str]:
-    """The backends that take such rows on this machine, each with its variants."""
+    """Returns the backends that take such rows on this machine, each with its variants."""
     names = []
     for name, backend in backends.BACKENDS.items():
         if backend.supports(device, dtype, dim) is None:
@@ -121,7 +121,7 @@ def tune(
     imports: Iterable[str] = (), limit: float = 240, jobs: int | None = None,
     report: Callable[[int, int, str], Any] = lambda done, total, what: None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The entry of each shape, as tuned.py stores it; `choice` is None where every candidate was refused.
+    """Yields the entry of each shape, as tuned.py stores it; its `choice` is None if all were refused.
 
     Args:
         imports: modules to import in each process first, which may add to `relssl.backends.BACKENDS`.
@@ -167,13 +167,13 @@ def tune(
 
 
 def present_choice(device: str, dtype: torch.dtype, shape: Shape) -> str:
-    """What "auto" takes."""
+    """Returns what "auto" takes."""
     chosen = backends.measured(tuned.matching(device, dtype), device, dtype, *shape[1:])
     return chosen or backends.choose("auto", device, dtype, shape.dim)
 
 
 def verify(trials: list[Trial]) -> None:
-    """All at the same time."""
+    """Verifies all candidates at the same time."""
     with ThreadPoolExecutor(len(trials)) as pool:
         try:
             list(pool.map(Trial.verify, trials))
@@ -184,10 +184,10 @@ def verify(trials: list[Trial]) -> None:
 
 
 def timed(trial: Trial, i: int, baseline: str) -> dict[str, Any]:
-    """A candidate's figures at shape i, or {"refused": reason}."""
+    """Returns a candidate's figures at shape i, or {"refused": reason}."""
     if "refused" in trial.verdict:
         return trial.verdict
-    figures = trial.ask({"shape": i, "baseline": baseline})
+    figures = trial.request({"shape": i, "baseline": baseline})
     if "refused" in figures:
         trial.verdict = figures  # Nothing that follows can be trusted.
         return figures
@@ -195,7 +195,7 @@ def timed(trial: Trial, i: int, baseline: str) -> dict[str, Any]:
 
 
 def choice(figures: dict[str, dict], baseline: str) -> str | None:
-    """The fastest of those that kept the budget, the baseline unless another is clearly faster.
+    """Returns the fastest of those that kept the budget, the baseline unless another is clearly faster.
 
     The reference takes no part: it keeps the similarities, which is what the others are for.
     """
@@ -205,7 +205,7 @@ def choice(figures: dict[str, dict], baseline: str) -> str | None:
 
 
 def table(entry: dict[str, Any]) -> str:
-    """The candidates of a shape, the fastest first and the refused last, as text."""
+    """Returns the candidates of a shape, the fastest first and the refused last, as text."""
     found, chosen = entry["candidates"], entry["choice"]
     least = found[chosen]["ratio"] if chosen else 1.0
     lines = [("", "ms", "times the choice", "of matmul", "error", "MiB", "")]
@@ -295,7 +295,7 @@ def main(arguments: list[str]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, or a line for each step where tqdm is not installed."""
+    """Returns a progress bar on standard error, or a line for each step where tqdm is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""What `relssl tune` measured, and what backend="auto" takes because of it.
+"""The choices of `relssl tune`, which backend="auto" follows.
 
 The file tuned.json, in $RELSSL_CACHE or else in the user's cache folder, has a list of entries for each
 environment: a device with its driver, and the versions of torch, Triton and relssl. An entry has a dtype, a
@@ -48,7 +48,7 @@ def path() -> Path:
 
 
 def environment(device: str) -> str:
-    """All that a measurement on a device type depends on, in words."""
+    """Returns all that a measurement on a device type depends on, as text."""
     if device == "cuda":
         driver = f"HIP {torch.version.hip}"
         if not torch.version.hip:
@@ -76,7 +76,7 @@ def _triton() -> str:
 
 
 def read() -> dict[str, list[dict[str, Any]]]:
-    """The entries of every environment; none where the file is missing or damaged."""
+    """Returns the entries of every environment; none where the file is missing or damaged."""
     try:
         table = json.loads(path().read_text())
         return {own: list(filter(_is_entry, entries)) for own, entries in table.items()}
@@ -99,7 +99,7 @@ def store(own: str, entries: list[dict[str, Any]]) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     try:
         partial.write_text(json.dumps(table, indent=1))
-        partial.replace(file)  # Whole or not at all, whoever else writes.
+        partial.replace(file)  # Whole or not at all, beside other writers.
     finally:
         partial.unlink(missing_ok=True)
     _found.clear()
@@ -110,7 +110,7 @@ def _shape(entry: dict[str, Any]) -> tuple:
 
 
 def record(device: str) -> Record:
-    """The choices in force for a device type: those adopted, or else the file's for this environment."""
+    """Returns the choices in force for a device type: those adopted, or else this environment's in the file."""
     if _adopted is not None:
         return _adopted
     own = environment(device)
@@ -119,14 +119,14 @@ def record(device: str) -> Record:
 
 
 def adopt(record: Record | None) -> None:
-    """Has these choices in force in place of the file's; with None, the file's again."""
+    """Puts these choices in force in place of the file's; with None, the file's again."""
     global _adopted
     _adopted = record
     _found.clear()
 
 
 def matching(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
-    """The choices in force for a dtype."""
+    """Returns the choices in force for a dtype."""
     if _adopted is None and os.environ.get("RELSSL_TUNE") == "0":
         return ()
     name = str(dtype).removeprefix("torch.")
@@ -136,7 +136,7 @@ def matching(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
 
 @constant_result
 def choices(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
-    """Those that match, looked up once."""
+    """Returns `matching`, which is called once."""
     found = _found.get((device, dtype))
     if found is None:
         found = _found[device, dtype] = matching(device, dtype)
@@ -157,7 +157,7 @@ def _advise() -> None:
 
 
 def nearest(choices: Sequence[Choice], dim: int, rows: int, queue: int) -> Choice | None:
-    """The choice for this width at the nearest size, or None where none is near."""
+    """Returns the choice for this width at the nearest size, or None where none is near."""
     best, least = None, float(NEAR * NEAR)
     for own in choices:
         if own.dim != dim:

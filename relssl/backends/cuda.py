@@ -223,7 +223,7 @@ def _shared(index: int) -> int:
 
 
 def _path(path: int, queue: Tensor) -> int:
-    """The kernel to run, by the capability it is for. The copy engine takes no rows that overlap."""
+    """Returns the capability of the kernel to run. The copy engine takes no rows that overlap."""
     apart = queue.stride(0) >= queue.shape[1] or queue.shape[0] == 1
     return path if apart else 80
 
@@ -235,7 +235,7 @@ def _kernel(dim: int, path: int) -> Kernel:
 
 
 def _place(x: Tensor) -> tuple[int, int]:
-    """Device and stream, which every launch is told."""
+    """Returns device and stream, which every launch takes."""
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
@@ -254,5 +254,5 @@ def _is_bf16(t: Tensor) -> bool:
 
 
 def _wanted(t: Tensor) -> int:
-    """Its address, or 0 where nothing is wanted."""
+    """Returns the address of t, or 0 where t is empty, which means not wanted."""
     return t.data_ptr() if t.numel() else 0

@@ -21,7 +21,7 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 @cache
 def kernels() -> SimpleNamespace:
-    """The kernels and what belongs to them. Triton is imported with the first use."""
+    """Returns the kernels and what belongs to them. The first call imports Triton."""
     from triton import __version__
     from triton.runtime._allocation import NullAllocator, _allocator
 

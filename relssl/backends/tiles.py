@@ -60,7 +60,7 @@ def vjp(
     want_x: bool,
     want_queue: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes what Backend.vjp says."""
+    """Computes Backend.vjp."""
     theta = (x.to(accumulator(x.dtype)) * scale).contiguous()
     high, low = lse[:, :, None]
     g_lse = torch.zeros_like(high) if g_lse is None else g_lse[:, None]
