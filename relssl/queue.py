@@ -117,8 +117,8 @@ class FeatureQueue(nn.Module):
             RuntimeError: keys is on another device.
         """
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
-            kind = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
-            raise TypeError(f"keys must be a floating-point tensor, got {kind}")
+            got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+            raise TypeError(f"keys must be a floating-point tensor, got {got}")
         if not torch.compiler.is_compiling():
             self._make_writable()
         rows, pointer = self.rows, self.pointer

@@ -59,7 +59,7 @@ def with_gradients(run: Callable, tensors: tuple[Tensor, ...], cotangents: list[
     return [*(o.detach() for o in outputs), *grads]
 
 
-def hold(
+def check_budget(
     ours: Callable,
     formula: Callable,
     tensors: tuple[Tensor, ...],
@@ -99,7 +99,7 @@ def hold(
 
 
 def verify(backend: str, device: str, dtype: torch.dtype, dim: int, shapes: list) -> list[float]:
-    """Returns the largest relative error of loss and gradient of q at each shape [rows of q and k, queue rows].
+    """Returns the largest relative error of loss and grad_q at each shape [rows of q and k, queue rows].
 
     Every loss and gradient is held to the budget at odd sizes, the relation loss and its gradient for q at
     the shapes; Refused where one is over it.
@@ -132,10 +132,10 @@ def check_relation(
         loss: Any = relation_loss(q, k, queue, **how)
         return [loss]
 
-    def formula(q: Tensor, k: Tensor, queue: Tensor, kind: torch.dtype) -> list[Tensor]:
-        return [reduced(reference.relation(q, k, queue, tau_s, tau_t, form, kind)[0], reduction)]
+    def formula(q: Tensor, k: Tensor, queue: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return [reduced(reference.relation(q, k, queue, tau_s, tau_t, form, dtype)[0], reduction)]
 
-    hold(ours, formula, tensors, [g], scales)
+    check_budget(ours, formula, tensors, [g], scales)
     q, k, queue = (t.double() for t in tensors)
     (loss,), (expected,) = ours(*tensors), formula(q, k, queue, torch.float64)
     if not (loss - expected).norm() <= 2 * FLOOR[tensors[0].dtype] * expected.norm().clamp(min=scales[0]):
@@ -146,22 +146,22 @@ def check_info_nce(backend: str, tensors: tuple[Tensor, ...], tau: float) -> Non
     """Checks the mean loss and its gradients for q, k and the queue."""
     c, g = 1 / tau, weights(tensors[0])
     norm = float(g.norm())
-    hold(
+    check_budget(
         lambda q, k, queue: [info_nce(q, k, queue, temperature=tau, backend=backend)],
-        lambda q, k, queue, kind: [reference.info_nce(q, k, queue, tau, kind).mean()],
+        lambda q, k, queue, dtype: [reference.info_nce(q, k, queue, tau, dtype).mean()],
         tensors, [g], [2 * c + log(len(tensors[2]) + 1), c * norm, c * norm, c * norm],
     )  # fmt: skip
 
 
 def check_logsumexp(backend: str, tensors: tuple[Tensor, ...], tau: float) -> None:
-    """lse and mean with left-out rows, and their gradients for x and the queue."""
+    """Checks lse and mean with excluded rows, and their gradients for x and the queue."""
     (rows, dim), size, c = tensors[0].shape, len(tensors[1]), 1 / tau
-    left_out = torch.arange(rows, device=tensors[0].device) % size if size > 1 else None
+    excluded = torch.arange(rows, device=tensors[0].device) % size if size > 1 else None
     g, g_mean = weights(tensors[0], rows), weights(tensors[0], rows, dim)
     norm = float(g.norm() + g_mean.norm())
-    hold(
-        lambda x, queue: queue_logsumexp(x, queue, tau, exclude=left_out, backend=backend),
-        lambda x, queue, kind: reference.logsumexp(x, queue, tau, left_out, kind),
+    check_budget(
+        lambda x, queue: queue_logsumexp(x, queue, tau, exclude=excluded, backend=backend),
+        lambda x, queue, dtype: reference.logsumexp(x, queue, tau, excluded, dtype),
         tensors, [g, g_mean], [(c + log(size)) * rows**0.5, rows**0.5, c * norm, (c + 1) * norm],
     )  # fmt: skip
 
@@ -172,9 +172,9 @@ def check_shape(backend: str, tensors: tuple[Tensor, ...]) -> float:
     ends = torch.arange(len(q), device=q.device)
     ends = torch.cat((ends[:CHECKED], ends[CHECKED:][-CHECKED:]))
     c, root, one = 1 / STUDENT + 1 / TEACHER, len(ends) ** 0.5, torch.ones((), device=q.device)
-    error, (rows, grads) = hold(
+    error, (rows, grads) = check_budget(
         lambda q: [relation_loss(q, k, queue, reduction="none", backend=backend)],
-        lambda q, kind: [reference.relation(q, k[ends], queue, STUDENT, TEACHER, "kl", kind)[0]],
+        lambda q, dtype: [reference.relation(q, k[ends], queue, STUDENT, TEACHER, "kl", dtype)[0]],
         (q,), [one.expand(len(q))], [(c + log(len(queue))) * root, root / STUDENT], ends,
     )  # fmt: skip
     mean, grad = with_gradients(lambda q: [relation_loss(q, k, queue, backend=backend)], (q,), [one])

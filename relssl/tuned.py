@@ -110,7 +110,7 @@ def _shape(entry: dict[str, Any]) -> tuple:
 
 
 def record(device: str) -> Record:
-    """Returns the choices in force for a device type: those adopted, or else this environment's in the file."""
+    """Returns the choices in force for a device: those adopted, or else this environment's in the file."""
     if _adopted is not None:
         return _adopted
     own = environment(device)

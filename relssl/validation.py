@@ -57,8 +57,7 @@ def _temperature(name: str, value: Temperature, device: torch.device) -> Tempera
             return scalar
         value, number = scalar, scalar.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be a number or a tensor of one element, got {kind}")
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {number}")
     return value
@@ -129,8 +128,8 @@ def check_logsumexp(
     if exclude is None:
         return temperature
     if not isinstance(exclude, Tensor) or exclude.dtype != torch.int64:
-        kind = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__
-        raise TypeError(f"exclude must be an int64 tensor, got {kind}")
+        got = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__
+        raise TypeError(f"exclude must be an int64 tensor, got {got}")
     if exclude.shape != x.shape[:1]:
         raise ValueError(f"exclude must be [R] = [{len(x)}], got shape {tuple(exclude.shape)}")
     _same_device("exclude", exclude, x.device)

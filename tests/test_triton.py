@@ -71,7 +71,7 @@ def with_gradients(*inputs, **options):
 # ------------------------------------------------------------------------------------ the two paths
 
 
-def references(triton, x, queue, scale):
+def shifts(triton, x, queue, scale):
     """What similarities were measured from: 0 where the first path was exact, else the largest."""
     stats, means, rows, splits = triton.forward(
         x, x[:0], queue, triton.kernel_scales([scale] * 2), None, True
@@ -80,13 +80,13 @@ def references(triton, x, queue, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_fixed_reference_serves_unit_rows(triton, dtype):
+def test_the_fixed_shift_serves_unit_rows(triton, dtype):
     x, queue = on("triton", unit(40, 64, dtype=dtype), unit(1000, 64, dtype=dtype))
-    reference, _ = references(triton, x, queue, 25.0)
+    shift, _ = shifts(triton, x, queue, 25.0)
     if dtype == torch.float16:  # which cannot hold 2^36
-        assert (reference != 0).all()
+        assert (shift != 0).all()
     else:
-        assert (reference == 0).all()
+        assert (shift == 0).all()
 
 
 @pytest.mark.parametrize(("norm", "scale"), [(1.0, 200.0), (100.0, 25.0)])
@@ -94,8 +94,8 @@ def test_the_running_maximum_serves_the_others(triton, norm, scale):
     x, queue = unit(3, 64), unit(1000, 64, norm=norm)
     queue[7] = x[0] * norm  # a logit of 200, or 2,500
     x, queue = on("triton", x, queue)
-    reference, _ = references(triton, x, queue, scale)
-    assert (reference[:, 0] != 0).any()
+    shift, _ = shifts(triton, x, queue, scale)
+    assert (shift[:, 0] != 0).any()
     check_logsumexp(x, queue, 1 / scale, "triton")
 
 
@@ -104,8 +104,8 @@ def test_an_overflowing_mean_is_redone(triton):
     x, queue = torch.zeros(2, 16), unit(50, 16)
     queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50
     x, queue = on("triton", x, queue)
-    reference, means = references(triton, x, queue, 62.0)
-    assert (reference != 0).all() and means.isfinite().all()
+    shift, means = shifts(triton, x, queue, 62.0)
+    assert (shift != 0).all() and means.isfinite().all()
     _, mean = queue_logsumexp(x, queue, 1 / 62, backend="triton")
     torch.testing.assert_close(mean[:, 0], x.new_full((2,), 2.0**50))
 
@@ -274,7 +274,7 @@ def test_only_what_was_not_exact_is_done_again(specialise, triton, replace):
 
     def stats():
         launches.clear()
-        return references(triton, x, queue, 25.0), [name for name, _ in launches]
+        return shifts(triton, x, queue, 25.0), [name for name, _ in launches]
 
     class Nothing:
         def __getitem__(self, grid):
@@ -282,12 +282,12 @@ def test_only_what_was_not_exact_is_done_again(specialise, triton, replace):
 
         arg_names = launching.kernels().forward.arg_names
 
-    (reference, means), ran = stats()
+    (shift, means), ran = stats()
     replace(launching.kernels(), "forward", Nothing())
     (of_one, first), ran_one = stats()
     assert ran == ["specialised", "forward"] and ran_one == ["specialised", "nothing"]
     assert (of_one == 0).all() and not first[:, 2 * block + 3].isfinite().all()
-    assert (reference[:, : 2 * block] == 0).all() and (reference[:, 2 * block :] != 0).all()
+    assert (shift[:, : 2 * block] == 0).all() and (shift[:, 2 * block :] != 0).all()
     assert torch.equal(means[:, : 2 * block], first[:, : 2 * block]) and means.isfinite().all()
 
 
@@ -305,8 +305,8 @@ def test_specialised_warps_with_an_overflowing_mean(specialise, triton):
     x, queue = torch.zeros(2, DIM, dtype=WARPS[0]), torch.zeros(50, DIM, dtype=WARPS[0])
     queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50  # as above
     x, queue = on("triton", x, queue)
-    reference, means = references(triton, x, queue, 62.0)
-    assert (reference != 0).all() and means.isfinite().all()
+    shift, means = shifts(triton, x, queue, 62.0)
+    assert (shift != 0).all() and means.isfinite().all()
 
 
 @hopper_only

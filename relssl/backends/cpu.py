@@ -91,13 +91,13 @@ class Cpu(Backend):
         want_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         batch, dim = k.shape
-        shape, kind = q.shape, torch.float32
+        shape, dtype = q.shape, torch.float32
         q, k, queue = flat(q), row_contiguous(k), row_contiguous(queue)
         count = q.shape[0]
-        loss = q.new_empty(shape[:-1] if weight is None else (), dtype=kind)
-        entropy = q.new_empty(batch, dtype=kind)
-        grad_q = q.new_empty(shape if want_grad else (count, 0), dtype=kind)
-        lse, mean_t = q.new_empty(2, batch + count, dtype=kind), q.new_empty(batch, dim, dtype=kind)
+        loss = q.new_empty(shape[:-1] if weight is None else (), dtype=dtype)
+        entropy = q.new_empty(batch, dtype=dtype)
+        grad_q = q.new_empty(shape if want_grad else (count, 0), dtype=dtype)
+        lse, mean_t = q.new_empty(2, batch + count, dtype=dtype), q.new_empty(batch, dim, dtype=dtype)
         _cpu.relation(
             _stack(k, scale[1]),
             _stack(q, scale[0]),
