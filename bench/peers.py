@@ -111,7 +111,7 @@ def ours(p: Problem, backend: str) -> Loss:
             return (lse - (p.q * p.k).sum(1) / INFO_NCE).mean()
 
         return in_queue
-    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)  # type: ignore[return-value]
+    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)
 
 
 for _work in ("relation", "multi_crop", "info_nce", "in_queue", "nt_xent"):
