@@ -137,7 +137,7 @@ def cuda_objects(cuda: Toolkit) -> dict[str, Object]:
 
     hopper = "sm_90a" in names
     defined = [f'-DRELSSL_ARCHITECTURES="{", ".join(names)}"', *(["-DRELSSL_SM90A"] if hopper else [])]
-    kernels = {"lookup_sm80": code(*names)} | ({"lookup_sm90": code("sm_90a")} if hopper else {})
+    kernels = {"forward_sm80": code(*names)} | ({"forward_sm90": code("sm_90a")} if hopper else {})
     objects = {
         f"{name}_{width}.o": Object("nvcc", CUDA / f"{name}.cu", [*flags, f"-DRELSSL_DIM={width}"])
         for width in reversed(WIDTHS)  # what takes longest first

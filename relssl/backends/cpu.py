@@ -60,7 +60,7 @@ def rows(
         first, second = _stack(x[:split], scale[0]), _stack(x[split:], scale[1])
         rest = mean[split:].data_ptr()
     means = (mean.data_ptr(), rest) if want_mean else (0, 0)
-    _cpu.rows(
+    _cpu.lse_and_mean(
         first, second, *_queue(queue), _address(exclude), lse.data_ptr(), *means, torch.get_num_threads(), isa
     )
     return lse, mean
