@@ -1,6 +1,6 @@
 """Builds relssl: the packages, and the native kernels of csrc/. Everything else is in pyproject.toml.
 
-    RELSSL_CPU=0       leaves out the C++ kernels; the backend "chunked" replaces them
+    RELSSL_CPU=0       leaves out the C++ kernels; "chunked" replaces them
     RELSSL_CUDA        auto (default) builds the CUDA kernels if a working nvcc is found; 1 fails if they cannot
                        be built; 0 leaves them out
     RELSSL_CUDA_ARCHS  the architectures to compile for, default "80;90a;90+PTX"; CUDA_HOME is nvcc's folder
@@ -8,8 +8,8 @@
     CXX, CXXFLAGS      the C++17 compiler (default c++, g++ or clang++) and additional flags
     MAX_JOBS           the number of files to compile at a time
 
-The build does not need torch, because the extensions take raw addresses. kernels/ is at the top level so that it is
-easy to find, and is installed as relssl.kernels (another project has the name "kernels").
+The build does not need torch, because the extensions take raw addresses. kernels/ is at the top level, where it
+is easy to find, and is installed as relssl.kernels (another project has the name "kernels").
 """
 
 import importlib.util
@@ -182,7 +182,7 @@ def compiled(objects: dict[str, Object], rules: dict[str, list[str]], folder: Pa
 
 
 class NinjaBuildExt(build_ext):
-    """Compiles with ninja, and links with setuptools. If CUDA kernels fail to compile, the others are still built."""
+    """Compiles with ninja, links with setuptools. CUDA kernels that fail do not stop the others."""
 
     def run(self) -> None:
         if self.extensions:  # setuptools links with CXX, or else with the compiler of Python.
