@@ -1,15 +1,15 @@
 """Builds relssl: the packages, and the native kernels of csrc/. Everything else is in pyproject.toml.
 
     RELSSL_CPU=0       leaves out the C++ kernels; "chunked" replaces them
-    RELSSL_CUDA        auto (default) builds the CUDA kernels if a working nvcc is found; 1 fails if they cannot
-                       be built; 0 leaves them out
+    RELSSL_CUDA        auto (default) builds the CUDA kernels if nvcc is found and works; 1 fails if they
+                       cannot be built; 0 leaves them out
     RELSSL_CUDA_ARCHS  the architectures to compile for, default "80;90a;90+PTX"; CUDA_HOME is nvcc's folder
     RELSSL_EMULATE=1   also builds the AVX-512 BF16 code for processors without it, for tests
     CXX, CXXFLAGS      the C++17 compiler (default c++, g++ or clang++) and additional flags
     MAX_JOBS           the number of files to compile at a time
 
-The build does not need torch, because the extensions take raw addresses. kernels/ is at the top level, where it
-is easy to find, and is installed as relssl.kernels (another project has the name "kernels").
+The build does not need torch, because the extensions take raw addresses. kernels/ is at the top level, where
+it is easy to find, and is installed as relssl.kernels (another project has the name "kernels").
 """
 
 import importlib.util
