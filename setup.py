@@ -1,15 +1,15 @@
-"""Build relssl: the packages, and the native kernels of csrc/. Everything else is in pyproject.toml.
+"""Builds relssl: the packages, and the native kernels of csrc/. Everything else is in pyproject.toml.
 
-    RELSSL_CPU=0       leave out the C++ kernels; the backend "chunked" serves instead
-    RELSSL_CUDA        auto (default): build the CUDA kernels where nvcc is found and works; 1: fail where it
-                       does not; 0: leave them out
-    RELSSL_CUDA_ARCHS  what to compile them for, default "80;90a;90+PTX"; CUDA_HOME says where nvcc is
-    RELSSL_EMULATE=1   also build the code of AVX-512 BF16 for processors without it, for tests
-    CXX, CXXFLAGS      the C++17 compiler (default c++, g++ or clang++) and more flags for it
-    MAX_JOBS           how many files to compile at a time
+    RELSSL_CPU=0       leaves out the C++ kernels; "chunked" replaces them
+    RELSSL_CUDA        auto (default) builds the CUDA kernels if nvcc is found and works; 1 fails if they
+                       cannot be built; 0 leaves them out
+    RELSSL_CUDA_ARCHS  the architectures to compile for, default "80;90a;90+PTX"; CUDA_HOME is nvcc's folder
+    RELSSL_EMULATE=1   also builds the AVX-512 BF16 code for processors without it, for tests
+    CXX, CXXFLAGS      the C++17 compiler (default c++, g++ or clang++) and additional flags
+    MAX_JOBS           the number of files to compile at a time
 
-torch is not needed to build: the extensions take raw addresses. kernels/ stands at the top level for readers
-and is installed as relssl.kernels ("kernels" alone is another project's name).
+The build does not need torch, because the extensions take raw addresses. kernels/ is at the top level, where
+it is easy to find, and is installed as relssl.kernels (another project has the name "kernels").
 """
 
 import importlib.util
@@ -30,14 +30,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
-MODE = {"0": "0", "1": "1"}.get(os.environ.get("RELSSL_CUDA", "auto"), "auto")
+MODE = os.environ.get("RELSSL_CUDA") or "auto"
 ARCHS = os.environ.get("RELSSL_CUDA_ARCHS", "80;90a;90+PTX").replace(",", ";").split(";")
 WIDTHS = (64, 128, 256, 512)
 
-# For each instruction set the flags to compile csrc/cpu/kernels.cpp with, best first; chosen at run time.
+# The flags of csrc/cpu/kernels.cpp for each instruction set, the best first. The choice is made at run time.
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-BASELINE = {"baseline": ["-DRELSSL_VECTOR_BYTES=16"]}  # SSE2, NEON, or what the compiler takes by itself
+BASELINE = {"baseline": ["-DRELSSL_VECTOR_BYTES=16"]}  # SSE2, NEON, or the compiler's default
 X86 = {
     "avx512_bf16": [*AVX512, "-mavx512bf16", "-DRELSSL_VECTOR_BYTES=64"],
     "avx512": [*AVX512, "-DRELSSL_VECTOR_BYTES=64"],
@@ -65,7 +65,7 @@ def accepts(cxx: list[str], flags: list[str]) -> bool:
 
 
 class Object(NamedTuple):
-    """What to compile to an object file."""
+    """The rule, the source and the flags of an object file."""
 
     rule: str
     source: Path
@@ -90,11 +90,13 @@ def cpu_objects(cxx: list[str]) -> dict[str, Object]:
 class Toolkit(NamedTuple):
     nvcc: str
     include: Path
-    library: Path  # the folder of libcudart_static.a: linked with it, the extension needs no CUDA library
+    library: Path  # the folder of libcudart_static.a, with which the extension needs no CUDA library
 
 
 def toolkit() -> Toolkit | None:
-    """nvcc with what belongs to it, as it says itself: the one on PATH may be a script of a few lines."""
+    """Returns nvcc with its toolkit, whose folder nvcc reports: the nvcc on PATH may be only a script."""
+    if MODE not in ("auto", "0", "1"):
+        raise SystemExit(f"relssl: RELSSL_CUDA must be auto, 0 or 1; got {MODE!r}")
     if MODE == "0":
         return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -103,9 +105,9 @@ def toolkit() -> Toolkit | None:
         if not nvcc or not Path(nvcc).exists():
             continue
         command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True).stderr
-        named = re.search(r"^#\$ TOP=(.+?)\s*$", told, re.M)
-        top = Path(named[1]).resolve() if named else Path()
+        output = subprocess.run(command, capture_output=True, text=True).stderr
+        match = re.search(r"^#\$ TOP=(.+?)\s*$", output, re.M)
+        top = Path(match[1]).resolve() if match else Path()
         for library in (top / "lib64", *top.glob("targets/*/lib"), top / "lib"):
             if (library / "libcudart_static.a").exists() and (top / "include/cuda_runtime_api.h").exists():
                 return Toolkit(nvcc, top / "include", library)
@@ -119,7 +121,7 @@ def toolkit() -> Toolkit | None:
 
 
 def architectures() -> list[str]:
-    """As compilers name them: sm_80 is machine code, compute_90 is PTX, for later GPUs."""
+    """Returns the compiler's names: sm_80 is machine code, compute_90 is PTX for later GPUs."""
     names = []
     for arch in ARCHS:
         if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
@@ -137,10 +139,10 @@ def cuda_objects(cuda: Toolkit) -> dict[str, Object]:
 
     hopper = "sm_90a" in names
     defined = [f'-DRELSSL_ARCHITECTURES="{", ".join(names)}"', *(["-DRELSSL_SM90A"] if hopper else [])]
-    kernels = {"lookup_sm80": code(*names)} | ({"lookup_sm90": code("sm_90a")} if hopper else {})
+    kernels = {"forward_sm80": code(*names)} | ({"forward_sm90": code("sm_90a")} if hopper else {})
     objects = {
         f"{name}_{width}.o": Object("nvcc", CUDA / f"{name}.cu", [*flags, f"-DRELSSL_DIM={width}"])
-        for width in reversed(WIDTHS)  # what takes longest first
+        for width in reversed(WIDTHS)  # the slowest file first
         for name, flags in kernels.items()
     }
     objects["combine.o"] = Object("nvcc", CUDA / "combine.cu", code(*names))
@@ -155,7 +157,7 @@ def python_headers() -> list[str]:
 
 
 def compiled(objects: dict[str, Object], rules: dict[str, list[str]], folder: Path) -> bool:
-    """Compile with ninja, in parallel and only what changed. rules: the command of each."""
+    """Compiles changed files with ninja, in parallel. `rules` has the command of each rule."""
     import ninja
 
     def escaped(path: Path) -> str:
@@ -180,10 +182,10 @@ def compiled(objects: dict[str, Object], rules: dict[str, list[str]], folder: Pa
 
 
 class NinjaBuildExt(build_ext):
-    """Compile with ninja; link as setuptools does. CUDA kernels that fail leave the others."""
+    """Compiles with ninja, links with setuptools. CUDA kernels that fail do not stop the others."""
 
     def run(self) -> None:
-        if self.extensions:  # setuptools links with what CXX says, or else with what built Python.
+        if self.extensions:  # setuptools links with CXX, or else with the compiler of Python.
             os.environ["CXX"] = shlex.join(compiler())
         super().run()
 
@@ -217,14 +219,16 @@ class NinjaBuildExt(build_ext):
                     print(f"relssl: left out the CUDA kernels: {note}", file=sys.stderr)
                     continue
             extension.extra_objects = [str(folder / name) for name in objects]
-            extension.depends = extension.extra_objects  # or what is linked already would stay
+            extension.depends = (
+                extension.extra_objects
+            )  # Otherwise an existing library would not be linked again.
             kept.append(extension)
         self.extensions = kept
         super().build_extensions()
         root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
         record = root / "relssl" / "_build_info.py"
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(f'"""What the build says of itself."""\n\nCUDA = {note!r}\n')
+        record.write_text(f'"""The state of the build."""\n\nCUDA = {note!r}\n')
 
 
 def extensions() -> list[Extension]:
@@ -232,7 +236,7 @@ def extensions() -> list[Extension]:
     cpu = os.environ.get("RELSSL_CPU") != "0"
     if cpu:
         found.append(Extension("relssl._cpu", [], language="c++", extra_link_args=["-pthread"]))
-    if TOOLKIT and compiler(needed=cpu or MODE == "1"):  # which nvcc needs, too
+    if TOOLKIT and compiler(needed=cpu or MODE == "1"):  # nvcc needs a compiler, too.
         libraries = [f"-L{TOOLKIT.library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         link = [*libraries, "-Wl,--exclude-libs,ALL"]
         found.append(Extension("relssl._cuda", [], language="c++", extra_link_args=link))
@@ -240,7 +244,7 @@ def extensions() -> list[Extension]:
 
 
 def require_build_tools() -> None:
-    """Name in a line what is missing, and pip brings unless told --no-build-isolation."""
+    """Names the missing packages, which pip installs unless it runs with --no-build-isolation."""
 
     def absent(name: str) -> bool:
         return importlib.util.find_spec(name) is None
@@ -261,7 +265,7 @@ TOOLKIT = toolkit()
 EXTENSIONS = extensions()
 require_build_tools()
 setup(
-    license="MIT",  # In pyproject.toml no one form of it suits both setuptools 76 and 77.
+    license="MIT",  # No form of it in pyproject.toml works with both setuptools 76 and 77.
     packages=[*find_packages(include=["relssl", "relssl.*"]), "relssl.kernels"],
     package_dir={"relssl": "relssl", "relssl.kernels": "kernels"},
     package_data={"relssl": ["py.typed"]},

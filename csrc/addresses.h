@@ -1,4 +1,4 @@
-// Memory as Python gives it to the bindings: addresses are integers, 0 is null.
+// The memory that Python passes to the bindings: addresses are integers, and 0 is null.
 
 #pragma once
 

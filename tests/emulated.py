@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: csrc/cuda compiled by g++ against tests/emulation/, for relssl._cuda's place."""
+"""Runs the CUDA kernels on a CPU: g++ compiles csrc/cuda with tests/emulation/ to replace relssl._cuda."""
 
 import ctypes
 import hashlib
@@ -20,7 +20,7 @@ CUDA, EMULATION = ROOT / "csrc/cuda", ROOT / "tests/emulation"
 WIDTHS = (64, 128, 256, 512)
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{CUDA}", f"-I{EMULATION / 'toolkit'}"]
 FLAGS += ["-include", EMULATION / "cuda.h"]
-# One machine to a module, not to a process; and threads that jump from stack to stack.
+# Each module needs a machine of its own, and threads switch stacks by longjmp.
 FLAGS += ["-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
 
 
@@ -31,13 +31,13 @@ def compile_to(target, source, *flags):
 
 
 def objects(folder):
-    """What the module consists of: object file -> arguments of compile_to."""
+    """Returns the object files of the module, with the arguments of compile_to for each."""
     import pybind11
 
     python = f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"
     named = "-DRELSSL_MODULE=_emulated", '-DRELSSL_ARCHITECTURES="sm_80, sm_90a"', "-DRELSSL_SM90A"
     found = {"binding": (CUDA / "binding.cpp", *python, *named), "control": (EMULATION / "control.cpp",)}
-    for name in ("lookup_sm90", "lookup_sm80"):
+    for name in ("forward_sm90", "forward_sm80"):
         found |= {f"{name}_{width}": (CUDA / f"{name}.cu", f"-DRELSSL_DIM={width}") for width in WIDTHS}
     found["combine"] = (CUDA / "combine.cu",)
     return {folder / f"{name}.o": arguments for name, arguments in found.items()}
@@ -48,7 +48,7 @@ def link(target, files):
 
 
 def build():
-    """The module's file; compiled once for each state of the sources."""
+    """Returns the module's file, which is compiled once for each state of the sources."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     sources = [
@@ -61,7 +61,7 @@ def build():
     folder = ROOT / "build/emulated" / state
     module = folder / "_emulated.so"
     folder.parent.parent.mkdir(exist_ok=True)
-    with FileLock(folder.parent.with_suffix(".lock")):  # One process compiles, the others wait for it.
+    with FileLock(folder.parent.with_suffix(".lock")):  # One process compiles, and the others wait.
         if not module.exists():
             shutil.rmtree(folder.parent, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -69,7 +69,7 @@ def build():
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(lambda item: compile_to(item[0], *item[1]), files.items()))
             link(folder / "linked", files)
-            (folder / "linked").rename(module)  # It is there only when it is whole.
+            (folder / "linked").rename(module)  # The file appears only when it is complete.
     return module
 
 
@@ -85,7 +85,7 @@ def load(file):
 
 
 def install(module, patch, path, processors=3):
-    """Has the backend "cuda" run on CPU tensors by a module's kernels for one capability, 80 or 90."""
+    """Makes the backend "cuda" run a module's kernels for one capability, 80 or 90, on CPU tensors."""
     patch(backends.BACKENDS["cuda"], "supports", lambda device, dtype, dim: None)
     patch(backends.cuda, "_cuda", module)
     patch(backends.cuda, "_chip", lambda index: Chip(path, processors))

@@ -1,8 +1,10 @@
-"""Does a module of emulated kernels agree with the formulas? A process holds but one of a name, hence this.
+"""Checks whether a module of emulated kernels agrees with the formulas.
+
+Each check needs a process of its own, because a process cannot load two modules of the same name.
 
     python emulated_worker.py MODULE CAPABILITY WIDTH
 
-Prints "agrees", or "caught" and what went wrong under one of the schedules.
+Prints "agrees", or "caught" and the failure under one of the schedules.
 """
 
 import sys
@@ -21,7 +23,7 @@ torch.manual_seed(0)
 
 
 def results(dtype):
-    """Pairs of what should be equal. Queue rows grow, so that the maximum moves."""
+    """Yields pairs of tensors that must be equal. Norms of queue rows grow, so the maximum changes."""
     x = F.normalize(torch.randn(20, width), dim=1).to(dtype)
     queue = (F.normalize(torch.randn(700, width), dim=1) * torch.linspace(1, 3, 700)[:, None]).to(dtype)
     teacher = x.double() @ queue.double().T / 0.1
@@ -30,9 +32,9 @@ def results(dtype):
     yield lse, teacher.logsumexp(1)
     yield mean, teacher.softmax(1) @ queue.double()
     how = {"student_temperature": 0.1, "teacher_temperature": 0.1, "reduction": "none"}
-    loss = relation_loss(x.flip(0), x, queue, backend="cuda", **how)  # of which the student has no mean
+    loss = relation_loss(x.flip(0), x, queue, backend="cuda", **how)  # computes no mean of the student
     yield loss, (teacher.softmax(1) * (teacher.log_softmax(1) - student)).sum(1)
-    if dtype == torch.bfloat16:  # else a running maximum would mend what the first sweep got wrong
+    if dtype == torch.bfloat16:  # The running maximum must not repair errors of the first sweep.
         stats, _ = cuda.forward(x, x[:0], queue, cuda.kernel_scales([10.0, 10.0]), None, True)
         yield stats[0], torch.zeros(())
 

@@ -1,7 +1,8 @@
-"""What the build says where it cannot go on. (That it works is what every other test stands on.)"""
+"""The messages of builds that fail. (All other tests rely on a build that works.)"""
 
 import ensurepip
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Builds that share their object files, by a compiler that refuses all but the baseline."""
+    """Settings of builds that share object files, with a compiler that accepts only the baseline."""
     folder = tmp_path_factory.mktemp("quick")
     script = folder / "c++"
     script.write_text('#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec c++ "$@"\n')
@@ -50,9 +51,9 @@ OLD = next((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-*.whl
 
 
 def with_old_setuptools(tmp_path, *command, **environment):
-    """setup.py where Python's own setuptools (65.5 of Python 3.11) is the only package there is."""
+    """Runs setup.py with Python's own setuptools (65.5 of Python 3.11) as the only package."""
     if OLD is None:
-        pytest.skip("this Python brings no setuptools")
+        pytest.skip("this Python has no setuptools")
     return subprocess.run(
         [sys.executable, "-S", "setup.py", "-q", *command],
         cwd=ROOT, capture_output=True, text=True,
@@ -87,7 +88,7 @@ def test_missing_build_tools_are_named(tmp_path):
 
 
 def toolkit(folder, compiles):
-    """Something that looks like nvcc with its toolkit."""
+    """Creates an imitation of nvcc with its toolkit."""
     for name in ("bin/nvcc", "lib64/libcudart_static.a", "include/cuda_runtime_api.h"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -132,7 +133,21 @@ def test_a_failing_nvcc_leaves_the_rest(tmp_path, quick):
     assert "no such luck" in run.stdout + run.stderr and "Traceback" not in run.stderr
 
 
+def test_unknown_mode(tmp_path):
+    run = build(tmp_path, RELSSL_CUDA="yes", RELSSL_CPU="0")
+    assert run.returncode == 1 and "RELSSL_CUDA must be auto, 0 or 1; got 'yes'" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_unknown_architecture(tmp_path):
     home = toolkit(tmp_path / "cuda", compiles="exit 0")
     run = build(tmp_path, CUDA_HOME=home, RELSSL_CPU="0", RELSSL_CUDA_ARCHS="80;ampere")
     assert run.returncode == 1 and "got 'ampere' in it" in run.stderr and "Traceback" not in run.stderr
+
+
+# --------------------------------------------------------------------------------------------- checks
+
+
+def test_pre_commit_runs_the_tested_ruff():
+    (pinned,) = re.findall(r"(?m)^ruff==(.+)$", (ROOT / "constraints.txt").read_text())
+    assert f"rev: v{pinned}\n" in (ROOT / ".pre-commit-config.yaml").read_text()

@@ -282,7 +282,7 @@ def call_rows(x, bank, **changes):
         "bf16": False, "exclude": 0, "lse": lse.data_ptr(), "mean": mean.data_ptr(), "mean2": 0, "threads": 2,
         "isa": "",
     }  # fmt: skip
-    _cpu.rows(*(arguments | changes).values())
+    _cpu.lse_and_mean(*(arguments | changes).values())
     return lse.sum(0)
 
 

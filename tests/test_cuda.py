@@ -216,23 +216,23 @@ def test_without_gradients_the_same_values(cuda, dtype, dim):
 # ----------------------------------------------------------------------------------------- the two paths
 
 
-def references(cuda, x, queue, scale):
-    """What similarities were measured from: 0 where the first path was exact, else a large one."""
+def shifts(cuda, x, queue, scale):
+    """Returns the shifts and means: a shift is 0 if the first path was exact, else large."""
     (stats, means) = cuda.forward(x, x[:0], queue, cuda.kernel_scales([scale] * 2), None, True)
     return stats[0], means
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_fixed_reference_serves_unit_rows(cuda, dtype):
-    reference, _ = references(cuda, unit(40, 64, dtype=dtype), unit(300, 64, dtype=dtype), 25.0)
-    assert (reference == 0).all() if dtype == torch.bfloat16 else (reference != 0).all()
+def test_the_shift_0_serves_unit_rows(cuda, dtype):
+    shift, _ = shifts(cuda, unit(40, 64, dtype=dtype), unit(300, 64, dtype=dtype), 25.0)
+    assert (shift == 0).all() if dtype == torch.bfloat16 else (shift != 0).all()
 
 
 def test_a_running_maximum_serves_the_others(cuda):
     x, queue = unit(3, 64, dtype=torch.bfloat16), unit(300, 64, dtype=torch.bfloat16)
     queue[7] = x[0]  # a logit of 200
-    reference, _ = references(cuda, x, queue, 200.0)
-    assert (reference[:, 0] != 0).any()
+    shift, _ = shifts(cuda, x, queue, 200.0)
+    assert (shift[:, 0] != 0).any()
     check_logsumexp(x, queue, 1 / 200, "cuda")
 
 
@@ -240,8 +240,8 @@ def test_an_overflowing_mean_is_redone(cuda):
     # 2^(c s) is about 2^90 and the rows are of 2^50: their product is no float32, the mean is.
     x, queue = torch.zeros(2, 64).bfloat16(), unit(50, 64, dtype=torch.bfloat16)
     queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50
-    reference, means = references(cuda, x, queue, 62.0)
-    assert (reference != 0).all() and means.isfinite().all()
+    shift, means = shifts(cuda, x, queue, 62.0)
+    assert (shift != 0).all() and means.isfinite().all()
     _, mean = queue_logsumexp(x, queue, 1 / 62, backend="cuda")
     torch.testing.assert_close(mean[:, 0], torch.full((2,), 2.0**50))
 
@@ -273,11 +273,11 @@ def test_any_number_of_splits(cuda, processors, monkeypatch):
 
 
 def partial_results(splits, rows, dim):
-    """Partials of a lookup, with NaN behind them; and in float64 lse, in units of log 2, and mean."""
+    """Returns partials with NaN behind them, and the float64 lse, in units of log 2, and mean."""
     stats = torch.rand(3, splits, rows) + torch.tensor([-0.5, 0.5, 0.5])[:, None, None]
     means = torch.full((splits + 40, rows, dim), torch.nan)[:splits].normal_()
-    reference, total, divisor = stats.double()
-    weight = torch.exp2(10.0 * reference)
+    shift, total, divisor = stats.double()
+    weight = torch.exp2(10.0 * shift)
     lse = (weight * total).sum(0).log2()
     return (stats, means), lse, (weight[..., None] * means).sum(0) / (weight * divisor).sum(0)[:, None]
 
@@ -349,7 +349,7 @@ def test_launches_go_to_the_device_they_are_told(cuda, module, monkeypatch):
         losses(*inputs)
         assert (module.launched_on(), module.device()) == (device, 0)
     monkeypatch.setattr(backends.cuda, "_place", lambda x: (2, 0))
-    with pytest.raises(RuntimeError, match=r"looking up 5 rows .* on device 2: invalid device ordinal"):
+    with pytest.raises(RuntimeError, match=r"for 5 rows .* on device 2: invalid device ordinal"):
         losses(*inputs)
 
 
@@ -432,10 +432,8 @@ def test_info_tells_of_an_old_driver(toolkit, driver, why, monkeypatch):
     reason = failed + (f": it was built with CUDA {why}" if why else "")
     assert backends.cuda._missing(0) == reason
     (line,) = (line for line in info.report().splitlines() if line.startswith("CUDA C++"))
-    assert (
-        line
-        == f"CUDA C++ kernels built for sm_80 with {backends.cuda.built_with()} (cannot run here: {reason})"
-    )
+    built_with = backends.cuda.built_with()
+    assert line == f"CUDA C++ kernels built for sm_80 with {built_with} (cannot run here: {reason})"
     backends.cuda._missing.cache_clear()
 
 
@@ -457,9 +455,7 @@ def test_the_hopper_kernel_is_a_variant(module, monkeypatch):
     cuda, queue, ran = backends.BACKENDS["cuda"], unit(100, 64, dtype=torch.bfloat16), []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     emulated.install(module, monkeypatch.setattr, 90)
-    monkeypatch.setattr(
-        backends.cuda, "_path", lambda wanted, queue, path=backends.cuda._path: ran.append(wanted) or 90
-    )
+    monkeypatch.setattr(backends.cuda, "_path", lambda wanted, queue: ran.append(wanted) or 90)
     monkeypatch.setattr(checks, "EMULATED", True)
     check_logsumexp(queue[:9], queue, 0.1, "cuda/sm_90a")
     check_logsumexp(queue[:9], queue, 0.1, "cuda")
@@ -480,7 +476,7 @@ def test_rows_that_overlap_are_the_older_kernels():
     assert backends.cuda._path(90, queue[:1].expand(10, 64)) == backends.cuda._path(80, queue) == 80
 
 
-# The arguments of a lookup, all of them good; addresses that nobody reads.
+# Valid arguments of a forward kernel. The addresses are never read.
 GOOD = {
     "place": (0, 0), "path": 80, "first": (4096, 128, 3), "scale_first": (1.0, 0), "second": (0, 128, 0),
     "scale_second": (1.0, 0), "queue": (8192, 128, 100), "dim": 128, "bf16": True, "exclude": 0,
@@ -512,16 +508,15 @@ GOOD = {
 )
 def test_what_would_be_fatal_is_refused(module, changed, message):
     with pytest.raises(ValueError, match=message):
-        module.lookup(*(GOOD | changed).values())
+        module.forward(*(GOOD | changed).values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a launch that fails")
 def test_an_error_of_cuda_names_the_shape():
     _cuda = pytest.importorskip("relssl._cuda")
-    with pytest.raises(
-        RuntimeError, match="looking up 3 rows of width 128 in a queue of 100 on device 0: CUDA"
-    ):
-        _cuda.lookup(*GOOD.values())
+    message = "forward kernel for 3 rows of width 128 and a queue of 100 on device 0: CUDA"
+    with pytest.raises(RuntimeError, match=message):
+        _cuda.forward(*GOOD.values())
     assert "CUDA" in _cuda.missing(0)
 
 
@@ -544,7 +539,7 @@ def test_nothing_is_spilled(compiled):
     # Two dtypes, with the mean and without; five combinations.
     assert len(compiled) == len(chips) * (4 * len(WIDTHS) + 5) + 4 * len(WIDTHS) * ("sm_90a" in chips)
     assert {r.spilled for r in compiled} == {0}
-    assert max(r.shared for r in compiled if r.kernel == "lookup_sm80") <= 166_912  # of an A100
+    assert max(r.shared for r in compiled if r.kernel == "forward_sm80") <= 166_912  # of an A100
     assert max(r.shared for r in compiled) <= 232_448  # of Hopper
 
 
@@ -552,11 +547,11 @@ def test_nothing_is_spilled(compiled):
 @pytest.mark.xdist_group("nvcc")
 def test_tensor_cores_and_copy_engines_do_the_work(compiled):
     for r in compiled:
-        if r.kernel == "lookup_sm80":
+        if r.kernel == "forward_sm80":
             assert (
                 r.instructions["HMMA"] >= 64 and r.instructions["LDGSTS"] > 0 and not r.instructions["HGMMA"]
             )
-        if r.kernel == "lookup_sm90":
+        if r.kernel == "forward_sm90":
             assert (
                 r.instructions["HGMMA"] >= 8 and r.instructions["UTMALDG"] > 0 and not r.instructions["HMMA"]
             )
@@ -571,7 +566,7 @@ def test_consumers_do_not_keep_others_waiting(compiled):
     """Between a turn and the first product stand descriptors and counters only; and where warpgroups share
     rows (D = 512) the producer gets a tile back before the next one's similarities are there."""
     for r in compiled:
-        if r.kernel != "lookup_sm90" or not r.mean:
+        if r.kernel != "forward_sm90" or not r.mean:
             continue
         sweeps = 2 if r.dtype == "bf16" else 1  # float16 has no reference 0
         apart = r.dim != 512
@@ -584,8 +579,8 @@ def test_consumers_do_not_keep_others_waiting(compiled):
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
 def test_left_out_rows_are_not_loaded_for_every_tile(compiled):
-    lookups = [r for r in compiled if r.kernel.startswith("lookup")]
-    assert {r.asked for r in lookups} == {0}
+    kernels = [r for r in compiled if r.kernel.startswith("forward")]
+    assert {r.asked for r in kernels} == {0}
 
 
 @pytest.mark.slow
@@ -609,7 +604,7 @@ def test_docs_list_them(compiled):
     listed = set()
     for line in (emulated.ROOT / "docs/cuda.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 9 and cells[0].startswith(("lookup", "combine")):
+        if len(cells) == 9 and cells[0].startswith(("forward", "combine")):
             listed.add((*cells[:5], cells[6]))
     found = {
         (r.kernel, r.chip, r.dtype, str(r.dim or "any"), "yes" if r.mean else "no", str(r.spilled))

@@ -1,4 +1,4 @@
-"""The installed package: complete, of the version it says, and light to import."""
+"""The installed package is complete, has the right version, and imports quickly."""
 
 import importlib
 import importlib.metadata
@@ -16,7 +16,7 @@ import relssl
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# An import error here must not hide behind a fallback to another backend.
+# A fallback to another backend must not hide an import error.
 @pytest.mark.parametrize(
     "name",
     [
@@ -45,7 +45,7 @@ def test_imports(name):
 
 
 def test_the_cuda_extension_needs_no_cuda_library(tmp_path):
-    """It is imported where there is no GPU, no driver and no toolkit, too."""
+    """It can be imported without a GPU, a driver and a toolkit."""
     file = importlib.util.find_spec("relssl._cuda")
     if file is None:
         pytest.skip("installed without it")
@@ -54,7 +54,7 @@ def test_the_cuda_extension_needs_no_cuda_library(tmp_path):
 
 
 def test_the_source_folder_does_not_stand_in_for_the_package():
-    """Neither here nor in processes that multiprocessing starts, which get this path."""
+    """Neither in this process nor in those that multiprocessing starts, which inherit the path."""
     assert ROOT not in [Path(entry).resolve() for entry in sys.path]
 
 
@@ -81,11 +81,11 @@ def test_public_names_exist():
 
 
 def test_import_is_light(tmp_path):
-    # Training extras and Triton must neither be needed nor cost time where only a loss is wanted.
+    # Importing a loss must neither need nor load the training extras and Triton.
     code = (
         "import sys, relssl.tuned as t; print(len(t._found), *{name.split('.')[0] for name in sys.modules})"
     )
-    # From an empty folder, so that the source tree cannot stand in for the package.
+    # The folder is empty, so that Python cannot import the source tree instead of the package.
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -1,7 +1,7 @@
-"""Every barrier, fence and wait of the CUDA kernels is needed, and the emulation sees when one is left out.
+"""Every barrier, fence and wait of the CUDA kernels is needed, and the emulation detects its absence.
 
-Each is removed in turn from a copy of the source: what remains must give other results, or none, for some
-schedule.
+Each of them is removed in turn from a copy of the source. For some schedule, the mutant must then give
+different results, or none.
 """
 
 import re
@@ -12,35 +12,40 @@ from pathlib import Path
 import emulated
 import pytest
 
-# What orders threads, copies and products. (Turns at issuing products are for speed alone.)
-ORDERS = r"(__syncthreads|meet|cp_async_wait<.*?>|fence_proxy|mbarrier_wait|wgmma_wait<.*?>|await_\w+)\("
-FILES = ["lookup_sm80", "lookup_sm90", "combine"]
+# The calls that order threads, copies and products. (The turns at issuing products are only for speed.)
+SYNCS = "__syncthreads|sync_sharing_warps|sync_consumers"
+ORDERS = rf"({SYNCS}|cp_async_wait<.*?>|fence_proxy|mbarrier_wait|wgmma_wait<.*?>|await_\w+)\("
+KERNELS = ["forward_sm80", "forward_sm90", "combine"]
+SHARED = "softmax.h"  # Both forward kernels include it.
 
 
 def sites():
-    """File and line number of everything that orders, where it is called; the first barrier is quick."""
+    """Yields the kernel, file and line number of each such call. Only the first barrier is not slow."""
     quick = True
-    for name in ("lookup_sm90", *(name for name in FILES if name != "lookup_sm90")):
-        for number, line in enumerate((emulated.CUDA / f"{name}.cu").read_text().splitlines()):
-            code = line.split("//")[0].strip()
-            if re.search(ORDERS, code) and "__device__" not in code:
-                first = quick and code.startswith("__syncthreads")
-                quick = quick and not first
-                marks = [] if first else [pytest.mark.slow]
-                yield pytest.param(name, number, id=f"{name}-{number + 1}-{code}", marks=marks)
+    for name in ("forward_sm90", *(name for name in KERNELS if name != "forward_sm90")):
+        for file in (f"{name}.cu", *([SHARED] if name != "combine" else [])):
+            for number, line in enumerate((emulated.CUDA / file).read_text().splitlines()):
+                code = line.split("//")[0].strip()
+                if re.search(ORDERS, code) and "__device__" not in code:
+                    first = quick and code.startswith("__syncthreads")
+                    quick = quick and not first
+                    marks = [] if first else [pytest.mark.slow]
+                    label = f"{name}-{file}-{number + 1}-{code}"
+                    yield pytest.param(name, file, number, id=label, marks=marks)
 
 
 def widths(name):
-    """Those that reach all of a file: 512 has warps that share rows."""
+    """Returns widths that reach all of a kernel's code: at 512 warps share rows."""
     return [None] if name == "combine" else [64, 512]
 
 
-def mutant(tmp_path, name, number, width):
-    """The module with a line's call removed."""
-    lines = (emulated.CUDA / f"{name}.cu").read_text().splitlines()
-    lines[number] = re.sub(ORDERS + r".*?\);", ";", lines[number].split("//")[0])
+def mutant(tmp_path, name, file, number, width):
+    """Returns the module without the call in a line of a file."""
     source = tmp_path / f"{name}.cu"
-    source.write_text("\n".join(lines) + "\n")
+    source.write_bytes((emulated.CUDA / source.name).read_bytes())
+    lines = (emulated.CUDA / file).read_text().splitlines()
+    lines[number] = re.sub(ORDERS + r".*?\);", ";", lines[number].split("//")[0])
+    (tmp_path / file).write_text("\n".join(lines) + "\n")
     folder = emulated.build().parent
     changed = f"{name}_{width}.o" if width else f"{name}.o"
     flags = [f"-DRELSSL_DIM={width}"] if width else []
@@ -51,11 +56,11 @@ def mutant(tmp_path, name, number, width):
 
 
 def run(module, name, width):
-    path = "90" if name == "lookup_sm90" else "80"
+    path = "90" if name == "forward_sm90" else "80"
     worker = Path(__file__).with_name("emulated_worker.py")
     command = [sys.executable, "-W", "ignore", worker, module, path, str(width or 64)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if run.returncode < 0:  # A product that nobody waited for was written where its sums no longer are.
+    if run.returncode < 0:  # Without a wait, a product was written to sums that no longer existed.
         return f"caught: died of signal {-run.returncode}"
     return run.stdout or run.stderr
 
@@ -63,8 +68,8 @@ def run(module, name, width):
 @pytest.mark.parametrize(
     ("name", "width"),
     [
-        pytest.param(name, width, marks=[pytest.mark.slow] * ((name, width) != ("lookup_sm90", 64)))
-        for name in FILES
+        pytest.param(name, width, marks=[pytest.mark.slow] * ((name, width) != ("forward_sm90", 64)))
+        for name in KERNELS
         for width in widths(name)
     ],
 )
@@ -72,10 +77,10 @@ def test_whole_kernels_agree(name, width):
     assert run(emulated.build(), name, width) == "agrees\n"
 
 
-@pytest.mark.parametrize(("name", "number"), list(sites()))
-def test_each_is_needed(tmp_path, name, number):
+@pytest.mark.parametrize(("name", "file", "number"), list(sites()))
+def test_each_is_needed(tmp_path, name, file, number):
     for width in widths(name):
-        told = run(mutant(tmp_path, name, number, width), name, width)
-        if told != "agrees\n":
+        output = run(mutant(tmp_path, name, file, number, width), name, width)
+        if output != "agrees\n":
             break
-    assert told.startswith("caught")
+    assert output.startswith("caught")

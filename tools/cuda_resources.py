@@ -23,7 +23,7 @@ import tables
 # The products, and the copies to shared memory that use no registers, by their names in SASS.
 INSTRUCTIONS = {"HMMA": "mma.sync", "HGMMA": "wgmma", "LDGSTS": "cp.async", "UTMALDG": "bulk tensor copy"}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/")  # the address that the disassembler puts before each
-LOOKUP = re.compile(r"_ZN6relssl\d+(sm\d+)6lookupINS_4(BF16|FP16)ELi(\d+)ELb([01])E")
+FORWARD = re.compile(r"_ZN6relssl\d+(sm\d+)7forwardINS_4(BF16|FP16)ELi(\d+)ELb([01])E")
 COMBINE = re.compile(r"_ZN6relssl.*?(combine_(?:rows|relation|info_nce))(?:INS_4(BF16|FP16)E)?")
 
 
@@ -91,10 +91,10 @@ def kernels(file: Path) -> Iterator[Resources]:
         counts = {i: len(re.findall(rf"\b{i}\b", text)) for i in INSTRUCTIONS}
         # Only the last product of a chain is waited for.
         waits, products = text.count("gsb0") - text.count("DEPBAR.LE gsb0"), counts["HGMMA"]
-        if found := LOOKUP.match(name):
+        if found := FORWARD.match(name):
             own, dtype, dim, mean = found[1], found[2].lower(), int(found[3]), found[4] == "1"
             shared = _cuda.tiles(dim, int(own[2:]))[-1]
-            kernel = f"lookup_{own}"
+            kernel = f"forward_{own}"
         elif found := COMBINE.match(name):
             kernel, dtype, dim, mean, shared = found[1], (found[2] or "").lower(), 0, True, 0
         else:

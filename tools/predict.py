@@ -276,7 +276,7 @@ def cuda_kernels(capability: int, dim: int, dtype: str) -> Iterator[Kernel]:
     used, listings = extension(file)
     for r in used:
         if (r.chip.removesuffix("a"), r.dtype, r.dim, r.mean) == (f"sm_{capability}", dtype, dim, True):
-            own = int(r.kernel.removeprefix("lookup_sm"))
+            own = int(r.kernel.removeprefix("forward_sm"))
             m, n, warps, *_ = _cuda.tiles(dim, own)
             shape = m, n, warps, 4 if own == 90 else 0
             kernel = Kernel(capability, r.kernel, dim, *shape, r.registers, r.shared, 0, [])
@@ -286,14 +286,14 @@ def cuda_kernels(capability: int, dim: int, dtype: str) -> Iterator[Kernel]:
 @cache
 def extension(file: Path) -> tuple[list[cuda_resources.Resources], dict[tuple, str]]:
     """Returns the resources of an extension's forward kernels, and their code by the first five of these."""
-    used = [r for r in cuda_resources.kernels(file) if r.kernel.startswith("lookup")]
+    used = [r for r in cuda_resources.kernels(file) if r.kernel.startswith("forward")]
     found, chip = {}, ""
     for part in re.split(r"(?m)^(?=\s*(?:arch = |Function : ))", cuda_resources.dump("-sass", file)):
         if named := re.match(r"\s*arch = (\S+)", part):
             chip = named[1]
         elif named := re.search(cuda_resources.LOOKUP, part.split("\n")[0]):
             own, dtype, dim, mean = named.groups()
-            found[f"lookup_{own}", chip, dtype.lower(), int(dim), mean == "1"] = part
+            found[f"forward_{own}", chip, dtype.lower(), int(dim), mean == "1"] = part
     return used, found
 
 

@@ -1,5 +1,5 @@
-// relssl._cpu: the kernels for Python, over raw addresses. relssl/backends/cpu.py has checked what stands behind them;
-// here only what would be fatal is refused: null addresses and sizes that overflow.
+// relssl._cpu: the Python binding of the kernels, over raw addresses. relssl/backends/cpu.py checks the tensors; the
+// binding rejects only what would crash: null addresses and sizes that overflow.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,7 +27,7 @@ namespace {
 
 using namespace relssl;
 
-using Rows = std::tuple<Address, int64_t, int64_t, double>;  // data, stride, count, scale
+using StackArg = std::tuple<Address, int64_t, int64_t, double>;  // data, stride, count, scale
 
 bool supported(const std::string& name) {
 #ifdef __x86_64__
@@ -37,14 +37,14 @@ bool supported(const std::string& name) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx2" || name == "emulated") return avx2;
   if (name == "avx512") return avx512;
-#ifdef RELSSL_AVX512_BF16  // GCC before 10 does not know the name.
+#ifdef RELSSL_AVX512_BF16  // GCC before 10 does not have the name.
   if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
 #endif
   return true;
 }
 
-// What was compiled and this processor runs, the best first.
+// Returns the kernels that were compiled and that this processor supports, the best first.
 const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> kernels;
@@ -57,11 +57,11 @@ const std::vector<const Kernels*>& available() {
   return found;
 }
 
-const Kernels* chosen = nullptr;  // by `use`
+const Kernels* selected = nullptr;  // by `use`
 
-// Those of an instruction set; with an empty name, those chosen, or else the best.
+// Returns the kernels of an instruction set. An empty name means those that `use` has selected, or else the best.
 const Kernels& kernels(const std::string& name = "") {
-  if (name.empty()) return chosen ? *chosen : *available().front();
+  if (name.empty()) return selected ? *selected : *available().front();
   std::string names;
   for (const Kernels* k : available()) {
     if (name == k->name) return *k;
@@ -70,21 +70,21 @@ const Kernels& kernels(const std::string& name = "") {
   throw py::value_error("instruction set must be one of " + names + " on this machine; got '" + name + "'");
 }
 
-// 2^40 elements are far beyond any memory, and leave room for every product of sizes below.
+// 2^40 elements exceed any memory, and no product of sizes below overflows.
 void check(int64_t a, int64_t b, const char* name) {
   if (a < 0 || b < 0 || (b && a > (int64_t{1} << 40) / b))
     throw py::value_error(std::string(name) + " has a size out of range: " + std::to_string(a) + " by " +
                           std::to_string(b));
 }
 
-Stack stack(const Rows& rows, int64_t dim) {
+Stack stack(const StackArg& rows, int64_t dim) {
   const auto [address, stride, count, scale] = rows;
   check(count, dim, "x");
   return {count ? pointer<const void>(address, "x") : nullptr, stride, count, scale};
 }
 
-Inputs inputs(const Rows& first, const Rows& second, Address queue, int64_t queue_stride, int64_t size, int64_t dim,
-              bool bf16, Address exclude, int threads) {
+Inputs inputs(const StackArg& first, const StackArg& second, Address queue, int64_t queue_stride, int64_t size,
+              int64_t dim, bool bf16, Address exclude, int threads) {
   check(size, dim, "queue");
   if (size == 0 || dim == 0) throw py::value_error("the queue is empty");
   if (threads < 1) throw py::value_error("threads must be at least 1");
@@ -98,7 +98,7 @@ Inputs inputs(const Rows& first, const Rows& second, Address queue, int64_t queu
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "SIMD kernels; addresses of memory as integers, 0 for none. See relssl/backends/cpu.py.";
+  m.doc() = "SIMD kernels. Addresses are integers, and 0 is null. See relssl/backends/cpu.py.";
 
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
@@ -106,46 +106,46 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
   m.def("instruction_set", [] { return std::string(kernels().name); });
-  m.def("use", [](const std::string& name) { chosen = &kernels(name); });
+  m.def("use", [](const std::string& name) { selected = &kernels(name); });
 
-  m.def("rows", [](const Rows& first, const Rows& second, Address queue, int64_t queue_stride, int64_t size,
-                   int64_t dim, bool bf16, Address exclude, Address lse, Address mean0, Address mean1, int threads,
-                   const std::string& isa) {
+  m.def("lse_and_mean", [](const StackArg& first, const StackArg& second, Address queue, int64_t queue_stride,
+                           int64_t size, int64_t dim, bool bf16, Address exclude, Address lse, Address mean0,
+                           Address mean1, int threads, const std::string& isa) {
     const Inputs in = inputs(first, second, queue, queue_stride, size, dim, bf16, exclude, threads);
     float* const mean[2] = {optional<float>(mean0), optional<float>(mean1)};
     float* const to = pointer<float>(lse, "lse");
-    const Kernels& own = kernels(isa);
+    const Kernels& chosen = kernels(isa);
     py::gil_scoped_release release;
-    rows(own, in, to, mean, threads);
+    lse_and_mean(chosen, in, to, mean, threads);
   });
 
-  m.def("relation", [](const Rows& teacher, const Rows& student, Address queue, int64_t queue_stride, int64_t size,
-                       int64_t dim, bool bf16, bool kl, double weight, bool total, Address loss,
+  m.def("relation", [](const StackArg& teacher, const StackArg& student, Address queue, int64_t queue_stride,
+                       int64_t size, int64_t dim, bool bf16, bool kl, double weight, bool total, Address loss,
                        Address entropy, Address grad_q, Address lse, Address mean_t, int threads,
                        const std::string& isa) {
     const Inputs in = inputs(teacher, student, queue, queue_stride, size, dim, bf16, 0, threads);
     if (in.stacks[0].count == 0) throw py::value_error("k is empty");
     float *to_loss = pointer<float>(loss, "loss"), *to_entropy = pointer<float>(entropy, "entropy");
     float *to_lse = pointer<float>(lse, "lse"), *to_mean = pointer<float>(mean_t, "mean_t");
-    const Kernels& own = kernels(isa);
+    const Kernels& chosen = kernels(isa);
     py::gil_scoped_release release;
-    relation(own, in, kl, weight, total, to_loss, to_entropy, optional<float>(grad_q), to_lse, to_mean, threads);
+    relation(chosen, in, kl, weight, total, to_loss, to_entropy, optional<float>(grad_q), to_lse, to_mean, threads);
   });
 
-  m.def("vjp", [](const Rows& x, Address queue, int64_t queue_stride, int64_t size, int64_t dim, bool bf16,
+  m.def("vjp", [](const StackArg& x, Address queue, int64_t queue_stride, int64_t size, int64_t dim, bool bf16,
                   Address exclude, Address lse, Address mean, Address g_lse, Address g_mean, Address g_row,
                   Address grad_x, Address grad_queue, int threads, const std::string& isa) {
     const Inputs in = inputs(x, {0, 0, 0, 0.0}, queue, queue_stride, size, dim, bf16, exclude, threads);
     if (grad_x || g_mean) pointer<float>(mean, "mean");
     const float* from = pointer<const float>(lse, "lse");
-    const Kernels& own = kernels(isa);
+    const Kernels& chosen = kernels(isa);
     py::gil_scoped_release release;
-    vjp(own, in, from, optional<const float>(mean), optional<const float>(g_lse),
+    vjp(chosen, in, from, optional<const float>(mean), optional<const float>(g_lse),
         optional<const float>(g_mean), optional<const float>(g_row), optional<float>(grad_x),
         optional<float>(grad_queue), threads);
   });
 
-  // Flop per call of multiply-adds in registers on all threads: time it to know what the processor can do.
+  // Runs multiply-adds in registers on all threads and returns their flop: its time gives the processor's peak rate.
   m.def("peak", [](int64_t repeats, int threads) {
     std::vector<double> flop(threads);
     py::gil_scoped_release release;

@@ -1,8 +1,9 @@
-// The kernels, compiled once for each instruction set (RELSSL_ISA names it; see setup.py for the flags).
+// The kernels. This file is compiled once for each instruction set, with its name as RELSSL_ISA (setup.py has the
+// flags).
 //
-// A panel is 2 vectors of rows of x, side by side in the lanes, with the width of an embedding running down:
-// panel[d][lane]. Similarities of a queue tile with a panel come out as s[j][lane], so softmax works lane by lane and
-// needs no sums across them, and the mean as mean[d][lane].
+// A panel is 2 vectors of rows of x: each lane holds a row, and the first index runs along the row, panel[d][lane].
+// The similarities of a queue tile with a panel are s[j][lane], so that the softmax is computed lane by lane and
+// needs no sums across lanes, and the mean is mean[d][lane].
 
 #include "kernels.h"
 
@@ -15,14 +16,14 @@ namespace {
 using namespace relssl;
 
 constexpr int64_t kPanel = 2 * kLanes;
-constexpr int64_t kTileBytes = 128 << 10;        // of a queue tile: inside any L2
-constexpr int64_t kPanelBytes = 16 << 10;        // of the part of a panel in use: in L1
-constexpr int64_t kWeightBytes = 8 << 10;        // of a tile's similarities with a panel: in L1
-constexpr int64_t kCopyRows = 128;               // of x, from which a tile is worth copying
-constexpr int64_t kGroup = 8;                    // panels that the queue's gradient sums over at a time
-// A reference grows only when a logit exceeds it by this, in units of log 2: 2^8 overflows nothing, and rescaling
-// is rare. (Milakov & Gimelshein 2018 for the online softmax; the lazy step is FlashAttention 4's.)
-constexpr float kSlack = 8;
+constexpr int64_t kTileBytes = 128 << 10;        // of a queue tile, which fits any L2
+constexpr int64_t kPanelBytes = 16 << 10;        // of the part of a panel in use, which fits L1
+constexpr int64_t kWeightBytes = 8 << 10;        // of a tile's similarities with a panel, which fit L1
+constexpr int64_t kCopyRows = 128;               // of x: with so many rows a copy of the tile pays
+constexpr int64_t kGroup = 8;                    // panels over which the queue's gradient is summed at a time
+// The shift changes only when a logit exceeds it by this, in units of log 2: 2^8 cannot overflow, and rescaling is
+// rare. (The online softmax is by Milakov & Gimelshein 2018, the lazy step by FlashAttention 4.)
+constexpr float kLazy = 8;
 
 template <int V>
 struct Width {
@@ -30,22 +31,22 @@ struct Width {
 };
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Queue rows in a tile: a multiple of kRows.
+// Returns the number of queue rows in a tile, a multiple of kRows.
 int64_t tile_height(int64_t dim) {
   const int64_t height = min(kTileBytes / (4 * dim), kWeightBytes / (4 * kPanel));
   return height < kRows ? kRows : height / kRows * kRows;
 }
 
-// Hands out pieces of one allocation; from null, it only counts.
-struct Carver {
+// Divides one allocation into aligned arrays. With a null base it only counts the bytes.
+struct Arena {
   char* base;
   int64_t used = 0;
   template <class T>
   T* take(int64_t count) {
     char* at = base + used;
-    used += up(count * static_cast<int64_t>(sizeof(T)), 64);
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return reinterpret_cast<T*>(at);
   }
 };
@@ -74,11 +75,11 @@ inline void pack(const void* row, bool, int64_t dim, uint32_t* to, Pair) {
   for (int64_t d = 0; d < dim / 2; ++d) std::memcpy(to + d * kPanel, static_cast<const char*>(row) + 4 * d, 4);
 }
 
-// Rows [row, row + rows) of x as panels, and the scale of each; lanes beyond are zero.
+// Packs rows [row, row + rows) of x into panels, with the scale of each. The lanes beyond the last row are zero.
 template <class E>
 void pack_rows(const Inputs& in, int64_t row, int64_t rows, typename E::Scalar* panels, float* scale) {
   const int64_t depth = in.dim / E::kDepth;
-  for (int64_t r = 0; r < up(rows, kPanel); ++r) {
+  for (int64_t r = 0; r < round_up(rows, kPanel); ++r) {
     typename E::Scalar* to = panels + r / kPanel * depth * kPanel + r % kPanel;
     if (r < rows) {
       const Source from = source(in, row + r);
@@ -91,9 +92,9 @@ void pack_rows(const Inputs& in, int64_t row, int64_t rows, typename E::Scalar* 
   }
 }
 
-// The same of float32 rows [rows, dim] that lie close together.
-void pack_dense(const float* from, int64_t rows, int64_t dim, float* panels) {
-  for (int64_t r = 0; r < up(rows, kPanel); ++r) {
+// Packs contiguous float32 rows [rows, dim].
+void pack_contiguous(const float* from, int64_t rows, int64_t dim, float* panels) {
+  for (int64_t r = 0; r < round_up(rows, kPanel); ++r) {
     float* to = panels + r / kPanel * dim * kPanel + r % kPanel;
     for (int64_t d = 0; d < dim; ++d) to[d * kPanel] = r < rows ? from[r * dim + d] : 0;
   }
@@ -101,16 +102,16 @@ void pack_dense(const float* from, int64_t rows, int64_t dim, float* panels) {
 
 // ------------------------------------------------------------------------------------ queue tiles
 
-// Queue rows as float32, with their stride: where they are, or copied into `space`, widened if they are bfloat16. The
-// copy has rows of an odd number of cache lines: a column of it, which the mean walks along, then spreads over all of
-// L1, where rows of 512 bytes would share 8 of its sets. For few rows of x copying costs more than it gains.
+// Queue rows as float32, with their stride: in place, or copied into `space`, and converted if they are bfloat16. A
+// row of the copy has an odd number of cache lines, so that a column, which the mean reads, occupies all sets of L1:
+// columns of 512-byte rows would share 8 sets. With few rows of x a copy costs more than it saves.
 struct Tile {
   const float* data;
   int64_t stride;
 };
 
 bool copied(const Inputs& in, int64_t rows) { return in.bf16 || rows >= kCopyRows; }
-int64_t copy_stride(const Inputs& in) { return (up(in.dim, 16) / 16 | 1) * 16; }
+int64_t copy_stride(const Inputs& in) { return (round_up(in.dim, 16) / 16 | 1) * 16; }
 int64_t tile_space(const Inputs& in, int64_t rows) {
   return copied(in, rows) ? tile_height(in.dim) * copy_stride(in) : 0;
 }
@@ -129,7 +130,8 @@ Tile float_tile(const Inputs& in, int64_t rows, int64_t first, int64_t count, fl
   return {space, stride};
 }
 
-// s[j][lane] = <m_j, x_lane>, V vectors of lanes, j < count. The width is cut so that the panel stays in L1.
+// s[j][lane] = <m_j, x_lane> for V vectors of lanes and j < count. The sum is cut along the width so that the panel
+// stays in L1.
 template <class E, int V>
 void similarities(const typename E::Scalar* tile, int64_t stride, int64_t count, const typename E::Scalar* panel,
                   int64_t depth, float* s, int64_t s_stride) {
@@ -138,8 +140,8 @@ void similarities(const typename E::Scalar* tile, int64_t stride, int64_t count,
     multiply<E, V>(count, tile + d, stride, 1, panel + d * kPanel, kPanel, min(step, depth - d), s, s_stride, d > 0);
 }
 
-// What rows leave out gets the similarity -infinity.
-void leave_out(const int64_t* exclude, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
+// Sets the similarity of each row with its excluded queue row to -infinity.
+void apply_exclude(const int64_t* exclude, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
   for (int64_t r = 0; r < min(rows, kPanel); ++r) {
     if (exclude[r] >= first && exclude[r] < first + count) s[(exclude[r] - first) * s_stride + r] = -INFINITY;
   }
@@ -147,36 +149,38 @@ void leave_out(const int64_t* exclude, int64_t rows, int64_t first, int64_t coun
 
 // ------------------------------------------------------------------------------------ forward
 
-// The running softmax of a panel. The reference is a similarity, from which others are subtracted before they are
-// scaled: the difference of large ones is exact, and a fused multiply-add can take no part in it.
+// The running softmax of a panel. The shift is a similarity, which is subtracted from the others before they are
+// scaled: the difference of large similarities is exact, and no fused multiply-add can change it.
 struct Softmax {
-  float reference[kPanel];  // 2^((s - reference) scale) is summed; -FLT_MAX: nothing yet
-  double sum[kPanel];       // of those, in double: a float would stop growing with the queue
-  double divisor[kPanel];   // the sum of the weights as they enter the mean, which may be rounded
+  float shift[kPanel];     // -FLT_MAX before the first tile
+  double sum[kPanel];      // of 2^((s - shift) scale), in double: a float would stop growing with the queue
+  double divisor[kPanel];  // the sum of the mean's weights, which may be rounded
 };
 
-// Weights of a tile in place of its similarities.
+// Replaces the similarities of a tile by weights.
 template <int V>
-inline void weigh(Single, float* s, int64_t count, const float* scale, const Float* reference, Float* sum, Float*) {
+inline void softmax_weights(Single, float* s, int64_t count, const float* scale, const Float* shift, Float* sum,
+                            Float*) {
   for (int64_t j = 0; j < count; ++j, s += kPanel)
     for (int v = 0; v < V; ++v) {
-      const Float p = exp2((load<Float>(s + v * kLanes) - reference[v]) * load<Float>(scale + v * kLanes));
+      const Float p = exp2((load<Float>(s + v * kLanes) - shift[v]) * load<Float>(scale + v * kLanes));
       sum[v] += p;
       store(s + v * kLanes, p);
     }
 }
 
-// For Pair: rounded to bfloat16, those of two queue rows in a lane. The rounded weights have a sum of their own: as
-// the divisor of the mean it is up to 3 times as accurate, and the exact one as the log-sum-exp up to 70 times.
+// For Pair, a lane holds the weights of two queue rows, rounded to bfloat16. The rounded weights are summed
+// separately: as the mean's divisor this sum is up to 3 times as accurate as the exact one, and for the log-sum-exp
+// the exact sum is up to 70 times as accurate.
 template <int V>
-inline void weigh(Pair, float* s, int64_t count, const float* scale, const Float* reference, Float* sum,
-                  Float* rounded) {
+inline void softmax_weights(Pair, float* s, int64_t count, const float* scale, const Float* shift, Float* sum,
+                            Float* rounded) {
   float* to = s;
   for (int64_t j = 0; j < count; j += 2, s += 2 * kPanel, to += kPanel)
     for (int v = 0; v < V; ++v) {
       Float p[2] = {};
       for (int i = 0; i < 2 && j + i < count; ++i) {
-        const Float above = load<Float>(s + i * kPanel + v * kLanes) - reference[v];
+        const Float above = load<Float>(s + i * kPanel + v * kLanes) - shift[v];
         const Float exact = exp2(above * load<Float>(scale + v * kLanes));
         p[i] = round_bf16(exact);
         sum[v] += exact;
@@ -186,26 +190,26 @@ inline void weigh(Pair, float* s, int64_t count, const float* scale, const Float
     }
 }
 
-// A tile's similarities into the softmax; its means, if wanted, into mean[d][lane].
+// Adds a tile's similarities to the running softmax and, unless `mean` is null, the weighted rows to mean[d][lane].
 template <class E, int V>
-void absorb(float* s, int64_t count, const float* scale, Softmax& soft, const typename E::Scalar* columns,
-            int64_t column_stride, int64_t dim, float* mean) {
-  Float top[V], reference[V], grown[V], sum[V] = {}, rounded[V] = {};
+void online_softmax_step(float* s, int64_t count, const float* scale, Softmax& soft, const typename E::Scalar* columns,
+                         int64_t column_stride, int64_t dim, float* mean) {
+  Float top[V], shift[V], grown[V], sum[V] = {}, rounded[V] = {};
   bool growing = false;
-  for (int v = 0; v < V; ++v) top[v] = all(-INFINITY);
+  for (int v = 0; v < V; ++v) top[v] = broadcast(-INFINITY);
   for (int64_t j = 0; j < count; ++j)
-    for (int v = 0; v < V; ++v) top[v] = larger(top[v], load<Float>(s + j * kPanel + v * kLanes));
+    for (int v = 0; v < V; ++v) top[v] = max(top[v], load<Float>(s + j * kPanel + v * kLanes));
   for (int v = 0; v < V; ++v) {
-    reference[v] = load<Float>(soft.reference + v * kLanes);
-    const Int grows = (top[v] - reference[v]) * load<Float>(scale + v * kLanes) > kSlack;
-    grown[v] = grows ? top[v] : reference[v];
+    shift[v] = load<Float>(soft.shift + v * kLanes);
+    const Int grows = (top[v] - shift[v]) * load<Float>(scale + v * kLanes) > kLazy;
+    grown[v] = grows ? top[v] : shift[v];
     growing |= any(grows);
   }
   if (growing) {
     for (int v = 0; v < V; ++v) {
-      const Float factor = exp2((reference[v] - grown[v]) * load<Float>(scale + v * kLanes));
-      reference[v] = grown[v];
-      store(soft.reference + v * kLanes, grown[v]);
+      const Float factor = exp2((shift[v] - grown[v]) * load<Float>(scale + v * kLanes));
+      shift[v] = grown[v];
+      store(soft.shift + v * kLanes, grown[v]);
       for (int i = 0; i < kLanes; ++i) {
         soft.sum[v * kLanes + i] *= factor[i];
         soft.divisor[v * kLanes + i] *= factor[i];
@@ -217,7 +221,7 @@ void absorb(float* s, int64_t count, const float* scale, Softmax& soft, const ty
         }
     }
   }
-  weigh<V>(E{}, s, count, scale, reference, sum, rounded);
+  softmax_weights<V>(E{}, s, count, scale, shift, sum, rounded);
   for (int v = 0; v < V; ++v)
     for (int i = 0; i < kLanes; ++i) {
       soft.sum[v * kLanes + i] += sum[v][i];
@@ -235,20 +239,20 @@ struct ForwardMemory {
   Softmax* soft;
   int64_t bytes;
   ForwardMemory(const Inputs& in, int64_t rows, char* base) {
-    Carver carve{base};
-    const int64_t lanes = up(rows, kPanel), height = tile_height(in.dim);
-    panels = carve.take<typename E::Scalar>(lanes * in.dim / E::kDepth);
-    mean = carve.take<float>(lanes * in.dim);
-    scale = carve.take<float>(lanes);
-    soft = carve.take<Softmax>(lanes / kPanel);
-    s = carve.take<float>(height * kPanel);
-    // Single: a copied tile. Pair: a tile with every two rows interleaved.
-    space = carve.take<typename E::Scalar>(E::kDepth == 1 ? tile_space(in, rows) : height / 2 * in.dim);
-    bytes = carve.used;
+    Arena arena{base};
+    const int64_t lanes = round_up(rows, kPanel), height = tile_height(in.dim);
+    panels = arena.take<typename E::Scalar>(lanes * in.dim / E::kDepth);
+    mean = arena.take<float>(lanes * in.dim);
+    scale = arena.take<float>(lanes);
+    soft = arena.take<Softmax>(lanes / kPanel);
+    s = arena.take<float>(height * kPanel);
+    // For Single, a copied tile; for Pair, a tile in which every two rows are interleaved.
+    space = arena.take<typename E::Scalar>(E::kDepth == 1 ? tile_space(in, rows) : height / 2 * in.dim);
+    bytes = arena.used;
   }
 };
 
-// The tile as both products read it: rows[j][depth] for the similarities, columns[j][d] for the means.
+// The tile in the layouts of both products: rows[j][depth] for the similarities, columns[j][d] for the means.
 template <class E>
 struct View {
   const typename E::Scalar *rows, *columns;
@@ -278,10 +282,10 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
   const ForwardMemory<E> memory(in, block.rows, scratch);
   const int64_t dim = in.dim, depth = dim / E::kDepth, height = tile_height(dim);
   pack_rows<E>(in, block.row, block.rows, memory.panels, memory.scale);
-  for (int64_t i = 0; i < up(block.rows, kPanel) * dim; ++i) memory.mean[i] = 0;
+  for (int64_t i = 0; i < round_up(block.rows, kPanel) * dim; ++i) memory.mean[i] = 0;
   for (int64_t p = 0; p * kPanel < block.rows; ++p)
     for (int64_t i = 0; i < kPanel; ++i) {
-      memory.soft[p].reference[i] = -FLT_MAX;
+      memory.soft[p].shift[i] = -FLT_MAX;
       memory.soft[p].sum[i] = memory.soft[p].divisor[i] = 0;
     }
 
@@ -297,9 +301,9 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
         constexpr int V = decltype(width)::value;
         similarities<E, V>(tile.rows, tile.row_stride, count, panel, depth, memory.s, kPanel);
         if (in.exclude)
-          leave_out(in.exclude + block.row + row, block.rows - row, first, count, memory.s, kPanel);
-        absorb<E, V>(memory.s, count, memory.scale + row, memory.soft[row / kPanel], tile.columns,
-                     tile.column_stride, dim, mean);
+          apply_exclude(in.exclude + block.row + row, block.rows - row, first, count, memory.s, kPanel);
+        online_softmax_step<E, V>(memory.s, count, memory.scale + row, memory.soft[row / kPanel], tile.columns,
+                                  tile.column_stride, dim, mean);
       };
       block.rows - row > kLanes ? step(Width<2>{}) : step(Width<1>{});
     }
@@ -308,7 +312,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
   for (int64_t r = 0; r < block.rows; ++r) {
     const Softmax& soft = memory.soft[r / kPanel];
     const int64_t lane = r % kPanel;
-    out.reference[r] = static_cast<double>(soft.reference[lane]) * memory.scale[r];
+    out.shift[r] = static_cast<double>(soft.shift[lane]) * memory.scale[r];
     out.sum[r] = soft.sum[lane];
     const Source from = source(in, block.row + r);
     if (float* to = out.mean[from.stack]) {
@@ -320,7 +324,8 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
   }
 }
 
-// Pairs need whole pairs: an even width and 4-byte alignment. Other bfloat16 input is widened.
+// Returns whether the input can be read as pairs: the width must be even, and rows aligned to 4 bytes. Other bfloat16
+// input is converted to float32.
 bool pairs([[maybe_unused]] const Inputs& in) {
 #ifdef RELSSL_PAIRS
   return in.bf16 && in.dim % 2 == 0 && in.queue_stride % 2 == 0 && reinterpret_cast<uintptr_t>(in.queue) % 4 == 0;
@@ -339,57 +344,58 @@ void forward(const Inputs& in, const Block& block, const Partial& out, char* scr
 
 // ------------------------------------------------------------------------------------ vjp
 
-// What the weights of one panel need beside the tile: all in lanes.
-struct Weights {
+// The factors and terms of one panel's weights, by lane.
+struct PanelTerms {
   const float *scale, *high, *low, *base;
 };
 
-// s[j][lane] from similarities to weights w = p (base + u). u[j][lane] may be null (zero); p goes to `keep` if given.
+// Replaces similarities s[j][lane] by weights w = p (base + u). A null u[j][lane] means zero. Writes p to `keep`
+// unless it is null.
 template <int V>
-void weigh_vjp(float* s, int64_t s_stride, int64_t count, const Weights& of, const float* u, float* keep) {
+void vjp_weights(float* s, int64_t s_stride, int64_t count, const PanelTerms& terms, const float* u, float* keep) {
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < V; ++v) {
       const int64_t lane = v * kLanes, at = j * s_stride + lane;
-      const Float above = load<Float>(s + at) - load<Float>(of.high + lane);
-      const Float p = exp2(above * load<Float>(of.scale + lane) - load<Float>(of.low + lane));
-      const Float base = load<Float>(of.base + lane);
+      const Float above = load<Float>(s + at) - load<Float>(terms.high + lane);
+      const Float p = exp2(above * load<Float>(terms.scale + lane) - load<Float>(terms.low + lane));
+      const Float base = load<Float>(terms.base + lane);
       if (keep) store(keep + at, p);
       store(s + at, p * (u ? base + load<Float>(u + j * kPanel + lane) : base));
     }
 }
 
-// A row of `from` for each lane; lanes beyond `rows` get 0.
+// Copies a value for each lane; the lanes beyond `rows` get 0.
 void pad(const float* from, int64_t rows, float* to) {
-  for (int64_t r = 0; r < up(rows, kPanel); ++r) to[r] = r < rows ? from[r] : 0;
+  for (int64_t r = 0; r < round_up(rows, kPanel); ++r) to[r] = r < rows ? from[r] : 0;
 }
 
-// The rows of a block (or all of them), packed for the weights of a vjp. Their similarities are computed as the forward
-// pass has them, by Pair where it took Pair: the log-sum-exp belongs to those, to the last digit.
+// The rows of a block (or all rows), packed for the weights of a vjp. Their similarities are computed exactly as in the
+// forward pass, by Pair if it used Pair, because the log-sum-exp matches only these to the last digit.
 struct Packed {
   void* panels;
   float *g_panels, *scale, *high, *low, *base;
-  Packed(const Inputs& in, const Cotangents& g, int64_t rows, Carver& carve) {
-    const int64_t lanes = up(rows, kPanel);
-    panels = carve.take<float>(lanes * in.dim);
-    g_panels = g.g_mean ? carve.take<float>(lanes * in.dim) : nullptr;
-    scale = carve.take<float>(lanes);
-    high = carve.take<float>(lanes);
-    low = carve.take<float>(lanes);
-    base = carve.take<float>(lanes);
+  Packed(const Inputs& in, const Cotangents& g, int64_t rows, Arena& arena) {
+    const int64_t lanes = round_up(rows, kPanel);
+    panels = arena.take<float>(lanes * in.dim);
+    g_panels = g.g_mean ? arena.take<float>(lanes * in.dim) : nullptr;
+    scale = arena.take<float>(lanes);
+    high = arena.take<float>(lanes);
+    low = arena.take<float>(lanes);
+    base = arena.take<float>(lanes);
   }
   void fill(const Inputs& in, const Cotangents& g, int64_t row, int64_t rows) const {
     if (pairs(in))
       pack_rows<Pair>(in, row, rows, static_cast<uint32_t*>(panels), scale);
     else
       pack_rows<Single>(in, row, rows, static_cast<float*>(panels), scale);
-    if (g_panels) pack_dense(g.g_mean + row * in.dim, rows, in.dim, g_panels);
+    if (g_panels) pack_contiguous(g.g_mean + row * in.dim, rows, in.dim, g_panels);
     pad(g.high + row, rows, high);
     pad(g.low + row, rows, low);
     pad(g.base + row, rows, base);
   }
-  // Weights of panel row / kPanel with a tile, into s; `u` is space for as many similarities.
+  // Computes the weights of panel row / kPanel with a tile into s. `u` is scratch memory of the same size.
   template <int V>
-  void weigh(const Inputs& in, const Tile& tile, int64_t first, int64_t count, int64_t row, const int64_t* exclude,
+  void weights(const Inputs& in, const Tile& tile, int64_t first, int64_t count, int64_t row, const int64_t* exclude,
              int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
     if (pairs(in)) {
       const uint16_t* queue = static_cast<const uint16_t*>(in.queue) + first * in.queue_stride;
@@ -399,35 +405,35 @@ struct Packed {
       similarities<Single, V>(tile.data, tile.stride, count, static_cast<const float*>(panels) + row * in.dim, in.dim,
                               s, s_stride);
     }
-    if (exclude) leave_out(exclude, rows, first, count, s, s_stride);
+    if (exclude) apply_exclude(exclude, rows, first, count, s, s_stride);
     if (g_panels) similarities<Single, V>(tile.data, tile.stride, count, g_panels + row * in.dim, in.dim, u, kPanel);
-    weigh_vjp<V>(s, s_stride, count, {scale + row, high + row, low + row, base + row}, g_panels ? u : nullptr, keep);
+    vjp_weights<V>(s, s_stride, count, {scale + row, high + row, low + row, base + row}, g_panels ? u : nullptr, keep);
   }
 };
 
 struct VjpXMemory {
-  Carver carve;
+  Arena arena;
   Packed packed;
   float *weighted, *s, *u, *space;
   double* total;
   VjpXMemory(const Inputs& in, const Cotangents& g, int64_t rows, char* base)
-      : carve{base}, packed(in, g, rows, carve) {
-    const int64_t lanes = up(rows, kPanel), height = tile_height(in.dim);
-    weighted = carve.take<float>(lanes * in.dim);
-    total = carve.take<double>(lanes);
-    s = carve.take<float>(height * kPanel);
-    u = carve.take<float>(height * kPanel);
-    space = carve.take<float>(tile_space(in, rows));
+      : arena{base}, packed(in, g, rows, arena) {
+    const int64_t lanes = round_up(rows, kPanel), height = tile_height(in.dim);
+    weighted = arena.take<float>(lanes * in.dim);
+    total = arena.take<double>(lanes);
+    s = arena.take<float>(height * kPanel);
+    u = arena.take<float>(height * kPanel);
+    space = arena.take<float>(tile_space(in, rows));
   }
 };
 
 int64_t vjp_x_scratch(const Inputs& in, const Cotangents& g, int64_t rows) {
-  return VjpXMemory(in, g, rows, nullptr).carve.used;
+  return VjpXMemory(in, g, rows, nullptr).arena.used;
 }
 
 void vjp_x(const Inputs& in, const Cotangents& g, const Block& block, double* total, float* weighted, char* scratch) {
   const VjpXMemory memory(in, g, block.rows, scratch);
-  const int64_t dim = in.dim, height = tile_height(dim), lanes = up(block.rows, kPanel);
+  const int64_t dim = in.dim, height = tile_height(dim), lanes = round_up(block.rows, kPanel);
   memory.packed.fill(in, g, block.row, block.rows);
   for (int64_t i = 0; i < lanes * dim; ++i) memory.weighted[i] = 0;
   for (int64_t i = 0; i < lanes; ++i) memory.total[i] = 0;
@@ -439,8 +445,8 @@ void vjp_x(const Inputs& in, const Cotangents& g, const Block& block, double* to
       const auto step = [&](auto width) {
         constexpr int V = decltype(width)::value;
         const int64_t* exclude = in.exclude ? in.exclude + block.row + row : nullptr;
-        memory.packed.weigh<V>(in, tile, first, count, row, exclude, block.rows - row, memory.s, kPanel, memory.u,
-                               nullptr);
+        memory.packed.weights<V>(in, tile, first, count, row, exclude, block.rows - row, memory.s, kPanel, memory.u,
+                                 nullptr);
         Float sum[V] = {};
         for (int64_t j = 0; j < count; ++j)
           for (int v = 0; v < V; ++v) sum[v] += load<Float>(memory.s + j * kPanel + v * kLanes);
@@ -459,20 +465,20 @@ void vjp_x(const Inputs& in, const Cotangents& g, const Block& block, double* to
   }
 }
 
-// For the queue's gradient all rows are packed once: as panels, and as rows of vectors to multiply weights with.
+// All rows, packed once for the queue's gradient: as panels, and as padded rows, which the weights multiply.
 struct VjpQueueShared {
-  Carver carve;
+  Arena arena;
   Packed packed;
   int64_t width;       // of a row, padded
   float *theta, *row;  // [rows, width]
   VjpQueueShared(const Inputs& in, const Cotangents& g, char* base)
-      : carve{base}, packed(in, g, all_rows(in), carve), width(up(in.dim, kLanes)) {
-    theta = carve.take<float>(all_rows(in) * width);
-    row = g.g_row ? carve.take<float>(all_rows(in) * width) : nullptr;
+      : arena{base}, packed(in, g, all_rows(in), arena), width(round_up(in.dim, kLanes)) {
+    theta = arena.take<float>(all_rows(in) * width);
+    row = g.g_row ? arena.take<float>(all_rows(in) * width) : nullptr;
   }
 };
 
-int64_t vjp_queue_shared(const Inputs& in, const Cotangents& g) { return VjpQueueShared(in, g, nullptr).carve.used; }
+int64_t vjp_queue_shared(const Inputs& in, const Cotangents& g) { return VjpQueueShared(in, g, nullptr).arena.used; }
 
 void vjp_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
   const VjpQueueShared shared(in, g, memory);
@@ -489,23 +495,23 @@ void vjp_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
 }
 
 struct VjpQueueMemory {
-  Carver carve;
+  Arena arena;
   float *w, *p, *u, *sum, *space;
-  VjpQueueMemory(const Inputs& in, char* base) : carve{base} {
+  VjpQueueMemory(const Inputs& in, char* base) : arena{base} {
     const int64_t height = tile_height(in.dim);
-    w = carve.take<float>(height * kGroup * kPanel);
-    p = carve.take<float>(height * kGroup * kPanel);
-    u = carve.take<float>(height * kPanel);
-    sum = carve.take<float>(height * up(in.dim, kLanes));
-    space = carve.take<float>(tile_space(in, all_rows(in)));
+    w = arena.take<float>(height * kGroup * kPanel);
+    p = arena.take<float>(height * kGroup * kPanel);
+    u = arena.take<float>(height * kPanel);
+    sum = arena.take<float>(height * round_up(in.dim, kLanes));
+    space = arena.take<float>(tile_space(in, all_rows(in)));
   }
 };
 
-int64_t vjp_queue_scratch(const Inputs& in) { return VjpQueueMemory(in, nullptr).carve.used; }
+int64_t vjp_queue_scratch(const Inputs& in) { return VjpQueueMemory(in, nullptr).arena.used; }
 
 // sum[j][d] (+)= sum_r weights[j][r] rows[r][d]
-void spread(const float* weights, int64_t count, const float* rows, int64_t width, int64_t depth, float* sum,
-            bool add) {
+void add_weighted_rows(const float* weights, int64_t count, const float* rows, int64_t width, int64_t depth, float* sum,
+                       bool add) {
   const int64_t stride = kGroup * kPanel;
   for (int64_t d = 0; d < width; d += kPanel) {
     if (width - d >= kPanel)
@@ -527,12 +533,12 @@ void vjp_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_t end
       const int64_t depth = min(group, rows - from);
       for (int64_t row = from; row < from + depth; row += kPanel) {
         const int64_t* exclude = in.exclude ? in.exclude + row : nullptr;
-        shared.packed.weigh<2>(in, tile, first, count, row, exclude, rows - row, memory.w + row - from, group, memory.u,
-                               shared.row ? memory.p + row - from : nullptr);
+        shared.packed.weights<2>(in, tile, first, count, row, exclude, rows - row, memory.w + row - from, group,
+                                 memory.u, shared.row ? memory.p + row - from : nullptr);
       }
-      spread(memory.w, count, shared.theta + from * shared.width, shared.width, depth, memory.sum, from > 0);
+      add_weighted_rows(memory.w, count, shared.theta + from * shared.width, shared.width, depth, memory.sum, from > 0);
       if (shared.row)
-        spread(memory.p, count, shared.row + from * shared.width, shared.width, depth, memory.sum, true);
+        add_weighted_rows(memory.p, count, shared.row + from * shared.width, shared.width, depth, memory.sum, true);
     }
     for (int64_t j = 0; j < count; ++j)
       std::memcpy(grad_queue + (first + j) * in.dim, memory.sum + j * shared.width, 4 * in.dim);
@@ -552,7 +558,7 @@ void exp2_all(const float* x, float* y, int64_t n) {
 double peak(int64_t repeats) {
   constexpr int chains = 2 * kRows;
   Float sum[chains];
-  for (int j = 0; j < chains; ++j) sum[j] = all(1.0f + j);  // Equal ones would be computed once.
+  for (int j = 0; j < chains; ++j) sum[j] = broadcast(1.0f + j);  // The compiler would merge equal chains.
   for (int64_t i = 0; i < repeats; ++i) {
 #pragma GCC unroll 24
     for (int j = 0; j < chains; ++j) sum[j] = sum[j] * 0.999f + 0.001f;
@@ -573,8 +579,8 @@ namespace relssl {
 #define RELSSL_NAME(isa) RELSSL_TEXT(isa)
 
 extern const Kernels RELSSL_TABLE(RELSSL_ISA) = {
-    RELSSL_NAME(RELSSL_ISA), kPanel,        forward_scratch, forward,           vjp_x_scratch, vjp_x,
-    vjp_queue_shared,        vjp_queue_pack, vjp_queue_scratch, vjp_queue,       exp2_all, peak,
+    RELSSL_NAME(RELSSL_ISA), kPanel,         forward_scratch,   forward,   vjp_x_scratch, vjp_x,
+    vjp_queue_shared,        vjp_queue_pack, vjp_queue_scratch, vjp_queue, exp2_all,      peak,
 };
 
 }  // namespace relssl

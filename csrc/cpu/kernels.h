@@ -1,7 +1,7 @@
-// What the per-instruction-set kernels offer: one table of functions, filled in by kernels.cpp once for each set.
+// The interface of the kernels: one table of functions, which kernels.cpp defines once for each instruction set.
 //
-// Similarities, softmax and mean are computed for a block of rows against a range of the queue; blocks are
-// independent, and losses.cpp spreads them over threads and merges what they give.
+// A kernel computes similarities, softmax and mean of a block of rows with a range of the queue. Blocks are
+// independent: losses.cpp distributes them over threads and merges their results.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace relssl {
 
-// Embedding rows that share a scale: theta_r = scale * x_r. In elements, like all strides here.
+// Embedding rows with the same scale: theta_r = scale * x_r. All strides are in elements.
 struct Stack {
   const void* data = nullptr;
   int64_t stride = 0;
@@ -19,16 +19,16 @@ struct Stack {
   double scale = 0;
 };
 
-// float32, or bfloat16 where `bf16`. The rows of x are those of the first stack, then those of the second.
+// All rows are float32, or bfloat16 if `bf16`. The rows of x are those of the first stack, then those of the second.
 struct Inputs {
   Stack stacks[2];
   const void* queue;
   int64_t queue_stride, size, dim;
   bool bf16;
-  const int64_t* exclude;  // for each row the queue row it leaves out; or null
+  const int64_t* exclude;  // for each row the index of the queue row to exclude, or null
 };
 
-// The small functions here are static: see vector.h.
+// The functions below are static for the reason given in vector.h.
 static inline float from_bf16(uint16_t b) {
   const uint32_t bits = static_cast<uint32_t>(b) << 16;
   float value;
@@ -46,8 +46,8 @@ static inline const void* row_address(const Stack& stack, int64_t row, bool bf16
 
 static inline int64_t all_rows(const Inputs& in) { return in.stacks[0].count + in.stacks[1].count; }
 
-// A scale as the kernels multiply similarities with it: in units of log 2, rounded to float, and never 0, since a
-// left-out queue row has the similarity -infinity.
+// Returns the factor by which the kernels multiply similarities: the scale in units of log 2, rounded to float, and
+// never 0, because an excluded queue row has the similarity -infinity.
 static inline float log2_scale(double scale) {
   const float rounded = static_cast<float>(scale * 1.4426950408889634074);
   return rounded < FLT_MIN ? FLT_MIN : rounded;
@@ -58,15 +58,15 @@ struct Block {
   int64_t first, last;   // of the queue
 };
 
-// Of one row against one range of the queue: sum_j 2^(logit_j - reference) in `sum`, logits in units of log 2,
-// and the mean of the queue rows under that softmax. Nothing in range: sum 0, mean 0.
+// The results of each row with one range of the queue: sum_j 2^(logit_j - shift), with logits in units of log 2, and
+// the mean of the queue rows under that softmax. If all rows of the range are excluded, the sum and the mean are 0.
 struct Partial {
-  double* reference;  // [rows]
-  double* sum;        // [rows]
-  float* mean[2];     // [count, dim] of each stack; null where it is not wanted
+  double* shift;   // [rows]
+  double* sum;     // [rows]
+  float* mean[2];  // [count, dim] of each stack, or null if it is not needed
 };
 
-// A vector-Jacobian product with weights w_rj = p_rj (base_r + <m_j, g_mean_r>) and
+// The inputs of a vector-Jacobian product with weights w_rj = p_rj (base_r + <m_j, g_mean_r>) and
 // p_rj = 2^((<m_j, x_r> - high_r) scale - low_r): lse = high * scale + low, in units of log 2.
 struct Cotangents {
   const float *high, *low;  // [rows]
@@ -77,18 +77,18 @@ struct Cotangents {
 
 struct Kernels {
   const char* name;
-  int64_t panel;  // rows that are computed side by side: blocks are best cut at multiples of it
+  int64_t panel;  // rows that are computed together: the size of a block should be a multiple of it
 
-  // Bytes of scratch memory, 64-byte aligned, that a block of `rows` rows needs.
+  // Returns the bytes of scratch memory, aligned to 64 bytes, for a block of `rows` rows.
   int64_t (*forward_scratch)(const Inputs&, int64_t rows);
   void (*forward)(const Inputs&, const Block&, const Partial&, char* scratch);
 
-  // total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j, for the rows of the block: [rows], [rows, dim].
+  // Computes total_r = sum_j w_rj [rows] and weighted_r = sum_j w_rj m_j [rows, dim] for the rows of the block.
   int64_t (*vjp_x_scratch)(const Inputs&, const Cotangents&, int64_t rows);
   void (*vjp_x)(const Inputs&, const Cotangents&, const Block&, double* total, float* weighted, char* scratch);
 
-  // grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r, [size, dim], for a range of the queue. All rows of x are
-  // first packed once into memory that the ranges share.
+  // Computes grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r [size, dim] for a range of the queue. vjp_queue_pack
+  // packs all rows of x once, before, into memory that all ranges read.
   int64_t (*vjp_queue_shared)(const Inputs&, const Cotangents&);
   void (*vjp_queue_pack)(const Inputs&, const Cotangents&, char* shared);
   int64_t (*vjp_queue_scratch)(const Inputs&);
@@ -96,7 +96,7 @@ struct Kernels {
                     float* grad_queue, char* scratch);
 
   void (*exp2)(const float* x, float* y, int64_t n);  // for tests
-  double (*peak)(int64_t repeats);  // flop done by that many rounds of multiply-adds in registers, for benchmarks
+  double (*peak)(int64_t repeats);  // runs rounds of multiply-adds in registers and returns their flop, for benchmarks
 };
 
 }  // namespace relssl

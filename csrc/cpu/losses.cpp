@@ -13,44 +13,45 @@ namespace {
 
 constexpr double kLn2 = 0.69314718055994530942;
 
-// Uninitialised memory for vectors.
-struct Free {
+// Uninitialised memory, aligned for vectors.
+struct AlignedDelete {
   void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
-using Memory = std::unique_ptr<char[], Free>;
+using Memory = std::unique_ptr<char[], AlignedDelete>;
 Memory allocate(int64_t bytes) { return Memory(new (std::align_val_t(64)) char[std::max<int64_t>(bytes, 1)]); }
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// How many tasks so much work is worth: some for each thread, but none so short that waking a thread does not pay.
-int64_t worth(int threads, double each, double flop) {
+// Returns the number of tasks: several for each thread, but none so short that it does not pay to wake a thread.
+int64_t num_tasks(int threads, double each, double flop) {
   return threads == 1 ? 1 : static_cast<int64_t>(std::min(each * threads, flop / 4e6));
 }
 
-// Rows cut into blocks, the queue into ranges: one task each.
+// Divides the rows into blocks and the queue into ranges. A block with a range is a task.
 struct Grid {
   int64_t rows, size, panel;
-  int64_t block = 1, splits = 1;
+  int64_t block = 1, num_splits = 1;
 
-  // Rows and means of a block take 1 MiB: they stream through a little of each cache while a tile of the queue stays,
-  // and larger blocks read the queue less often. The queue is split where blocks alone are too few: into four ranges a
-  // thread, each shorter than the one before, so that whoever is last is not last by much.
+  // The rows and means of a block take 1 MiB: they stream through a small part of each cache while a tile of the
+  // queue stays in it, and larger blocks read the queue less often. If there are too few blocks, the queue is divided
+  // into four ranges per thread. Each range is shorter than the one before, so that all threads finish at about the
+  // same time.
   Grid(const Inputs& in, int64_t panel, int threads) : rows(all_rows(in)), size(in.size), panel(panel) {
-    const int64_t fitting = std::max<int64_t>((1 << 20) / (8 * in.dim), 64);
-    const int64_t count = (rows + fitting - 1) / fitting;
+    const int64_t max_rows = std::max<int64_t>((1 << 20) / (8 * in.dim), 64);
+    const int64_t count = (rows + max_rows - 1) / max_rows;
     block = ((rows + count - 1) / count + panel - 1) / panel * panel;
-    const int64_t wanted = worth(threads, 4, 4.0 * rows * size * in.dim);
-    splits = std::clamp<int64_t>((wanted + blocks() - 1) / blocks(), 1, size);
+    const int64_t wanted = num_tasks(threads, 4, 4.0 * rows * size * in.dim);
+    num_splits = std::clamp<int64_t>((wanted + blocks() - 1) / blocks(), 1, size);
   }
   int64_t blocks() const { return (rows + block - 1) / block; }
-  int64_t tasks() const { return blocks() * splits; }
-  int64_t split(int64_t task) const { return task % splits; }
+  int64_t tasks() const { return blocks() * num_splits; }
+  int64_t split(int64_t task) const { return task % num_splits; }
   Block at(int64_t task) const {
-    const int64_t row = task / splits * block, s = split(task);
+    const int64_t row = task / num_splits * block, s = split(task);
     return {row, std::min(block, rows - row), border(s), border(s + 1)};
   }
   int64_t border(int64_t s) const {
-    const double left = 1 - static_cast<double>(s) / splits;
+    const double left = 1 - static_cast<double>(s) / num_splits;
     return size - static_cast<int64_t>(static_cast<double>(size) * left * left);
   }
 };
@@ -61,7 +62,7 @@ float* stack_row(float* const mean[2], const Inputs& in, int64_t row) {
   return mean[1] ? mean[1] + (row - first) * in.dim : nullptr;
 }
 
-// Element by element in double, on four chains that the processor can overlap.
+// Returns the dot product in double, computed as four sums that the processor can overlap.
 double dot(const void* x, bool bf16, const float* y, int64_t dim) {
   double sum[4] = {};
   int64_t d = 0;
@@ -71,23 +72,23 @@ double dot(const void* x, bool bf16, const float* y, int64_t dim) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// The scale as the kernels have it, who round its product with log2(e): the loss is then that of one temperature.
-double effective(double scale) { return log2_scale(scale) * kLn2; }
+// Returns the scale of the kernels, which round its product with log2(e): the whole loss must use the same temperature.
+double exact_scale(double scale) { return log2_scale(scale) * kLn2; }
 
 }  // namespace
 
-void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mean[2], int threads) {
+void lse_and_mean(const Kernels& kernels, const Inputs& in, float* lse, float* const mean[2], int threads) {
   const Grid grid(in, kernels.panel, threads);
-  const int64_t count = all_rows(in), dim = in.dim, splits = grid.splits;
+  const int64_t count = all_rows(in), dim = in.dim, num_splits = grid.num_splits;
   threads = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
   const int64_t scratch = aligned(kernels.forward_scratch(in, grid.block));
   const Memory memory = allocate(scratch * threads);
-  std::vector<double> reference(splits * count), sum(splits * count);
-  // A single range writes its means where they belong.
-  const Memory means = allocate(splits > 1 ? splits * count * dim * 4 : 0);
+  std::vector<double> shift(num_splits * count), sum(num_splits * count);
+  // With a single range, the kernels write the means directly to the result.
+  const Memory means = allocate(num_splits > 1 ? num_splits * count * dim * 4 : 0);
   const auto place = [&](int64_t split, int stack) -> float* {
     if (!mean[stack]) return nullptr;
-    if (splits == 1) return mean[stack];
+    if (num_splits == 1) return mean[stack];
     return reinterpret_cast<float*>(means.get()) + (split * count + (stack ? in.stacks[0].count : 0)) * dim;
   };
 
@@ -95,25 +96,25 @@ void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mea
     const int64_t split = grid.split(task);
     const Block block = grid.at(task);
     const int64_t at = split * count + block.row;
-    kernels.forward(in, block, {&reference[at], &sum[at], {place(split, 0), place(split, 1)}},
+    kernels.forward(in, block, {&shift[at], &sum[at], {place(split, 0), place(split, 1)}},
                     memory.get() + slot * scratch);
   });
 
-  std::vector<double> weight(splits);
+  std::vector<double> weight(num_splits);
   for (int64_t r = 0; r < count; ++r) {
-    double top = reference[r];
-    for (int64_t s = 1; s < splits; ++s) top = std::max(top, reference[s * count + r]);
+    double top = shift[r];
+    for (int64_t s = 1; s < num_splits; ++s) top = std::max(top, shift[s * count + r]);
     double total = 0;
-    for (int64_t s = 0; s < splits; ++s) {
-      weight[s] = sum[s * count + r] * std::exp2(reference[s * count + r] - top);
+    for (int64_t s = 0; s < num_splits; ++s) {
+      weight[s] = sum[s * count + r] * std::exp2(shift[s * count + r] - top);
       total += weight[s];
     }
     const double exact = kLn2 * (top + std::log2(total));
     lse[r] = static_cast<float>(exact);
     lse[count + r] = std::isfinite(exact) ? static_cast<float>(exact - lse[r]) : 0;
-    float* to = splits > 1 ? stack_row(mean, in, r) : nullptr;
+    float* to = num_splits > 1 ? stack_row(mean, in, r) : nullptr;
     if (!to) continue;
-    for (int64_t s = 0; s < splits; ++s) {
+    for (int64_t s = 0; s < num_splits; ++s) {
       const float* from = reinterpret_cast<const float*>(means.get()) + (s * count + r) * dim;
       const float share = total == 0 ? 0 : static_cast<float>(weight[s] / total);
       for (int64_t d = 0; d < dim; ++d) to[d] = s ? to[d] + share * from[d] : share * from[d];
@@ -124,15 +125,15 @@ void rows(const Kernels& kernels, const Inputs& in, float* lse, float* const mea
 void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, bool total, float* loss, float* entropy,
               float* grad_q, float* lse, float* mean_t, int threads) {
   float* const mean[2] = {mean_t, grad_q};
-  rows(kernels, in, lse, mean, threads);
+  lse_and_mean(kernels, in, lse, mean, threads);
   const Stack &teacher = in.stacks[0], &student = in.stacks[1];
   const int64_t batch = teacher.count, count = all_rows(in), dim = in.dim;
   const auto exact = [&](int64_t row) { return static_cast<double>(lse[row]) + lse[count + row]; };
-  std::vector<double> own(batch);  // of the teacher with itself: its entropy
+  std::vector<double> entropies(batch);  // of the teacher
   for (int64_t b = 0; b < batch; ++b) {
     const void* k = row_address(teacher, b, in.bf16);
-    own[b] = exact(b) - effective(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, dim);
-    entropy[b] = static_cast<float>(own[b]);
+    entropies[b] = exact(b) - exact_scale(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, dim);
+    entropy[b] = static_cast<float>(entropies[b]);
   }
   const float factor = static_cast<float>(weight * student.scale);
   double sum = 0;
@@ -140,8 +141,8 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
     const int64_t b = r % batch;
     const float* center = mean_t + b * dim;
     const void* q = row_address(student, r, in.bf16);
-    const double cross = exact(batch + r) - effective(student.scale) * dot(q, in.bf16, center, dim);
-    const double row = kl ? cross - own[b] : cross;
+    const double cross = exact(batch + r) - exact_scale(student.scale) * dot(q, in.bf16, center, dim);
+    const double row = kl ? cross - entropies[b] : cross;
     if (!total) loss[r] = static_cast<float>(row);
     sum += row;
     if (grad_q)
@@ -157,7 +158,8 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
   const double scale = log2_scale(in.stacks[0].scale);
   for (int64_t r = 0; r < count; ++r) {
     const double exact = (static_cast<double>(lse[r]) + lse[count + r]) / kLn2;
-    // Within float, however small the scale. An empty row has no weights: an infinite lse would make them NaN.
+    // The values are clamped to float for any small scale. A row whose entries are all excluded has no weights; an
+    // infinite lse would make them NaN.
     const double most = FLT_MAX / 2;
     high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(std::clamp(exact / scale, -most, most));
     low[r] = exact == -INFINITY ? 0 : static_cast<float>(exact - high[r] * scale);
@@ -170,34 +172,34 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
     const Grid grid(in, kernels.panel, threads);
     const int team = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
     const int64_t scratch = aligned(kernels.vjp_x_scratch(in, g, grid.block));
-    const Memory memory = allocate(scratch * team), partial = allocate(grid.splits * count * dim * 4);
+    const Memory memory = allocate(scratch * team), partial = allocate(grid.num_splits * count * dim * 4);
     float* const weighted = reinterpret_cast<float*>(partial.get());
-    std::vector<double> total(grid.splits * count);
+    std::vector<double> total(grid.num_splits * count);
     parallel(team, grid.tasks(), [&](int64_t task, int slot) {
       const Block block = grid.at(task);
       const int64_t at = grid.split(task) * count + block.row;
       kernels.vjp_x(in, g, block, &total[at], weighted + at * dim, memory.get() + slot * scratch);
     });
-    // sum_j w_j must be g_lse. What rounding leaves, the rest, goes out along the mean: without it a sharp row loses
-    // every digit, since u_j - ubar nearly vanishes where p_j does not.
+    // sum_j w_j must be g_lse. The rest, which is due to rounding, is subtracted along the mean: otherwise a sharp
+    // row would lose every digit, because u_j - ubar nearly vanishes where p_j does not.
     for (int64_t r = 0; r < count; ++r) {
       double rest = g_lse ? -g_lse[r] : 0;
-      for (int64_t s = 0; s < grid.splits; ++s) rest += total[s * count + r];
+      for (int64_t s = 0; s < grid.num_splits; ++s) rest += total[s * count + r];
       base[r] = static_cast<float>(base[r] - rest);
       if (!grad_x) continue;
       float* to = grad_x + r * dim;
       for (int64_t d = 0; d < dim; ++d) to[d] = weighted[r * dim + d];
-      for (int64_t s = 1; s < grid.splits; ++s)
+      for (int64_t s = 1; s < grid.num_splits; ++s)
         for (int64_t d = 0; d < dim; ++d) to[d] += weighted[(s * count + r) * dim + d];
-      const float c = static_cast<float>(in.stacks[0].scale), along = static_cast<float>(rest);
-      for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - along * mean[r * dim + d]);
+      const float c = static_cast<float>(in.stacks[0].scale), excess = static_cast<float>(rest);
+      for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - excess * mean[r * dim + d]);
     }
   }
 
   if (grad_queue) {
     const Memory shared = allocate(kernels.vjp_queue_shared(in, g));
     kernels.vjp_queue_pack(in, g, shared.get());
-    const int64_t tasks = std::clamp<int64_t>(worth(threads, 16, 6.0 * count * in.size * dim), 1, in.size);
+    const int64_t tasks = std::clamp<int64_t>(num_tasks(threads, 16, 6.0 * count * in.size * dim), 1, in.size);
     const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
     const int64_t scratch = aligned(kernels.vjp_queue_scratch(in));
     const Memory memory = allocate(scratch * team);

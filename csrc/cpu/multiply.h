@@ -1,11 +1,11 @@
-// The one matrix product that everything is made of: a register block, looped over.
+// The matrix product that all kernels use, in blocks of registers.
 //
 //     c[i][v] (+)= sum_k a[i * ai + k * ak] * b[k * bk + v]
 //
-// `a` is read element by element and broadcast, `b` in vectors; neither need be packed. With the queue tile m as `a`
-// this gives both products of the forward pass from the tile as it lies in memory: similarities (i a queue row, k along
-// its width) and means (i along the width, k a queue row). A block of kRows x 2 vectors keeps two FMA units busy while
-// kRows + 2 loads feed it.
+// Elements of `a` are broadcast and `b` is read in vectors; neither must be packed. With the queue tile m as `a`,
+// both products of the forward pass read the tile in place: similarities (i is a queue row, k runs along its width)
+// and means (i runs along the width, k is a queue row). A block of kRows x 2 vectors keeps two FMA units busy with
+// kRows + 2 loads.
 
 #pragma once
 
@@ -43,7 +43,7 @@ inline void block(const typename E::Scalar* a, int64_t ai, int64_t ak, const typ
   }
 }
 
-// rows x (V vectors), in blocks of kRows and one of what is left.
+// Computes rows x (V vectors) in blocks of kRows, and one smaller block of the remaining rows.
 template <class E, int V, int I = kRows>
 void multiply(int64_t rows, const typename E::Scalar* a, int64_t ai, int64_t ak, const typename E::Scalar* b,
               int64_t bk, int64_t depth, float* c, int64_t ci, bool add) {

@@ -13,7 +13,7 @@ namespace {
 
 class Pool {
  public:
-  // False, and nothing done, if another caller is using the pool.
+  // Returns false without running anything if another caller is using the pool.
   bool run(int threads, int64_t tasks, const std::function<void(int64_t, int)>& run) {
     std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
     if (!use) return false;
@@ -22,7 +22,7 @@ class Pool {
       try {
         std::thread(&Pool::work, this).detach();
       } catch (const std::system_error&) {
-        break;  // No more threads to be had: those that are there will do.
+        break;  // Cannot start more threads: continue with those that are running.
       }
       ++workers_;
     }
@@ -34,15 +34,15 @@ class Pool {
     ++job_;
     lock.unlock();
     wake_.notify_all();
-    take(run, 0);
+    run_tasks(run, 0);
     lock.lock();
-    run_ = nullptr;  // Whoever has not joined by now need not.
+    run_ = nullptr;  // Threads that have not joined yet must not join any more.
     done_.wait(lock, [this] { return running_ == 0; });
     return true;
   }
 
  private:
-  void take(const std::function<void(int64_t, int)>& run, int slot) {
+  void run_tasks(const std::function<void(int64_t, int)>& run, int slot) {
     for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) run(task, slot);
   }
 
@@ -57,7 +57,7 @@ class Pool {
       const auto& run = *run_;
       ++running_;
       lock.unlock();
-      take(run, slot);
+      run_tasks(run, slot);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
@@ -72,20 +72,20 @@ class Pool {
   uint64_t job_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destructors. A forked child has the object but not the threads, and
-// maybe a locked mutex: it leaves the old pool alone and starts another.
+// The pool is never destroyed, because its threads may outlive static destructors. A forked child has a copy of the
+// pool without its threads and maybe with a locked mutex: it does not use that copy, and creates a new pool.
 std::atomic<Pool*> pool{nullptr};
 
-Pool& the_pool() {
+Pool& shared_pool() {
   Pool* found = pool.load();
   if (!found) {
     static const int once = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
     (void)once;
-    Pool* made = new Pool;
-    if (!pool.compare_exchange_strong(found, made))
-      delete made;
+    Pool* created = new Pool;
+    if (!pool.compare_exchange_strong(found, created))
+      delete created;
     else
-      found = made;
+      found = created;
   }
   return *found;
 }
@@ -94,7 +94,7 @@ Pool& the_pool() {
 
 void parallel(int threads, int64_t tasks, const std::function<void(int64_t, int)>& run) {
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
-  if (threads > 1 && the_pool().run(threads, tasks, run)) return;
+  if (threads > 1 && shared_pool().run(threads, tasks, run)) return;
   for (int64_t task = 0; task < tasks; ++task) run(task, 0);
 }
 

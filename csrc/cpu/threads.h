@@ -1,5 +1,5 @@
-// A pool of threads of our own: started when first needed, and anew after a fork. (An OpenMP runtime beside torch's
-// would fight with it for the cores, and one of them does not survive a fork.)
+// A pool of threads, started at the first use, and again after a fork. (A second OpenMP runtime would compete with
+// torch's for the cores, and OpenMP does not support forks.)
 
 #pragma once
 
@@ -8,9 +8,10 @@
 
 namespace relssl {
 
-// Calls run(task, slot) for every task in [0, tasks), on up to `threads` threads, this one among them. slot is in
-// [0, threads) and no two calls at a time share one. Tasks are taken in order, whoever is free taking the next.
-// If the pool is busy with another caller's tasks, this thread does them alone. `run` must not throw.
+// Calls run(task, slot) for every task in [0, tasks), on up to `threads` threads including the calling thread. slot
+// is in [0, threads), and concurrent calls have different slots. Tasks are started in order, each on the next free
+// thread. If the pool is running another caller's tasks, the calling thread runs all of its tasks. `run` must not
+// throw.
 void parallel(int threads, int64_t tasks, const std::function<void(int64_t task, int slot)>& run);
 
 }  // namespace relssl

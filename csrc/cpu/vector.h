@@ -1,7 +1,7 @@
-// SIMD in plain C++: vector types of GCC and Clang, as wide as the instruction set. Included by kernels.cpp only.
+// SIMD in plain C++, by the vector types of GCC and Clang. Only kernels.cpp includes this file.
 //
-// RELSSL_VECTOR_BYTES is the width. Everything has internal linkage: an inline function with external linkage,
-// compiled with AVX-512, could be the copy that the linker keeps for all.
+// RELSSL_VECTOR_BYTES is the width of a vector. Everything has internal linkage: otherwise the linker could keep a
+// copy of an inline function that was compiled with AVX-512, and call it on every processor.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 #include "kernels.h"
 
-// The dot product of bfloat16 pairs, or its emulation for tests. (CXXFLAGS may bring the macro into any file.)
+// The dot product of bfloat16 pairs, or its emulation for tests. (CXXFLAGS may define the macro for any file.)
 #if defined(__AVX512BF16__) && RELSSL_VECTOR_BYTES == 64
 #define RELSSL_BF16_DOT 1
 #include <immintrin.h>
@@ -39,9 +39,9 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-inline Float all(float value) { return value - Float{}; }
+inline Float broadcast(float value) { return value - Float{}; }
 
-inline Float larger(Float a, Float b) { return b > a ? b : a; }  // a where b is NaN
+inline Float max(Float a, Float b) { return b > a ? b : a; }  // Returns a if b is NaN.
 
 inline bool any(Int mask) {
   int32_t found = 0;
@@ -49,16 +49,16 @@ inline bool any(Int mask) {
   return found != 0;
 }
 
-// 2^x within 1.3 units in the last place for -126.5 < x < 127.5; 0 below; NaN stays NaN.
+// Returns 2^x within 1.3 units in the last place for -126.5 < x < 127.5, 0 below, and NaN for NaN.
 //
 // x = n + f with |f| <= 1/2. Adding 1.5 * 2^23 + 127 leaves n + 127, the exponent of 2^n, in the lowest bits. 2^f is
-// a polynomial of degree 6 (relative error 2e-9), fitted with its constant fixed at 1: 2^0 is exact.
+// a polynomial of degree 6 (relative error 2e-9), fitted with its constant fixed at 1, so that 2^0 is exact.
 inline Float exp2(Float x) {
-  const Float low = all(-127.0f), magic = all(12582912.0f + 127.0f);
+  const Float low = broadcast(-127.0f), magic = broadcast(12582912.0f + 127.0f);
   x = low > x ? low : x;
   const Float n = x + magic;
   const Float f = x - (n - magic);
-  Float p = all(0.00015353361959569156f);
+  Float p = broadcast(0.00015353361959569156f);
   p = p * f + 0.0013398875016719103f;
   p = p * f + 0.00961843691766262f;
   p = p * f + 0.055503323674201965f;
@@ -68,14 +68,14 @@ inline Float exp2(Float x) {
   return p * (Float)((Bits)n << 23);
 }
 
-// To bfloat16 and back: rounded to nearest, ties to even; NaN stays NaN.
+// Rounds to bfloat16 and converts back: to nearest, ties to even; NaN stays NaN.
 inline Float round_bf16(Float x) {
   const Bits bits = (Bits)x;
   const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
   return x == x ? (Float)rounded : x;
 }
 
-// What one lane of a product holds, and how two of them multiply and add.
+// The contents of one lane of a product, and its multiply-add.
 struct Single {
   static constexpr int kDepth = 1;  // values of the contracted dimension in a lane
   using Scalar = float;
@@ -83,7 +83,7 @@ struct Single {
   static inline Float dot(Float sum, float a, Float b) { return sum + a * b; }
 };
 
-// Two bfloat16 in 32 bits, the earlier one in the lower half, as the AVX-512 BF16 dot product takes them.
+// Two bfloat16 in 32 bits, the first one in the lower half: the operand of the AVX-512 BF16 dot product.
 struct Pair {
   static constexpr int kDepth = 2;
   using Scalar = uint32_t;
@@ -92,7 +92,8 @@ struct Pair {
 #ifdef RELSSL_BF16_DOT
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
 #else
-    sum += relssl::from_bf16(a >> 16) * (Float)(b & 0xffff0000u);  // The later one first, as the instruction does.
+    // The instruction adds the second product first.
+    sum += relssl::from_bf16(a >> 16) * (Float)(b & 0xffff0000u);
     return sum + relssl::from_bf16(a & 0xffff) * (Float)(b << 16);
 #endif
   }

@@ -1,18 +1,18 @@
-// The splits merged in a fixed order, a block for each row, and the losses made of it (kernels/combine.py has the
-// same in Triton).
+// Merges the splits in a fixed order, with one block per row, and computes the losses (kernels/combine.py is the same
+// in Triton).
 //
-//   splits   a warp for each row that is merged, the teacher's and the student's at the same time, has three numbers of
-//            each split and gives the split its weight
-//   means    a block has as many threads as columns. Four groups of them take every fourth split; a thread has four
-//            columns, and asks for eight splits of each row before it adds up the first. What bounds this step is not
-//            how much it reads, but how often it waits: at 128 splits, five times
-//   columns  then each thread has one, of which it adds the groups' sums, and writes it
+//   splits   one warp for each merged row, for the teacher's and the student's at the same time, reads three numbers of
+//            each split and computes the split's weight
+//   means    a block has as many threads as columns. Each of four groups of threads reads every fourth split. A thread
+//            reads four columns, and issues the loads of eight splits of each row before it adds the first. The latency
+//            of the loads bounds this step, not their number: 128 splits take five round trips
+//   columns  then each thread adds the groups' sums of one column and writes it
 //
-// What depends on a row alone is computed in float64: it is a few numbers, a loss is the small difference of large
-// ones, and a log-sum-exp rounded to one float32 would carry its rounding into every p = exp(logit - lse) of a
-// backward pass. Hence lse is stored in two parts.
+// Everything that is computed once per row is in float64: a loss is the small difference of large numbers, and a
+// log-sum-exp rounded to one float32 would pass its rounding on to every p = exp(logit - lse) of a backward pass. Hence
+// lse is stored in two parts.
 //
-// Not run on a GPU yet; tests/test_cuda.py runs it on a CPU.
+// These kernels have not run on a GPU yet; tests/test_cuda.py runs them on a CPU.
 
 #include "combine.h"
 
@@ -27,66 +27,66 @@ namespace relssl {
 namespace {
 
 constexpr double LN2 = 0.6931471805599453;
-constexpr int GROUPS = 4;     // of threads, among which splits are divided
+constexpr int GROUPS = 4;     // of threads, which divide the splits among them
 constexpr int IN_FLIGHT = 8;  // loads of a row's partial means that a thread issues before it waits for one
 
-// How often loads wait for others: for those of what splits counted, and of their means.
-constexpr int rounds(int splits) { return 1 + (splits + GROUPS * IN_FLIGHT - 1) / (GROUPS * IN_FLIGHT); }
-static_assert(rounds(128) <= 8, "latency bounds this step");
+// Returns the number of round trips to memory: one for the splits' numbers, the others for their means.
+constexpr int round_trips(int num_splits) { return 1 + (num_splits + GROUPS * IN_FLIGHT - 1) / (GROUPS * IN_FLIGHT); }
+static_assert(round_trips(128) <= 8, "latency bounds this step");
 
 struct Shared {
   double lse[2];                            // of two rows, in units of log 2
-  double of_warp[2][WIDEST / 32];           // two sums
+  double warp_sums[2][MAX_DIM / 32];        // two sums of each warp
   float sigma;
-  float weights[2][MOST_SPLITS];            // of the splits of two rows, 0 beyond the last
-  float4 means[2 * GROUPS * (WIDEST / 4)];  // [row, group, columns by four], as far as there are columns
+  float weights[2][MAX_SPLITS];             // of the splits of two rows, 0 beyond the last split
+  float4 means[2 * GROUPS * (MAX_DIM / 4)];  // [row, group, dim / 4], only the part that dim needs
 };
 
 constexpr int shared_bytes(int dim) { return offsetof(Shared, means) + sizeof(float) * 2 * GROUPS * dim; }
 
-// A row of what a lookup found.
+// One row of a forward kernel's results, and its scale.
 struct Row {
   const Partials& in;
   int index;
-  float c;
+  float scale;
 };
 
-// By one warp: the row's log-sum-exp, and what to weigh its splits' partial means with.
-__device__ void merge_splits(const Row& row, double& lse, float (&weights)[MOST_SPLITS]) {
-  constexpr int EACH = MOST_SPLITS / 32;
+// Computes, in one warp, a row's log-sum-exp and the weights of its splits' partial means.
+__device__ void merge_splits(const Row& row, double& lse, float (&weights)[MAX_SPLITS]) {
+  constexpr int EACH = MAX_SPLITS / 32;
   const Partials& in = row.in;
   const int lane = threadIdx.x % 32;
-  const int64_t plane = static_cast<int64_t>(in.splits) * in.rows;
-  float reference[EACH], sum[EACH], rounded[EACH];
+  const int64_t plane = static_cast<int64_t>(in.num_splits) * in.rows;
+  float shift[EACH], sum[EACH], rounded[EACH];
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int s = lane + 32 * i;
     const float* at = in.stats + static_cast<int64_t>(s) * in.rows + in.offset + row.index;
-    reference[i] = s < in.splits ? at[0] : -FLT_MAX;
-    sum[i] = s < in.splits ? at[plane] : 0;
-    rounded[i] = s < in.splits && in.means ? at[2 * plane] : 0;
+    shift[i] = s < in.num_splits ? at[0] : -FLT_MAX;
+    sum[i] = s < in.num_splits ? at[plane] : 0;
+    rounded[i] = s < in.num_splits && in.means ? at[2 * plane] : 0;
   }
   float top = -FLT_MAX, total = 0, divisor = 0;
 #pragma unroll
-  for (int i = 0; i < EACH; i++) top = fmaxf(top, reference[i]);
+  for (int i = 0; i < EACH; i++) top = fmaxf(top, shift[i]);
 #pragma unroll
-  for (int apart = 16; apart; apart /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, apart));
+  for (int lanes = 16; lanes; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    const float weight = exp2f((reference[i] - top) * row.c);
+    const float weight = exp2f((shift[i] - top) * row.scale);
     total += weight * sum[i];
     divisor += weight * rounded[i];
-    reference[i] = weight;
+    shift[i] = weight;
   }
 #pragma unroll
-  for (int apart = 16; apart; apart /= 2) {
-    total += __shfl_xor_sync(~0u, total, apart);
-    divisor += __shfl_xor_sync(~0u, divisor, apart);
+  for (int lanes = 16; lanes; lanes /= 2) {
+    total += __shfl_xor_sync(~0u, total, lanes);
+    divisor += __shfl_xor_sync(~0u, divisor, lanes);
   }
-  const float share = divisor == 0 ? 1 : 1 / divisor;  // A row left with nothing has the mean 0.
+  const float inverse = divisor == 0 ? 1 : 1 / divisor;  // The mean of a row whose entries are all excluded is 0.
 #pragma unroll
-  for (int i = 0; i < EACH; i++) weights[lane + 32 * i] = lane + 32 * i < in.splits ? reference[i] * share : 0;
-  if (lane == 0) lse = static_cast<double>(top) * row.c + log2(static_cast<double>(total));
+  for (int i = 0; i < EACH; i++) weights[lane + 32 * i] = lane + 32 * i < in.num_splits ? shift[i] * inverse : 0;
+  if (lane == 0) lse = static_cast<double>(top) * row.scale + log2(static_cast<double>(total));
 }
 
 template <int ROWS>
@@ -97,32 +97,32 @@ __device__ void merge_splits(const Row (&rows)[ROWS], Shared& shared) {
   __syncthreads();
 }
 
-// The means of the first COUNT rows, in each thread one column of them.
+// Merges the means of the first COUNT rows; each thread gets one column of them.
 template <int COUNT>
 __device__ void merge_means(const Row* rows, int dim, Shared& shared, float* means) {
   const int columns = dim / 4, column = threadIdx.x % columns, group = threadIdx.x / columns;
   const float4* at[COUNT];
   int64_t stride[COUNT];
   float4 sums[COUNT] = {};
-  int most = 0;
+  int max_splits = 0;
 #pragma unroll
   for (int r = 0; r < COUNT; r++) {
     const Partials& in = rows[r].in;
     const int64_t first = (static_cast<int64_t>(in.offset) + rows[r].index) * columns + column;
     at[r] = reinterpret_cast<const float4*>(in.means) + first;
     stride[r] = static_cast<int64_t>(in.rows) * columns;
-    most = in.splits > most ? in.splits : most;
+    max_splits = in.num_splits > max_splits ? in.num_splits : max_splits;
   }
-  for (int start = 0; start < most; start += GROUPS * IN_FLIGHT) {
+  for (int start = 0; start < max_splits; start += GROUPS * IN_FLIGHT) {
     float4 parts[COUNT][IN_FLIGHT];
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; i++)
 #pragma unroll
       for (int r = 0; r < COUNT; r++) {
         const int s = start + GROUPS * i + group;
-        parts[r][i] = s < rows[r].in.splits ? at[r][s * stride[r]] : float4{};
+        parts[r][i] = s < rows[r].in.num_splits ? at[r][s * stride[r]] : float4{};
       }
-    __syncwarp();  // Past this ptxas moves no load: it would put each just before its use, to save registers.
+    __syncwarp();  // Without it ptxas would move each load to just before its use, to save registers.
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; i++)
 #pragma unroll
@@ -139,25 +139,25 @@ __device__ void merge_means(const Row* rows, int dim, Shared& shared, float* mea
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < COUNT; r++) {
-    const float* of_group = reinterpret_cast<const float*>(shared.means + r * dim) + threadIdx.x;
-    means[r] = of_group[0] + of_group[dim] + (of_group[2 * dim] + of_group[3 * dim]);
+    const float* sum = reinterpret_cast<const float*>(shared.means + r * dim) + threadIdx.x;
+    means[r] = sum[0] + sum[dim] + (sum[2 * dim] + sum[3 * dim]);
   }
 }
 
-// Over the block's threads, for the first one.
+// Sums over the block's threads; only the first thread gets the sums.
 template <int COUNT>
-__device__ void add_up(double (&sums)[COUNT], int threads, Shared& shared) {
+__device__ void block_sum(double (&sums)[COUNT], int threads, Shared& shared) {
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
 #pragma unroll
-    for (int apart = 16; apart; apart /= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], apart);
-    if (threadIdx.x % 32 == 0) shared.of_warp[i][threadIdx.x / 32] = sums[i];
+    for (int lanes = 16; lanes; lanes /= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], lanes);
+    if (threadIdx.x % 32 == 0) shared.warp_sums[i][threadIdx.x / 32] = sums[i];
   }
   __syncthreads();
   if (threadIdx.x == 0)
     for (int w = 1; w < threads / 32; w++)
 #pragma unroll
-      for (int i = 0; i < COUNT; i++) sums[i] += shared.of_warp[i][w];
+      for (int i = 0; i < COUNT; i++) sums[i] += shared.warp_sums[i][w];
 }
 
 __device__ void store_lse(double lse, float* to, int row, int rows) {
@@ -167,10 +167,10 @@ __device__ void store_lse(double lse, float* to, int row, int rows) {
   to[rows + row] = high == -INFINITY ? 0 : static_cast<float>(natural - high);
 }
 
-__global__ void __launch_bounds__(WIDEST) combine_rows(const __grid_constant__ CombineRows in) {
+__global__ void __launch_bounds__(MAX_DIM) combine_rows(const __grid_constant__ CombineRows in) {
   Shared& shared = shared_object<Shared>();
   const int row = blockIdx.x, d = threadIdx.x;
-  const Row rows[] = {{in.partials, row, load_scale(row < in.split ? in.scale_first : in.scale_second)}};
+  const Row rows[] = {{in.partials, row, load_scale(row < in.num_first ? in.scale_first : in.scale_second)}};
   merge_splits(rows, shared);
   if (d == 0) store_lse(shared.lse[0], in.lse, row, in.partials.rows);
   if (!in.mean) return;
@@ -182,13 +182,13 @@ __global__ void __launch_bounds__(WIDEST) combine_rows(const __grid_constant__ C
 // loss = A(theta_s) - <theta_s, mean_t> (- H(p_t) if kl),  H(p_t) = A(theta_t) - <theta_t, mean_t>
 // grad_q = weight / temperature (mean_s - mean_t)
 template <class T>
-__global__ void __launch_bounds__(WIDEST) combine_relation(const __grid_constant__ CombineRelation in) {
+__global__ void __launch_bounds__(MAX_DIM) combine_relation(const __grid_constant__ CombineRelation in) {
   Shared& shared = shared_object<Shared>();
-  const int row = blockIdx.x, own = row % in.batch, dim = in.dim, d = threadIdx.x;
-  const bool first = row < in.batch;  // The first view's rows write the teacher's results, too.
-  const float q = unpack_low<T>(in.q[row * in.q_stride + d]), k = unpack_low<T>(in.k[own * in.k_stride + d]);
+  const int row = blockIdx.x, target = row % in.batch, dim = in.dim, d = threadIdx.x;
+  const bool first = row < in.batch;  // The rows of the first view also write the teacher's results.
+  const float q = unpack_low<T>(in.q[row * in.q_stride + d]), k = unpack_low<T>(in.k[target * in.k_stride + d]);
   const float c_s = load_scale(in.scale_s), c_t = load_scale(in.scale_t);
-  const Row rows[] = {{in.teacher, own, c_t}, {in.student, row, c_s}};
+  const Row rows[] = {{in.teacher, target, c_t}, {in.student, row, c_s}};
   merge_splits(rows, shared);
   float means[2];
   if (in.grad_q) {
@@ -198,33 +198,33 @@ __global__ void __launch_bounds__(WIDEST) combine_relation(const __grid_constant
   } else {
     merge_means<1>(rows, dim, shared, means);
   }
-  if (first) in.mean_t[static_cast<int64_t>(own) * dim + d] = means[0];
-  double along[] = {static_cast<double>(q) * means[0], static_cast<double>(k) * means[0]};
-  add_up(along, dim, shared);
+  if (first) in.mean_t[static_cast<int64_t>(target) * dim + d] = means[0];
+  double dots[] = {static_cast<double>(q) * means[0], static_cast<double>(k) * means[0]};
+  block_sum(dots, dim, shared);
   if (d) return;
-  const double cross = shared.lse[1] - c_s * along[0], entropy = shared.lse[0] - c_t * along[1];
+  const double cross = shared.lse[1] - c_s * dots[0], entropy = shared.lse[0] - c_t * dots[1];
   in.loss[row] = static_cast<float>((in.kl ? cross - entropy : cross) * LN2);
   store_lse(shared.lse[1], in.lse, in.batch + row, in.batch + in.rows);
   if (!first) return;
-  in.entropy[own] = static_cast<float>(entropy * LN2);
-  store_lse(shared.lse[0], in.lse, own, in.batch + in.rows);
+  in.entropy[target] = static_cast<float>(entropy * LN2);
+  store_lse(shared.lse[0], in.lse, target, in.batch + in.rows);
 }
 
 // loss = log(1 + e^z),  z = A(theta) - <theta, k>,  sigma = 1 / (1 + e^-z)
 // grad_q = weight / temperature sigma (mean - k)
 template <class T>
-__global__ void __launch_bounds__(WIDEST) combine_info_nce(const __grid_constant__ CombineInfoNCE in) {
+__global__ void __launch_bounds__(MAX_DIM) combine_info_nce(const __grid_constant__ CombineInfoNCE in) {
   Shared& shared = shared_object<Shared>();
-  const int row = blockIdx.x, own = row % in.batch, dim = in.dim, d = threadIdx.x;
-  const float q = unpack_low<T>(in.q[row * in.q_stride + d]), k = unpack_low<T>(in.k[own * in.k_stride + d]);
+  const int row = blockIdx.x, target = row % in.batch, dim = in.dim, d = threadIdx.x;
+  const float q = unpack_low<T>(in.q[row * in.q_stride + d]), k = unpack_low<T>(in.k[target * in.k_stride + d]);
   const float c = load_scale(in.scale);
   const Row rows[] = {{in.partials, row, c}};
-  double along[] = {static_cast<double>(q) * k};
-  add_up(along, dim, shared);
+  double dots[] = {static_cast<double>(q) * k};
+  block_sum(dots, dim, shared);
   merge_splits(rows, shared);
-  if (d == 0) {  // while the others load means
-    along[0] += 0 * along[0];  // An infinite one becomes NaN, as in a softmax with it.
-    const double z = LN2 * (shared.lse[0] - c * along[0]), small = exp(-fabs(z));
+  if (d == 0) {  // The other threads load means in the meantime.
+    dots[0] += 0 * dots[0];  // An infinite logit becomes NaN, as in a softmax over it.
+    const double z = LN2 * (shared.lse[0] - c * dots[0]), small = exp(-fabs(z));
     shared.sigma = static_cast<float>((z > 0 ? 1 : small) / (1 + small));
     in.loss[row] = static_cast<float>((z > 0 ? z : 0) + log1p(small));
     in.sigma[row] = shared.sigma;
@@ -241,18 +241,18 @@ __global__ void __launch_bounds__(WIDEST) combine_info_nce(const __grid_constant
 
 void probe(int device) { require(reinterpret_cast<const void*>(combine_rows), device); }
 
-void combine(const CombineRows& in, const Where& where) {
-  launch(combine_rows, dim3(in.partials.rows), in.dim, shared_bytes(in.dim), where, in);
+void combine(const CombineRows& in, const DeviceStream& on) {
+  launch(combine_rows, dim3(in.partials.rows), in.dim, shared_bytes(in.dim), on, in);
 }
 
-void combine(const CombineRelation& in, const Where& where) {
+void combine(const CombineRelation& in, const DeviceStream& on) {
   const auto kernel = in.bf16 ? combine_relation<BF16> : combine_relation<FP16>;
-  launch(kernel, dim3(in.rows), in.dim, shared_bytes(in.dim), where, in);
+  launch(kernel, dim3(in.rows), in.dim, shared_bytes(in.dim), on, in);
 }
 
-void combine(const CombineInfoNCE& in, const Where& where) {
+void combine(const CombineInfoNCE& in, const DeviceStream& on) {
   const auto kernel = in.bf16 ? combine_info_nce<BF16> : combine_info_nce<FP16>;
-  launch(kernel, dim3(in.rows), in.dim, shared_bytes(in.dim), where, in);
+  launch(kernel, dim3(in.rows), in.dim, shared_bytes(in.dim), on, in);
 }
 
 }  // namespace relssl

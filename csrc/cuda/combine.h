@@ -1,32 +1,33 @@
-// The splits of the queue merged, and the losses: epilogues of a lookup.
+// Merges the splits of the queue and computes the losses, after the forward kernels.
 
 #pragma once
 
 #include <cstdint>
 
-#include "lookup.h"
+#include "forward.h"
 
 namespace relssl {
 
-constexpr int MOST_SPLITS = 256, WIDEST = 512;
+constexpr int MAX_SPLITS = 256, MAX_DIM = 512;
 
-// What a lookup left for a range of its rows: see Lookup. `rows` are all of them, `offset` the first of the range.
+// The results of a forward kernel (see Forward) for a range of its rows: `rows` counts all rows, and the range begins
+// at `offset`.
 struct Partials {
   const float *stats, *means;
-  int rows, offset, splits;
+  int rows, offset, num_splits;
 };
 
-// lse [2, rows] in two parts, whose sum it is, and mean [rows, dim] or null. The first `split` rows have the first
-// scale.
+// lse [2, rows] is the sum of two parts; mean [rows, dim] may be null. The first `num_first` rows have the first scale.
 struct CombineRows {
   Partials partials;
   Scale scale_first, scale_second;
-  int split, dim;
+  int num_first, dim;
   float *lse, *mean;
 };
 
-// A student row r of q [rows, dim], whose teacher is row r % batch of k. loss [rows], entropy [batch], grad_q [rows,
-// dim] or null, of weight times the sum of the losses, lse [2, batch + rows], mean_t [batch, dim].
+// The teacher of the student row r of q [rows, dim] is row r % batch of k. Results: loss [rows], entropy [batch], lse
+// [2, batch + rows], mean_t [batch, dim], and grad_q [rows, dim] or null, the gradient of weight times the losses'
+// sum.
 struct CombineRelation {
   Partials teacher, student;
   const uint16_t *q, *k;
@@ -38,8 +39,8 @@ struct CombineRelation {
   float *loss, *entropy, *grad_q, *lse, *mean_t;
 };
 
-// A row r of q, whose positive is row r % batch of k. loss and sigma [rows], grad_q [rows, dim] or null, of weight
-// times the sum of the losses, lse [2, rows].
+// The positive of row r of q is row r % batch of k. Results: loss and sigma [rows], lse [2, rows], and grad_q [rows,
+// dim] or null, the gradient of weight times the losses' sum.
 struct CombineInfoNCE {
   Partials partials;
   const uint16_t *q, *k;
@@ -51,11 +52,11 @@ struct CombineInfoNCE {
   float *loss, *sigma, *grad_q, *lse;
 };
 
-// Throws the reason why nothing of this runs on a device.
+// Throws an error with the reason if these kernels cannot run on a device.
 void probe(int device);
 
-void combine(const CombineRows&, const Where&);
-void combine(const CombineRelation&, const Where&);
-void combine(const CombineInfoNCE&, const Where&);
+void combine(const CombineRows&, const DeviceStream&);
+void combine(const CombineRelation&, const DeviceStream&);
+void combine(const CombineInfoNCE&, const DeviceStream&);
 
 }  // namespace relssl

@@ -1,4 +1,4 @@
-// A kernel's launch on a given device and stream: nothing is allocated and nobody waits, so it can be captured.
+// Launches a kernel on a given device and stream. A launch neither allocates nor synchronises, so it can be captured.
 
 #ifndef RELSSL_LAUNCH_H
 #define RELSSL_LAUNCH_H
@@ -16,7 +16,7 @@
 
 namespace relssl {
 
-struct Where {
+struct DeviceStream {
   int device;
   cudaStream_t stream;
 };
@@ -25,9 +25,9 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Makes a device the current one for as long as it lives. It is set even where it is the current one already: device 0
-// is in a thread's beginning, as in those that autograd runs backward passes in, but has no context there until it is
-// set, and the driver's own functions need one.
+// Makes a device the current one during its lifetime. It sets the device even if that is already the current one:
+// device 0 is current in a new thread, such as autograd's, but has no context there until it is set, and the driver's
+// functions need a context.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -45,7 +45,7 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// More than 48 KiB of shared memory must be asked for, once for each kernel and device.
+// Allows a kernel more than 48 KiB of shared memory, which CUDA requires once for each kernel and device.
 inline void allow_shared(const void* kernel, int bytes, int device) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
@@ -56,18 +56,19 @@ inline void allow_shared(const void* kernel, int bytes, int device) {
 }
 
 template <class Parameters>
-void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, const Where& where,
+void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, const DeviceStream& on,
             const Parameters& parameters) {
-  const OnDevice guard(where.device);
-  if (shared > 48 << 10) allow_shared(reinterpret_cast<const void*>(kernel), shared, where.device);
+  const OnDevice guard(on.device);
+  if (shared > 48 << 10) allow_shared(reinterpret_cast<const void*>(kernel), shared, on.device);
   void* arguments[] = {const_cast<Parameters*>(&parameters)};
-  check(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, where.stream));
+  check(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, on.stream));
 }
 
-// Rows [size, dim] of 16 bits, `stride` elements apart, for the copy engine: boxes of `box` rows by 64 columns, swizzled
-// by 128 bytes, zeros beyond the last row. The function is the driver's, asked for by name: nothing is linked to it.
+// Returns the copy engine's descriptor of 16-bit rows [size, dim] at a distance of `stride` elements: boxes of `box`
+// rows by 64 columns, swizzled by 128 bytes, with zeros beyond the last row. The driver's function is looked up by
+// name, so the extension does not link to the driver.
 inline CUtensorMap tensor_map(int device, const void* rows, int64_t stride, int size, int dim, int box) {
-  const OnDevice guard(device);  // or asking for the function would wake another
+  const OnDevice guard(device);  // The look-up would otherwise create a context on the current device.
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -90,14 +91,14 @@ inline CUtensorMap tensor_map(int device, const void* rows, int64_t stride, int 
   return map;
 }
 
-// Bytes that a block may have.
-inline int shared_memory_of(int device) {
+// Returns the bytes of shared memory that a block may use.
+inline int max_shared_memory(int device) {
   int bytes = 0;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
 }
 
-// Throws the reason where a device, its driver or what was compiled keeps a kernel from running.
+// Throws an error with the reason if a kernel cannot run: because of the device, the driver or the compiled code.
 inline void require(const void* kernel, int device) {
   const OnDevice guard(device);
   cudaFuncAttributes attributes;

@@ -1,5 +1,5 @@
-// What kernels say to the hardware and C++ has no words for: one function for each instruction, as the PTX ISA
-// describes it. Shared memory is addressed by 32-bit numbers. tests/emulation/ has the same functions for a CPU.
+// The PTX instructions that C++ cannot express: one function for each instruction, as the PTX ISA describes it.
+// Addresses in shared memory are 32-bit numbers. tests/emulation/ implements the same functions on a CPU.
 
 #ifndef RELSSL_PTX_H
 #define RELSSL_PTX_H
@@ -11,13 +11,13 @@
 
 namespace relssl {
 
-// What 16 bits of a row stand for.
+// The format of the 16-bit elements of a row.
 struct BF16 {};
 struct FP16 {};
 
 // ------------------------------------------------------------------------------------------- shared memory
 
-// The block's dynamic shared memory, as an address and as an object.
+// Returns the block's dynamic shared memory, as an address or as an object.
 __device__ __forceinline__ uint32_t shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
@@ -39,28 +39,28 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t from) {
   return value;
 }
 
-// 16 bytes, or with fewer `bytes` the rest zeros; they land any time before cp_async_wait says so.
+// Copies `bytes` bytes and fills up to 16 with zeros. The copy is complete only after cp_async_wait.
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all but the last PENDING groups of this thread have landed.
+// Waits until all but the last PENDING groups of this thread's copies are complete.
 template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// A barrier of some of the block's warps: `threads` in all meet at barrier `id`, 1 to 15.
+// Synchronises some of the block's warps, `threads` threads in total, at the barrier `id`, 1 to 15.
 __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ------------------------------------------------------------------------------------------ tensor cores
 
-// Four 8 x 8 matrices of 16-bit elements; lane 8 i + j gives the address of row j of matrix i, and gets of each
-// elements (lane / 4, lane % 4 * 2 + {0, 1}), or of its transpose.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane 8 i + j passes the address of row j of matrix i. Each lane gets
+// the elements (lane / 4, lane % 4 * 2 + {0, 1}) of each matrix, or of its transpose.
 __device__ __forceinline__ void ldmatrix(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -75,7 +75,7 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&to)[4], uint32_t 
                : "memory");
 }
 
-// c [16 x 8] += a [16 x 16] b [16 x 8]: mma.m16n8k16, whose fragments the PTX ISA draws.
+// c [16 x 8] += a [16 x 16] b [16 x 8] by mma.m16n8k16. The PTX ISA shows the layout of the fragments.
 template <class T>
 __device__ __forceinline__ void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -93,9 +93,9 @@ RELSSL_MMA(FP16, "f16")
 
 // ---------------------------------------------------------------------------------------------- Hopper
 
-using TensorMap = CUtensorMap;  // what the copy engine knows of a tensor
+using TensorMap = CUtensorMap;  // the copy engine's descriptor of a tensor
 
-// Registers of this warpgroup's threads, given back or taken: a multiple of 8.
+// Sets the number of registers of this warpgroup's threads, a multiple of 8, to less or more than before.
 template <int COUNT>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -106,20 +106,21 @@ __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// What ordinary stores wrote to shared memory becomes visible to tensor cores and copy engine.
+// Makes ordinary stores to shared memory visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// This thread's warp has come to barrier `id`, where `threads` meet in all, and does not wait.
+// Arrives at the barrier `id`, which counts `threads` threads in total, without waiting.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// An mbarrier, 8 bytes of shared memory: a phase ends when `count` threads have arrived and all expected bytes have.
+// Initialises an mbarrier, 8 bytes of shared memory. A phase ends when `count` threads and all expected bytes have
+// arrived.
 __device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
 
-// Before others use them, the copy engine among them.
+// Makes initialised mbarriers visible to other threads and to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t at) {
@@ -130,7 +131,7 @@ __device__ __forceinline__ void mbarrier_arrive_expecting(uint32_t at, int bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity has ended; the one before the first counts as ended, and has parity 1.
+// Waits until the phase of this parity has ended. The phase before the first one counts as ended and has parity 1.
 __device__ __forceinline__ void mbarrier_wait(uint32_t at, int parity) {
   asm volatile(
       "{\n"
@@ -142,7 +143,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t at, int parity) {
       : "memory");
 }
 
-// The copy engine brings a box of the tensor, whose bytes arrive at the mbarrier.
+// Makes the copy engine load a box of the tensor; its bytes arrive at the mbarrier.
 __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* tensor, int column, int row, uint32_t mbarrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -151,14 +152,15 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* tensor, i
       : "memory");
 }
 
-// To the compiler a new one, of which it has computed nothing ahead: registers are dear beside a mean of 256 columns.
-__device__ __forceinline__ uint64_t anew(uint64_t matrix) {
+// Hides a value's origin from the compiler, which would otherwise compute descriptors ahead and keep them in registers:
+// there are none to spare beside a mean of 256 columns.
+__device__ __forceinline__ uint64_t opaque(uint64_t matrix) {
   asm volatile("" : "+l"(matrix));
   return matrix;
 }
 
-// Products are issued and awaited like copies. A fence goes before the first one, and after registers that a product
-// reads or adds to were written.
+// Products are asynchronous, like copies. A fence is needed before the first product, and after writes to registers
+// that a product reads or adds to.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -167,20 +169,20 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// What a product in flight has in these registers is not to be moved away.
+// Keeps the compiler from moving the results of a product in flight out of their registers.
 template <int COUNT>
 __device__ __forceinline__ void keep(float (&registers)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Matrices in shared memory are given by descriptors, as the PTX ISA lays them out.
+// A matrix in shared memory is passed as a descriptor, in the PTX ISA's format.
 //
-// d [64 x N] = a b, or += where `add`: a [64 x 16] and b [N x 16] by rows, both in shared memory.
+// d [64 x N] = a b, or += if `add`, with a [64 x 16] and b [N x 16] by rows, both in shared memory.
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add);
 
-// d [64 x N] += a b: a [64 x 16] in registers, four warps' fragments, and b [16 x N] read by columns.
+// d [64 x N] += a b, with a [64 x 16] in registers, as the fragments of four warps, and b [16 x N] by columns.
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
 
@@ -234,14 +236,14 @@ RELSSL_WGMMAS(FP16, "f16")
 
 // ------------------------------------------------------------------------------------------- arithmetic
 
-// 2^x to two units in the last place; 0 below 2^-126.
+// Returns 2^x with an error of at most two units in the last place, and 0 below 2^-126.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Two floats rounded to 16 bits each, the first one in the lower half; and back.
+// Rounds two floats to 16 bits each, with the first one in the lower half; and converts them back.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <class T>

@@ -1,11 +1,12 @@
-// The softmax of the rows that a warp holds, as it grows tile by tile: what every lookup does between its products.
+// The softmax of a warp's rows, computed tile by tile between the two products of every forward kernel.
 //
-// The exponent's reference is 0 as long as that is exact, which is looked at afterwards (`exact`); then the block
-// starts over ONLINE, with a running maximum that moves only when it has grown by more than 2^LAZY. float16 starts
-// there, and has its p raised by 2^7, as far as the largest goes without overflow: what lies 2^-31 below it counts.
+// The exponent's shift is 0 if that is exact, which is checked afterwards (`exact`). If it is not, the block starts
+// again ONLINE: with a running maximum as the shift, which changes only when the maximum has grown by more than
+// 2^LAZY. float16 always runs ONLINE and multiplies p by 2^7, the largest factor that cannot overflow, so that p
+// keeps entries down to 2^-31 of the largest.
 //
-// In registers, as tensor cores leave them: a fragment is 16 rows, of which a lane has rows lane / 4 and lane / 4 + 8,
-// and of every 8 columns two.
+// Registers hold fragments as the tensor cores write them: a fragment is 16 rows, of which a lane holds the rows lane
+// / 4 and lane / 4 + 8, and two of every 8 columns.
 
 #pragma once
 
@@ -13,7 +14,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "lookup.h"
+#include "forward.h"
 #include "ptx.h"
 #include "scale.h"
 
@@ -21,46 +22,103 @@ namespace relssl {
 
 constexpr float LAZY = 8;  // in units of log 2
 
-// Over the four lanes that have a row's columns.
-__device__ inline float sum_of_quad(float x) {
+// Reduces over the four lanes that hold the columns of a row.
+__device__ inline float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-__device__ inline float max_of_quad(float x) {
+__device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// F fragments; COLUMNS of similarities and WIDTH of the mean, or 0 where it is not wanted. SHARING warps have the same
-// rows, each with its own columns.
-template <class T, int F, int COLUMNS, int WIDTH, int SHARING>
-struct Softmax {
-  static constexpr bool MEAN = WIDTH > 0, SHIFTED = std::is_same<T, FP16>::value;
-  using Similarities = float[F][COLUMNS / 2];  // of every 8 columns, two of the one row and two of the other
-  using Mean = float[F][MEAN ? WIDTH / 2 : 1];
-  using Operand = uint32_t[F][COLUMNS / 16][4];  // p as the second product takes it
+// The SHARING warps that compute the same rows of a tile [M, N], each for its own part of the columns. Two warps that
+// share 16 rows exchange values and p through shared memory.
+template <int SHARING, int M, int N>
+struct SharingWarps {
+  const int part;                 // this warp's part of the columns
+  const int top;                  // the warp's first row in the block
+  const uint32_t exchange;        // shared memory for a float of each part and row
+  const int barrier_id, threads;  // the barrier of these warps
+  const int lane = threadIdx.x % 32;
 
-  const Lookup& in;
+  __device__ void sync_sharing_warps() const { barrier(barrier_id, threads); }
+
+  // Merges each row's value with that of the other warp.
+  template <int FRAGMENTS, class Merge>
+  __device__ void share(float (&values)[FRAGMENTS][2], Merge merge) const {
+    if constexpr (SHARING == 2) {
+      static_assert(FRAGMENTS == 1, "two warps share 16 rows");
+      const auto at = [&](int part, int h) { return exchange + 4 * (part * M + top + 8 * h + lane / 4); };
+      sync_sharing_warps();  // The values of the previous exchange have been read.
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        if (lane % 4 == 0) store_shared(at(part, h), __float_as_uint(values[0][h]));
+      sync_sharing_warps();
+#pragma unroll
+      for (int h = 0; h < 2; h++) values[0][h] = merge(values[0][h], __uint_as_float(load_shared(at(1 - part, h))));
+    }
+  }
+
+  // Returns the offset of a 16-byte chunk of a row of p [M, N], swizzled so that eight rows use different banks.
+  static __device__ uint32_t chunk_of_p(int row, int index) {
+    static_assert(N == 32 || N == 64, "a row of p is 64 or 128 bytes");
+    return row * 2 * N + ((index ^ (row / (64 / N) & (N / 8 - 1))) << 4);
+  }
+
+  // Writes this warp's columns of p to shared memory, and waits until both warps have done so.
+  __device__ void store_p(uint32_t p, const uint32_t (&own)[N / SHARING / 16][4]) const {
+#pragma unroll
+    for (int n = 0; n < N / SHARING / 8; n++)
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        store_shared(p + chunk_of_p(top + 8 * h + lane / 4, part * (N / SHARING / 8) + n) + lane % 4 * 4,
+                     own[n / 2][n % 2 * 2 + h]);
+    sync_sharing_warps();
+  }
+
+  // Loads the operand of the mean's product from p: this warp's rows, columns [16 k, 16 k + 16).
+  __device__ void load_p(uint32_t p, int k, uint32_t (&operand)[4]) const {
+    ldmatrix(operand, p + chunk_of_p(top + lane % 16, lane / 16 + 2 * k));
+  }
+};
+
+// FRAGMENTS fragments of rows, each with COLUMNS similarities and WIDTH columns of the mean. WIDTH is 0 if no mean is
+// computed. Sharing is the SharingWarps of the kernel.
+template <class T, int FRAGMENTS, int COLUMNS, int WIDTH, class Sharing>
+struct Softmax {
+  static constexpr bool MEAN = WIDTH > 0, FLOAT16 = std::is_same<T, FP16>::value;
+  using Similarities = float[FRAGMENTS][COLUMNS / 2];  // of every 8 columns, two of one row and two of the other row
+  using Mean = float[FRAGMENTS][MEAN ? WIDTH / 2 : 1];
+  using Operand = uint32_t[FRAGMENTS][COLUMNS / 16][4];  // p in the layout of the second product's operand
+
+  const Forward& in;
+  const Sharing sharing;
   const int first;   // the warp's first row
   const int column;  // the warp's first similarity in a tile
   const int lane = threadIdx.x % 32;
-  float c[F][2], reference[F][2], total[F][2], divisor[F][2];  // total and divisor: this lane's share
-  const int of_lane;  // what the warp's row number `lane` leaves out, held for every tile's question whether any does
+  float c[FRAGMENTS][2];  // scales
+  float shift[FRAGMENTS][2], total[FRAGMENTS][2], divisor[FRAGMENTS][2];  // total and divisor: this lane's partial sums
+  const int lane_exclude;  // the queue row that the warp's row number `lane` excludes, for `needs_mask`
 
-  __device__ Softmax(const Lookup& in, int first, int column)
-      : in(in), first(first), column(column), of_lane(lane < 16 * F ? excluded(first + lane) : -1) {
-    static_assert(16 * F <= 32, "a warp has no more rows than lanes");
+  __device__ Softmax(const Forward& in, int block_row, const Sharing& sharing)
+      : in(in),
+        sharing(sharing),
+        first(block_row + sharing.top),
+        column(sharing.part * COLUMNS),
+        lane_exclude(lane < 16 * FRAGMENTS ? excluded(first + lane) : -1) {
+    static_assert(16 * FRAGMENTS <= 32, "a warp has no more rows than lanes");
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) c[f][h] = load_scale(row(f, h) < in.split ? in.scale_first : in.scale_second);
+      for (int h = 0; h < 2; h++) c[f][h] = load_scale(row(f, h) < in.num_first ? in.scale_first : in.scale_second);
   }
 
-  // Half h of fragment f, as a row of x.
+  // Returns the row of x of half h of fragment f.
   __device__ int row(int f, int h) const { return first + 16 * f + 8 * h + lane / 4; }
 
-  // The queue row that a row leaves out, or -1. (What is out of range is no concern here: it has been looked at.)
+  // Returns the queue row that a row excludes, or -1. The caller has checked the range.
   __device__ int excluded(int row) const {
     return in.exclude && row < in.rows ? static_cast<int>(in.exclude[row]) : -1;
   }
@@ -68,61 +126,61 @@ struct Softmax {
   template <bool ONLINE>
   __device__ void start() {
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        reference[f][h] = ONLINE ? -FLT_MAX : 0;
+        shift[f][h] = ONLINE ? -FLT_MAX : 0;
         total[f][h] = divisor[f][h] = 0;
       }
   }
 
-  // Whether anything in the tile of `size` rows from `start` on is beyond the queue, or left out by this warp's rows.
-  __device__ bool to_be_masked(int start, int size) const {
+  // Returns whether the tile of `size` rows from `start` on reaches beyond the queue, or holds a row that this warp
+  // excludes.
+  __device__ bool needs_mask(int start, int size) const {
     if (start + size > in.size) return true;
-    return in.exclude && __any_sync(~0u, static_cast<unsigned>(of_lane - start) < static_cast<unsigned>(size));
+    return in.exclude && __any_sync(~0u, static_cast<unsigned>(lane_exclude - start) < static_cast<unsigned>(size));
   }
 
-  // These entries become -inf.
+  // Sets these entries to -inf.
   __device__ void mask(int start, Similarities& s) const {
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int left_out = excluded(row(f, h));  // loaded again: few tiles come here
+        const int exclude = excluded(row(f, h));  // Loaded again, because few tiles need a mask.
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             const int j = start + column + 8 * n + lane % 4 * 2 + e;
-            if (j >= in.size || j == left_out) s[f][4 * n + 2 * h + e] = -INFINITY;
+            if (j >= in.size || j == exclude) s[f][4 * n + 2 * h + e] = -INFINITY;
           }
       }
   }
 
-  // Move the reference of a row whose maximum has grown too far, and say by what to multiply a mean summed under the
-  // last one: whether any of this warp's has moved. `share` makes one maximum of those of the warps that share rows.
-  template <class Share>
-  __device__ bool follow_maximum(const Similarities& s, float (&factor)[F][2], Share share) {
-    float most[F][2];
+  // Raises the shift of each row whose maximum has grown too much, and sets the factor by which to multiply a mean
+  // that was summed under the previous shift. Returns whether the shift of any of this warp's rows has changed.
+  __device__ bool follow_maximum(const Similarities& s, float (&factor)[FRAGMENTS][2]) {
+    float top[FRAGMENTS][2];
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         float x = -FLT_MAX;
 #pragma unroll
         for (int n = 0; n < COLUMNS / 2; n += 4) x = fmaxf(x, fmaxf(s[f][n + 2 * h], s[f][n + 2 * h + 1]));
-        most[f][h] = max_of_quad(x);
+        top[f][h] = quad_max(x);
       }
-    share(most);
+    sharing.share(top, [](float a, float b) { return fmaxf(a, b); });
     bool moved = false;
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const bool grown = (most[f][h] - reference[f][h]) * c[f][h] > LAZY;
-        const float next = grown ? most[f][h] : reference[f][h];
-        factor[f][h] = exp2_approx((reference[f][h] - next) * c[f][h]);
-        reference[f][h] = next;
+        const bool grown = (top[f][h] - shift[f][h]) * c[f][h] > LAZY;
+        const float next = grown ? top[f][h] : shift[f][h];
+        factor[f][h] = exp2_approx((shift[f][h] - next) * c[f][h]);
+        shift[f][h] = next;
         total[f][h] *= factor[f][h];
         divisor[f][h] *= factor[f][h];
         moved = moved || grown;
@@ -130,26 +188,26 @@ struct Softmax {
     return __any_sync(~0u, moved);
   }
 
-  __device__ static void rescale(Mean& mean, const float (&factor)[F][2]) {
+  __device__ static void rescale(Mean& mean, const float (&factor)[FRAGMENTS][2]) {
     if constexpr (MEAN) {
 #pragma unroll
-      for (int f = 0; f < F; f++)
+      for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
         for (int d = 0; d < WIDTH / 2; d++) mean[f][d] *= factor[f][d % 4 / 2];
     }
   }
 
-  // s becomes p = 2^(c (s - reference)). Tiles are summed by themselves first: a split has thousands of terms.
+  // Replaces s by p = 2^(c (s - shift)). Each tile is summed separately first, because a split has thousands of terms.
   template <bool ONLINE>
   __device__ void exponentials(Similarities& s) {
 #pragma unroll
-    for (int f = 0; f < F; f++) {
+    for (int f = 0; f < FRAGMENTS; f++) {
       float sum[2] = {};
 #pragma unroll
       for (int n = 0; n < COLUMNS / 2; n++) {
         const int h = n % 4 / 2;
         float& x = s[f][n];
-        x = exp2_approx(ONLINE ? (x - reference[f][h]) * c[f][h] + (SHIFTED ? 7 : 0) : x * c[f][h]);
+        x = exp2_approx(ONLINE ? (x - shift[f][h]) * c[f][h] + (FLOAT16 ? 7 : 0) : x * c[f][h]);
         sum[h] += x;
       }
       total[f][0] += sum[0];
@@ -157,10 +215,10 @@ struct Softmax {
     }
   }
 
-  // p rounded: the operand of the mean, and the sum of what it holds.
+  // Rounds p to the operand of the mean's product, and adds the rounded values to the divisor.
   __device__ void round(const Similarities& s, Operand& p) {
 #pragma unroll
-    for (int f = 0; f < F; f++) {
+    for (int f = 0; f < FRAGMENTS; f++) {
       float sum[2] = {};
 #pragma unroll
       for (int n = 0; n < COLUMNS / 4; n++) {
@@ -173,57 +231,58 @@ struct Softmax {
     }
   }
 
-  // The sums of a row over its lanes, and by `share` over the warps that share it.
-  template <class Share>
-  __device__ void finish(Share share) {
+  // Sums over the lanes of each row, and over the warps that share it.
+  __device__ void finish() {
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        total[f][h] = sum_of_quad(total[f][h]);
-        if (MEAN) divisor[f][h] = sum_of_quad(divisor[f][h]);
+        total[f][h] = quad_sum(total[f][h]);
+        if (MEAN) divisor[f][h] = quad_sum(divisor[f][h]);
       }
-    share(total);
-    if (MEAN) share(divisor);
+    const auto add = [](float a, float b) { return a + b; };
+    sharing.share(total, add);
+    if (MEAN) sharing.share(divisor, add);
   }
 
-  // Whether the reference 0 served this lane's rows: what sank below 2^-126 is less than an ulp of the sum, and
-  // nothing came near infinity. NaN fails.
+  // Returns whether the shift 0 was exact for this lane's rows: the terms below 2^-126 amount to less than an ulp of
+  // the sum, and no value is close to infinity. Returns false for NaN.
   __device__ bool exact(const Mean& mean) const {
     bool good = true;
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float seen = total[f][h];
+        float sum = total[f][h];
         if (MEAN) {
 #pragma unroll
-          for (int d = 2 * h; d < WIDTH / 2; d += 4)  // add 0 or NaN
-            seen += mean[f][d] - mean[f][d] + (mean[f][d + 1] - mean[f][d + 1]);
+          for (int d = 2 * h; d < WIDTH / 2; d += 4)  // Adds 0, or NaN if a value is infinite or NaN.
+            sum += mean[f][d] - mean[f][d] + (mean[f][d + 1] - mean[f][d + 1]);
         }
-        good = good && seen >= in.size * 0x1p-102f && seen <= 0x1p100f;
+        good = good && sum >= in.size * 0x1p-102f && sum <= 0x1p100f;
       }
     return good;
   }
 
-  // Into the split blockIdx.y; the mean's columns from `column_of_mean` on, and by one of the sharing warps the rest.
-  __device__ void store(const Mean& mean, int dim, int column_of_mean, bool leading) const {
+  // Writes the results of the split blockIdx.y: this warp's columns of the mean, and in one of the sharing warps the
+  // rest.
+  __device__ void store(const Mean& mean, int dim) const {
     const int64_t plane = static_cast<int64_t>(gridDim.y) * in.rows;
 #pragma unroll
-    for (int f = 0; f < F; f++)
+    for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         if (row(f, h) >= in.rows) continue;
         const int64_t at = static_cast<int64_t>(blockIdx.y) * in.rows + row(f, h);
-        if (leading && lane % 4 == 0) {
-          in.stats[at] = reference[f][h];
-          in.stats[plane + at] = total[f][h] * (SHIFTED ? 0x1p-7f : 1);
-          if (MEAN) in.stats[2 * plane + at] = divisor[f][h];  // raised, as the mean is
+        if (sharing.part == 0 && lane % 4 == 0) {
+          in.stats[at] = shift[f][h];
+          in.stats[plane + at] = total[f][h] * (FLOAT16 ? 0x1p-7f : 1);
+          if (MEAN) in.stats[2 * plane + at] = divisor[f][h];  // multiplied by 2^7, as the mean is
         }
         if (MEAN) {
 #pragma unroll
           for (int d = 0; d < WIDTH / 8; d++) {
-            float2* to = reinterpret_cast<float2*>(in.means + at * dim + column_of_mean + 8 * d + lane % 4 * 2);
+            float2* to = reinterpret_cast<float2*>(in.means + at * dim + sharing.part * WIDTH + 8 * d + lane % 4 * 2);
             *to = {mean[f][4 * d + 2 * h], mean[f][4 * d + 2 * h + 1]};
           }
         }

@@ -68,7 +68,7 @@ class Cpu(Backend):
             first, second = _stack(x[:num_first], scale[0]), _stack(x[num_first:], scale[1])
             rest = mean[num_first:].data_ptr()
         means = (mean.data_ptr(), rest) if want_mean else (0, 0)
-        _cpu.rows(
+        _cpu.lse_and_mean(
             first,
             second,
             *_queue(queue),

@@ -118,7 +118,7 @@ class Cuda(SplitCombine[Partials, Number]):
         number, step = _heuristics().split_queue(rows, size, dim, kernel.tiles, slots)
         stats = queue.new_empty((3, number, rows), dtype=torch.float32)
         means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)
-        _cuda.lookup(
+        _cuda.forward(
             place, path, _rows(first), scales[0], _rows(second), scales[1], _rows(queue), dim,
             _is_bf16(queue), 0 if exclude is None else exclude.data_ptr(), number, step, stats.data_ptr(),
             _wanted(means),

@@ -1,5 +1,5 @@
-// CUDA on a CPU, for tests: csrc/cuda is compiled with g++ and this header in place of ptx.h. The layouts of fragments
-// and matrices are those that the PTX ISA draws; machine.h says how threads run, and toolkit/ has CUDA's own headers.
+// Emulates CUDA on a CPU for tests: g++ compiles csrc/cuda with this header in place of ptx.h. Fragments and matrices
+// have the layouts of the PTX ISA. machine.h runs the threads, and toolkit/ replaces CUDA's own headers.
 
 #ifndef RELSSL_EMULATION_CUDA_H
 #define RELSSL_EMULATION_CUDA_H
@@ -47,31 +47,31 @@ inline float __uint_as_float(uint32_t bits) {
 
 inline void __syncthreads() {
   auto& m = emulation::machine;
-  m.meet(m.barrier(0), m.threads(), "__syncthreads", [] {});
+  m.arrive(m.barrier(0), m.threads(), "__syncthreads", [] {});
 }
 
 inline bool __syncthreads_or(bool own) {
   auto& m = emulation::machine;
-  m.meet(m.barrier(0), m.threads(), "__syncthreads_or (before)", [&] { m.vote = false; });
+  m.arrive(m.barrier(0), m.threads(), "__syncthreads_or (before)", [&] { m.vote = false; });
   m.vote = m.vote || own;
-  m.meet(m.barrier(0), m.threads(), "__syncthreads_or", [] {});
+  m.arrive(m.barrier(0), m.threads(), "__syncthreads_or", [] {});
   return m.vote;
 }
 
-// What another lane has.
+// Returns the value of another lane.
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {
   struct Lane {
-    T given, got;
+    T value, result;
     int from;
   } own{x, x, from};
-  emulation::machine.together(32, "a shuffle", &own, [](void** brought) {
+  emulation::machine.together(32, "a shuffle", &own, [](void** arguments) {
     for (int i = 0; i < 32; i++) {
-      auto* lane = static_cast<Lane*>(brought[i]);
-      lane->got = static_cast<Lane*>(brought[lane->from])->given;
+      auto* lane = static_cast<Lane*>(arguments[i]);
+      lane->result = static_cast<Lane*>(arguments[lane->from])->value;
     }
   });
-  return own.got;
+  return own.result;
 }
 
 template <class T>
@@ -80,10 +80,10 @@ T __shfl_xor_sync(unsigned mask, T x, int lanes) {
 }
 
 inline bool __any_sync(unsigned, bool own) {
-  emulation::machine.together(32, "__any_sync", &own, [](void** brought) {
+  emulation::machine.together(32, "__any_sync", &own, [](void** arguments) {
     bool any = false;
-    for (int i = 0; i < 32; i++) any = any || *static_cast<bool*>(brought[i]);
-    for (int i = 0; i < 32; i++) *static_cast<bool*>(brought[i]) = any;
+    for (int i = 0; i < 32; i++) any = any || *static_cast<bool*>(arguments[i]);
+    for (int i = 0; i < 32; i++) *static_cast<bool*>(arguments[i]) = any;
   });
   return own;
 }
@@ -141,7 +141,7 @@ inline uint16_t to_bits<FP16>(float x) {
   if (size >= 65520) return sign | 0x7c00;
   int exponent = 0;
   std::frexp(size, &exponent);                       // size = [1/2, 1) 2^exponent
-  const int last = (exponent < -13 ? -13 : exponent) - 11;  // the place of the last digit
+  const int last = (exponent < -13 ? -13 : exponent) - 11;  // the exponent of the last digit
   const int digits = std::lrint(std::ldexp(size, -last));    // to nearest, ties to even
   return sign | (digits < 1024 ? digits : ((last + 25 - 1) << 10) + digits);
 }
@@ -198,7 +198,7 @@ void cp_async_wait() {
 }
 
 inline void barrier(int id, int threads) {
-  emulation::machine.meet(emulation::machine.barrier(id), threads, "barrier", [] {});
+  emulation::machine.arrive(emulation::machine.barrier(id), threads, "barrier", [] {});
 }
 
 inline void ldmatrix(uint32_t (&to)[4], uint32_t row, bool transposed, const char* what) {
@@ -207,15 +207,15 @@ inline void ldmatrix(uint32_t (&to)[4], uint32_t row, bool transposed, const cha
     uint32_t row;
     bool transposed;
   } own{to, row, transposed};
-  emulation::machine.together(32, what, &own, [](void** brought) {
+  emulation::machine.together(32, what, &own, [](void** arguments) {
     for (int matrix = 0; matrix < 4; matrix++) {
       uint16_t elements[8][8];
       for (int i = 0; i < 8; i++) {
-        const uint32_t row = static_cast<Lane*>(brought[8 * matrix + i])->row;
+        const uint32_t row = static_cast<Lane*>(arguments[8 * matrix + i])->row;
         std::memcpy(elements[i], emulation::machine.shared(row, 16), 16);
       }
       for (int i = 0; i < 32; i++) {
-        const auto* lane = static_cast<Lane*>(brought[i]);
+        const auto* lane = static_cast<Lane*>(arguments[i]);
         const auto at = [&](int e) {
           const int r = i / 4, c = i % 4 * 2 + e;
           return static_cast<uint32_t>(lane->transposed ? elements[c][r] : elements[r][c]);
@@ -229,7 +229,7 @@ inline void ldmatrix(uint32_t (&to)[4], uint32_t row, bool transposed, const cha
 inline void ldmatrix(uint32_t (&to)[4], uint32_t row) { ldmatrix(to, row, false, "ldmatrix"); }
 inline void ldmatrix_transposed(uint32_t (&to)[4], uint32_t row) { ldmatrix(to, row, true, "ldmatrix.trans"); }
 
-// Exact products, and sums rounded once.
+// Products are exact, and each sum is rounded once.
 template <class T>
 void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Lane {
@@ -237,10 +237,10 @@ void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t* a;
     uint32_t b[2];
   } own{c, a, {b0, b1}};
-  emulation::machine.together(32, "mma", &own, [](void** brought) {
+  emulation::machine.together(32, "mma", &own, [](void** arguments) {
     float a[16][16], b[8][16];  // b by columns
     for (int i = 0; i < 32; i++) {
-      const auto* lane = static_cast<Lane*>(brought[i]);
+      const auto* lane = static_cast<Lane*>(arguments[i]);
       for (int r = 0; r < 4; r++) {
         float* to = a[i / 4 + r % 2 * 8] + i % 4 * 2 + r / 2 * 8;
         to[0] = unpack_low<T>(lane->a[r]);
@@ -255,7 +255,7 @@ void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     for (int i = 0; i < 32; i++)
       for (int r = 0; r < 4; r++) {
         const float *row = a[i / 4 + r / 2 * 8], *column = b[i % 4 * 2 + r % 2];
-        float& sum = static_cast<Lane*>(brought[i])->c[r];
+        float& sum = static_cast<Lane*>(arguments[i])->c[r];
         double exact = sum;
         for (int k = 0; k < 16; k++) exact += static_cast<double>(row[k]) * column[k];
         sum = static_cast<float>(exact);

@@ -1,4 +1,4 @@
-// What Hopper adds: mbarriers, the copy engine, and warpgroups' products. Part of cuda.h.
+// Emulates what Hopper adds: mbarriers, the copy engine, and products of warpgroups. This file is a part of cuda.h.
 
 #pragma once
 
@@ -12,7 +12,7 @@ template <int>
 void more_registers() {}
 template <int COUNT>
 void keep(float (&)[COUNT]) {}
-inline uint64_t anew(uint64_t matrix) { return matrix; }
+inline uint64_t opaque(uint64_t matrix) { return matrix; }
 inline void wgmma_fence() {}
 inline void fence_mbarrier_init() {}
 inline void __syncwarp() {
@@ -22,7 +22,7 @@ inline void __syncwarp() {
 inline void fence_proxy() { emulation::machine.fence(); }
 
 inline void barrier_arrive(int id, int threads) {
-  emulation::machine.meet(emulation::machine.barrier(id), threads, "barrier", [] {}, false);
+  emulation::machine.arrive(emulation::machine.barrier(id), threads, "barrier", [] {}, false);
 }
 
 inline void mbarrier_init(uint32_t at, int count) {
@@ -38,14 +38,14 @@ inline void mbarrier_arrive_expecting(uint32_t at, int bytes) {
   emulation::machine.settle(m);
 }
 
-// Whoever was waited for may be overtaken by those that waited.
+// The threads that waited may continue before this one.
 inline void mbarrier_arrive(uint32_t at) {
   mbarrier_arrive_expecting(at, 0);
-  emulation::machine.give_way();
+  emulation::machine.yield();
 }
 inline void mbarrier_wait(uint32_t at, int parity) { emulation::machine.wait(emulation::machine.mbarrier(at), parity); }
 
-// Bits 4 to 6 of an address are swizzled by bits 7 to 9.
+// Swizzles bits 4 to 6 of an address by bits 7 to 9.
 inline uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 inline void copy_box(uint32_t to, const TensorMap* tensor, int column, int row, uint32_t mbarrier) {
@@ -64,14 +64,15 @@ inline void copy_box(uint32_t to, const TensorMap* tensor, int column, int row, 
 
 inline void wgmma_commit() { emulation::machine.fiber().products++; }
 
-// By all of a warp, or one of its threads would finish products before another has arrived at what comes before this.
+// The whole warp waits: otherwise one thread could complete products before another has reached the instruction before
+// this one.
 template <int PENDING>
 void wgmma_wait() {
   __syncwarp();
   emulation::machine.wait_for_products(PENDING);
 }
 
-// An element of a matrix by its descriptor, read by rows or by columns.
+// Returns an element of a matrix given by its descriptor, read by rows or by columns.
 template <class T>
 float element(uint64_t matrix, int row, int column, bool by_columns) {
   if (matrix >> 62 != 1) emulation::machine.fail("a matrix is not swizzled by 128 bytes");
@@ -83,7 +84,7 @@ float element(uint64_t matrix, int row, int column, bool by_columns) {
   return from_bits<T>(bits);
 }
 
-// Of the 128 threads' registers: row and column of number i.
+// Return the row and column of register i of a thread, in a product of 128 threads.
 inline int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8; }
 inline int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
@@ -94,7 +95,7 @@ struct Product {
   bool in_registers, add;
 };
 
-// d [64 x N] = a b (+ d): when it happens, operands in shared memory are read, and sums written.
+// d [64 x N] = a b (+ d). Only when the product runs does it read operands from shared memory and write the sums.
 template <class T, int N>
 void multiply(Product& product) {
   static float b[16][256];
@@ -121,19 +122,20 @@ void issue(float* d, const uint32_t* a, uint64_t a_at, uint64_t b_at, bool add) 
     uint64_t a_at, b_at;
     bool add;
   } own{d, a, a_at, b_at, add};
-  emulation::machine.together(128, a ? "wgmma of registers" : "wgmma", &own, [](void** brought) {
+  emulation::machine.together(128, a ? "wgmma of registers" : "wgmma", &own, [](void** arguments) {
     auto product = std::make_shared<Product>();
-    const auto* first = static_cast<Thread*>(brought[0]);
+    const auto* first = static_cast<Thread*>(arguments[0]);
     product->a_at = first->a_at;
     product->b_at = first->b_at;
     product->add = first->add;
     product->in_registers = first->a;
     for (int thread = 0; thread < 128; thread++) {
-      const auto* t = static_cast<Thread*>(brought[thread]);
+      const auto* t = static_cast<Thread*>(arguments[thread]);
       if (t->a_at != first->a_at || t->b_at != first->b_at || t->add != first->add)
         emulation::machine.fail("threads of a warpgroup multiply different matrices");
       product->d[thread] = t->d;
-      for (int i = 0; i < 8 && t->a; i++) {  // The fragment's registers are a column of 8 on: 2 rows, then 8 columns on.
+      // The registers of a fragment: each is two columns of a row, the second is 8 rows on, the third 8 columns on.
+      for (int i = 0; i < 8 && t->a; i++) {
         const uint32_t pair = t->a[i / 2];
         product->a[row_of(thread, i)][column_of(thread, i)] = i % 2 ? unpack_high<T>(pair) : unpack_low<T>(pair);
       }

@@ -1,10 +1,11 @@
-// A block's threads as fibers, and what they wait for.
+// Runs the threads of a block as fibers.
 //
-// One runs until it reaches a collective (a barrier, or what a warp does together); then any other that can goes on,
-// drawn at random from a seed. In most blocks some warps or threads go before others whenever they can, until ranks are
-// drawn anew: so they drift apart as far as barriers let them, and what only works in one order fails for some seed.
-// Shared memory starts as NaN. Whatever is asynchronous happens at once, or later, or no sooner than it is waited for:
-// a block's draw says which.
+// A fiber runs until it reaches a collective operation (a barrier, or an instruction of a whole warp). Then another
+// fiber that is ready continues, chosen at random from a seed. In most blocks warps or threads have random ranks,
+// those of high rank run before the others, and the ranks change from time to time. Threads thus drift apart as far
+// as barriers allow, and code that works in one order only fails for some seed. Shared memory starts as NaN.
+// Asynchronous work runs at once, later, or not before a thread waits for it: this is chosen at random for each
+// block.
 
 #pragma once
 
@@ -27,7 +28,7 @@ struct dim3 {
 
 namespace emulation {
 
-// Fast, and as random as drawing fibers needs (xorshift64*).
+// A fast random number generator (xorshift64*), good enough to choose fibers.
 class Random {
  public:
   void seed(uint64_t seed) { state_ = (seed + 1) * 0x9e3779b97f4a7c15; }
@@ -42,13 +43,13 @@ class Random {
   uint64_t state_ = 1;
 };
 
-// Something that happens by itself, of the group that its thread or warpgroup had open.
+// Asynchronous work, and the group of its thread or warpgroup to which it belongs.
 struct Task {
   std::function<void()> run;
   int64_t group;
 };
 
-// In order or in any, all but the last groups to be done at a wait.
+// The tasks that have not run yet. A wait runs all but those of the last groups.
 struct Tasks {
   std::vector<Task> open;
   int64_t group = 0;  // the one that new tasks belong to
@@ -61,12 +62,12 @@ struct Fiber {
   int64_t products = 0;  // groups of products that this thread has committed
 };
 
-// Threads that wait for each other, and what each brings.
-struct Meeting {
+// A collective operation: the threads that wait for each other, and the argument of each.
+struct Collective {
   std::vector<int> waiting;
   int arrived = 0;
   const char* what = "";
-  void* brought[128];
+  void* arguments[128];
 };
 
 struct Mbarrier {
@@ -83,7 +84,7 @@ class Machine {
   int current() const { return current_; }
   int threads() const { return static_cast<int>(fibers_.size()); }
   Fiber& fiber() { return fibers_[current_]; }
-  Meeting& barrier(int id) { return barriers_[id]; }
+  Collective& barrier(int id) { return barriers_[id]; }
 
   void fail(const std::string& error) {
     if (error_.empty()) error_ = error;
@@ -99,7 +100,7 @@ class Machine {
     return shared_.data() + at;
   }
 
-  // Written by ordinary means: hidden from tensor cores and copy engine until the writer's fence.
+  // An ordinary store, which tensor cores and the copy engine do not see before the writer's fence.
   void write(int writer, uint32_t at, const void* from, int bytes) {
     std::memcpy(shared(at, bytes), from, bytes);
     if (at / 16 < writers_.size()) writers_[at / 16] = writer + 1;
@@ -113,7 +114,7 @@ class Machine {
     return shared(at, bytes);
   }
 
-  // ------------------------------------------------------------------------------------------ running
+  // ---------------------------------------------------------------------------------------- execution
 
   void run(dim3 of, int threads, int shared, const std::function<void()>& kernel) {
     grid = of;
@@ -132,41 +133,43 @@ class Machine {
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
-  // The current thread arrives at a meeting of `count`; the last one does `act`, and then all that wait go on.
+  // The current thread arrives at a collective of `count` threads. The last one runs `act`, and then all waiting
+  // threads continue.
   template <class Act>
-  void meet(Meeting& meeting, int count, const char* what, Act act, bool wait = true) {
-    if (!meeting.arrived) meeting.what = what;
-    if (meeting.what != what) fail(std::string("threads meet at ") + meeting.what + " and at " + what);
-    if (wait) meeting.waiting.push_back(current_);
-    if (++meeting.arrived == count) {
+  void arrive(Collective& collective, int count, const char* what, Act act, bool wait = true) {
+    if (!collective.arrived) collective.what = what;
+    if (collective.what != what) fail(std::string("threads wait at ") + collective.what + " and at " + what);
+    if (wait) collective.waiting.push_back(current_);
+    if (++collective.arrived == count) {
       act();
-      meeting.arrived = 0;
-      wake(meeting.waiting);
+      collective.arrived = 0;
+      wake(collective.waiting);
     }
-    happen();
+    run_some_tasks();
     if (!wait) ready_.push_back(current_);
     next();
   }
 
-  // The current thread goes on after others; in half of the blocks where all is late, when nothing else can happen.
-  void give_way() {
+  // Lets other threads run before the current one. In half of the blocks with late tasks, it continues only when no
+  // other thread and no task can run.
+  void yield() {
     (late_ && unit_ < 32 ? last_ : ready_).push_back(current_);
     next();
   }
 
-  // What 32 or 128 threads do together: each brings an address, and the last one acts on all.
+  // An operation of 32 or 128 threads: each passes an address, and the last thread runs `act` on all of them.
   template <class Act>
-  void together(int count, const char* what, void* brought, Act act) {
-    Meeting& meeting = (count == 32 ? warps_ : warpgroups_)[current_ / count];
-    meeting.brought[current_ % count] = brought;
-    meet(meeting, count, what, [&] { act(meeting.brought); });
+  void together(int count, const char* what, void* argument, Act act) {
+    Collective& collective = (count == 32 ? warps_ : warpgroups_)[current_ / count];
+    collective.arguments[current_ % count] = argument;
+    arrive(collective, count, what, [&] { act(collective.arguments); });
   }
 
-  // --------------------------------------------------------------------------- what happens by itself
+  // -------------------------------------------------------------------------------- asynchronous work
 
   void copy(std::function<void()> run) {
     fiber().copies.open.push_back({std::move(run), fiber().copies.group});
-    happen();
+    run_some_tasks();
   }
   void wait_for_copies(int pending) { finish(fiber().copies, fiber().copies.group - pending); }
 
@@ -222,7 +225,7 @@ class Machine {
     if (!_setjmp(home_)) next();
   }
 
-  // A fiber says where it is to be found, and comes back to run the kernel.
+  // Saves the fiber's context and returns to run_block. When the fiber is resumed, it runs the kernel.
   static void start();
 
   void wake(std::vector<int>& waiting) {
@@ -230,19 +233,19 @@ class Machine {
     waiting.clear();
   }
 
-  // Units of threads go before others.
+  // Gives each unit of threads a random rank.
   void rank() {
     for (int i = 0; i < threads(); i++) ranks_[i] = i % unit_ ? ranks_[i - 1] : random_();
   }
 
-  // On to any thread that can; home when none can.
+  // Switches to a thread that is ready, or back to run_block if there is none.
   void next() {
     if (current_ >= 0 && _setjmp(fibers_[current_].at)) return;
-    if (!late_ && !bulk_.open.empty() && random_() % 16 == 0) one_of(bulk_);
-    while (ready_.empty() && !bulk_.open.empty()) one_of(bulk_);
+    if (!late_ && !bulk_.open.empty() && random_() % 16 == 0) run_any(bulk_);
+    while (ready_.empty() && !bulk_.open.empty()) run_any(bulk_);
     if (ready_.empty()) wake(last_);
     if (ready_.empty()) {
-      if (finished_ < threads()) fail("nobody can go on: " + told());
+      if (finished_ < threads()) fail("no thread can continue: " + waiting_threads());
       current_ = -1;
       _longjmp(home_, 1);
     }
@@ -258,10 +261,10 @@ class Machine {
     _longjmp(fibers_[current_].at, 1);
   }
 
-  std::string told() const {
+  std::string waiting_threads() const {
     std::string at = std::to_string(threads() - finished_) + " threads";
-    for (const auto* meetings : {&warps_, &warpgroups_, &barriers_})
-      for (const Meeting& m : *meetings)
+    for (const auto* collectives : {&warps_, &warpgroups_, &barriers_})
+      for (const Collective& m : *collectives)
         if (m.arrived) at += ", " + std::to_string(m.arrived) + " at " + m.what;
     for (const auto& [where, m] : mbarriers_)
       if (!m.waiting.empty()) at += ", " + std::to_string(m.waiting.size()) + " at an mbarrier";
@@ -271,28 +274,28 @@ class Machine {
   void finish(Tasks& tasks, int64_t group) {
     for (size_t i = 0; i < tasks.open.size();)
       if (tasks.open[i].group < group)
-        take(tasks, i);
+        run_task(tasks, i);
       else
         i++;
   }
 
-  void take(Tasks& tasks, size_t index) {
+  void run_task(Tasks& tasks, size_t index) {
     const Task task = std::move(tasks.open[index]);
     tasks.open.erase(tasks.open.begin() + index);
     task.run();
   }
 
-  void one_of(Tasks& tasks) { take(tasks, random_() % tasks.open.size()); }
+  void run_any(Tasks& tasks) { run_task(tasks, random_() % tasks.open.size()); }
 
-  // By chance, one copy of this thread, and the oldest product of its warpgroup; products keep their order.
-  void happen() {
+  // Runs, at random, a copy of this thread and the oldest product of its warpgroup. Products keep their order.
+  void run_some_tasks() {
     if (late_) return;
-    if (!fiber().copies.open.empty() && random_() % 4 == 0) one_of(fiber().copies);
-    if (!products().open.empty() && random_() % 64 == 0) take(products(), 0);
+    if (!fiber().copies.open.empty() && random_() % 4 == 0) run_any(fiber().copies);
+    if (!products().open.empty() && random_() % 64 == 0) run_task(products(), 0);
   }
 
   std::vector<Fiber> fibers_;
-  std::vector<Meeting> warps_, warpgroups_, barriers_;
+  std::vector<Collective> warps_, warpgroups_, barriers_;
   std::vector<Tasks> products_;
   std::map<uint32_t, Mbarrier> mbarriers_;
   Tasks bulk_;

@@ -1,3 +1,3 @@
-// The driver, as far as csrc/cuda/launch.h asks for it.
+// The part of the driver's interface that csrc/cuda/launch.h uses.
 #pragma once
 #include "cuda_runtime.h"

@@ -1,3 +1,3 @@
-// The types of the driver's functions.
+// The types of the driver's functions are declared in cuda.h.
 #pragma once
 #include "cuda.h"

@@ -1,5 +1,6 @@
-// CUDA's runtime and driver, as far as csrc/cuda/launch.h asks for them. As since CUDA 12 a thread begins at device 0 and
-// without a context, which the driver's functions need and cudaSetDevice makes; here nothing else makes one.
+// The parts of CUDA's runtime and driver that csrc/cuda/launch.h uses. As in CUDA 12 and later, device 0 is current
+// in a new thread, which has no context. The driver's functions need a context, and here only cudaSetDevice creates
+// one.
 #pragma once
 
 #include <cstdint>
