@@ -291,7 +291,7 @@ def extension(file: Path) -> tuple[list[cuda_resources.Resources], dict[tuple, s
     for part in re.split(r"(?m)^(?=\s*(?:arch = |Function : ))", cuda_resources.dump("-sass", file)):
         if named := re.match(r"\s*arch = (\S+)", part):
             chip = named[1]
-        elif named := re.search(cuda_resources.LOOKUP, part.split("\n")[0]):
+        elif named := re.search(cuda_resources.FORWARD, part.split("\n")[0]):
             own, dtype, dim, mean = named.groups()
             found[f"forward_{own}", chip, dtype.lower(), int(dim), mean == "1"] = part
     return used, found
