@@ -76,7 +76,7 @@ def solo(module: str) -> ModuleType:
 
 
 def lightly(module: str) -> ModuleType:
-    importlib.import_module("relssl.data.torchvision_import")  # Which lightly imports, and may be broken.
+    importlib.import_module("relssl.datasets.torchvision_import")  # Which lightly imports, and may be broken.
     return package("lightly", module)
 
 

@@ -20,7 +20,7 @@ from work import NT_XENT, STUDENT, TEACHER, Case
 # What training needs beyond torch may not be there.
 ressl = pytest.importorskip("relssl.methods.ressl", exc_type=ImportError)
 sacc = pytest.importorskip("relssl.methods.sacc", exc_type=ImportError)
-optimizer_of = pytest.importorskip("relssl.train", exc_type=ImportError).optimizer_of
+build_optimizer = pytest.importorskip("relssl.train", exc_type=ImportError).build_optimizer
 
 # A small encoder on a CPU, where the published one takes ten seconds a step.
 ARCH, ROWS = ("conv4", 128) if DEVICE == "cpu" else ("resnet18", 256)
@@ -124,7 +124,7 @@ def test_step(name, size, kind, benchmark, results):
     assert error < (1e-4 if DEVICE == "cpu" else 0.03)
 
     def step(side):
-        optimizer = optimizer_of(side.method, side.config)
+        optimizer = build_optimizer(side.method, side.config)
 
         def run() -> None:
             with autocast():

@@ -56,12 +56,12 @@ def steps(case):
     strong = [FixedView(0.3), FixedView(0.4)]
     method.strong = nn.ModuleList(strong) if case == "ressl" else strong[0]
     method.epoch = 0.5
-    forward = distributed.parallel(method, unused=False)
+    forward = distributed.wrap_ddp(method, find_unused_parameters=False)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     everything = torch.randint(0, 256, (STEPS, BATCH, 3, 16, 16), dtype=torch.uint8)
     found = {}
     for step, images in enumerate(everything):
-        loss, _ = forward(images.chunk(distributed.world())[distributed.rank()])
+        loss, _ = forward(images.chunk(distributed.world_size())[distributed.rank()])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,7 +75,7 @@ def steps(case):
 
 # 14 steps an epoch.
 RUN = replace(
-    CASES["sacc with a queue"], batch_size=128, epochs=1, schedule="constant", judge_every=0, device="cpu"
+    CASES["sacc with a queue"], batch_size=128, epochs=1, schedule="constant", eval_every=0, device="cpu"
 )
 
 

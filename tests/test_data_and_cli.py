@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
+from relssl import datasets
 from relssl.checkpoint import read
-from relssl.data.loading import channel_statistics, spread
+from relssl.datasets.loading import channel_statistics
 
 
 @pytest.fixture
@@ -163,10 +163,10 @@ def test_an_unreadable_image_is_named_before_training(command, folder, damage):
 def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
     """Of a large data set it turns up on the way; what has been trained is not lost."""
     monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: (torch.zeros(3), torch.ones(3)))
-    assert train_on(command, folder, "--judge-every", 0).returncode == 0
+    assert train_on(command, folder, "--eval-every", 0).returncode == 0
     path = folder / "train/dog/13.png"
     path.write_bytes(b"no image")
-    run = train_on(command, folder, "--judge-every", 0, "--epochs", 2, "--resume")
+    run = train_on(command, folder, "--eval-every", 0, "--epochs", 2, "--resume")
     assert run.returncode == 1 and len(run.stderr.split("relssl train: ")[1].splitlines()) == 1
     assert f"relssl train: cannot read {path}" in run.stderr
     assert read(folder.parent / "run/checkpoint.pt")["epoch"] == 1
@@ -187,23 +187,23 @@ def test_arrays_of_two_sizes_become_one(tmp_path):
     arrays = {"train_x": np.zeros((4, 12, 10, 3), np.uint8), "test_x": np.zeros((3, 16, 16, 3), np.uint8)}
     np.savez(tmp_path / "two.npz", **arrays, train_y=np.arange(4), test_y=np.arange(3))
     data = datasets.load("arrays", tmp_path / "two.npz", 16)
-    assert datasets.Joined(data.train, data.test)[[0, 5]][0].shape == (2, 3, 10, 10)
+    assert datasets.ConcatImages(data.train, data.test)[[0, 5]][0].shape == (2, 3, 10, 10)
 
 
-def test_joined_sets_and_subsets_keep_order():
+def test_concatenated_sets_and_subsets_keep_order():
     parts = [datasets.Arrays(torch.full((n, 1), v), torch.arange(n)) for n, v in ((3, 7), (2, 8), (4, 9))]
-    joined = datasets.Joined(*parts)
+    concatenated = datasets.ConcatImages(*parts)
     everything = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
     rows = torch.randperm(9).tolist()
-    for found, expected in zip(joined[rows], everything, strict=True):
+    for found, expected in zip(concatenated[rows], everything, strict=True):
         assert torch.equal(found, expected[rows])
-    assert len(joined) == 9 and joined[[4]][0].tolist() == [[8]]
-    assert datasets.Subset(joined, [8, 0])[[1, 0]][0].flatten().tolist() == [7, 9]
+    assert len(concatenated) == 9 and concatenated[[4]][0].tolist() == [[8]]
+    assert datasets.Subset(concatenated, [8, 0])[[1, 0]][0].flatten().tolist() == [7, 9]
 
 
-def test_spread_reaches_both_ends_without_repeating():
+def test_evenly_spaced_indices_reach_both_ends_without_repeating():
     for count, most in ((5, 9), (9, 9), (10, 9), (1000, 7), (1, 1)):
-        rows = spread(count, most)
+        rows = datasets.evenly_spaced(count, most)
         assert len(rows) == len(set(rows)) == min(count, most) and (rows[0], rows[-1]) == (0, count - 1)
 
 

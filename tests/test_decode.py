@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
+from relssl import datasets
 
 SIDE = 32  # of training images for image size 28: images of this size are neither resized nor cut
 

@@ -51,7 +51,7 @@ def test_another_number_of_processes_on_resuming(folder, ranks, capfd):
     expected = read(whole.out / "checkpoint.pt")
     assert {rank["runs"]["stopped"] for rank in ranks} == {143}
     between = read(two.out / "checkpoint.pt")
-    assert (between["step"], len(between["randomness"])) == (10, 2)  # Both stopped where they had agreed to.
+    assert (between["step"], len(between["rng_states"])) == (10, 2)  # Both stopped where they had agreed to.
     assert ended(two, 0, None) == "at its end"
     anew = "random numbers are drawn anew, not bit for bit as before, from epoch 1, step 11 on"
     assert capfd.readouterr().err.count(f"processes was 2, is 1; {anew}\n") == 1
@@ -62,7 +62,7 @@ def test_another_number_of_processes_on_resuming(folder, ranks, capfd):
         assert found["history"][0]["loss"] == pytest.approx(expected["history"][0]["loss"], rel=1e-6)
         for name, tensor in expected["model"].items():
             torch.testing.assert_close(found["model"][name], tensor, rtol=1e-7, atol=1e-9)
-    first, second = (r["cpu"] for r in read(one.out / "checkpoint.pt")["randomness"])
+    first, second = (r["cpu"] for r in read(one.out / "checkpoint.pt")["rng_states"])
     assert not torch.equal(first, second)
 
 
@@ -82,7 +82,7 @@ def test_torchrun(tmp_path):
 
     The launcher passes on to its processes the signal that they have got already.
     """
-    settings = "train sacc --data digits --queue-size 64 --epochs 1 --judge-every 0 --out run --resume"
+    settings = "train sacc --data digits --queue-size 64 --epochs 1 --eval-every 0 --out run --resume"
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m relssl"
     launcher = [sys.executable, *launch.split()]
     how = {"cwd": tmp_path, "text": True}
@@ -106,5 +106,5 @@ def test_torchrun(tmp_path):
     assert len(run.stdout.splitlines()) == 1 and json.loads(run.stdout)["trained encoder"]["knn"] > 0.8
     assert len(json.loads((tmp_path / "run/metrics.json").read_text())["epochs"]) == 1
     state = read(tmp_path / "run/checkpoint.pt")
-    first, second = (r["cpu"] for r in state["randomness"])
+    first, second = (r["cpu"] for r in state["rng_states"])
     assert not torch.equal(first, second)  # the processes augment differently

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from relssl.checkpoint import save
-from relssl.evaluate import clustering_scores
+from relssl.checkpoint import TrainState, save
 from relssl.methods import PRESETS
 from relssl.methods.backbones import Arch, build
-from relssl.methods.export import encoder_state, recipe
+from relssl.methods.export import encoder_state, model_code
+from relssl.scores import clustering_scores
 
 
 def stirred(module):
@@ -53,7 +53,7 @@ def test_the_librarys_own_model_loads_every_tensor(arch, stem, splits, library):
     encoder, width = build(arch, stem, splits)
     state = encoder_state(stirred(encoder), arch, library)
     imports = f"import {library}; from torch import nn"
-    net = built(library, imports, recipe(arch, stem, library))
+    net = built(library, imports, model_code(arch, stem, library))
     net.load_state_dict(state, strict=True)
     images = torch.randn(2, 3, 40, 40)
     found, expected = net(images), encoder(images)
@@ -68,8 +68,8 @@ def checkpoint(tmp_path):
     def write(arch, **settings):
         preset = PRESETS["sacc"]["digits"]
         config = replace(preset, arch=arch, stem="small", clusters=4, dim=8, out=tmp_path, **settings)
-        method = config.make(torch.zeros(3), torch.ones(3))
-        save(tmp_path / "checkpoint.pt", config, {"model": method}, 1, 0, {}, [])
+        method = config.build_on_device(torch.zeros(3), torch.ones(3))
+        save(tmp_path / "checkpoint.pt", TrainState(method, epoch=1))
         return method.eval()
 
     return write

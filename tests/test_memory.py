@@ -31,14 +31,14 @@ def test_relation_loss_at_a_million_rows(name, allowed):
     assert memory.case_memory(Case("relation", 256, 2**20, 128), name) < allowed * MIB
 
 
-def test_nearest_neighbours_of_a_large_bank():
+def test_nearest_neighbours_of_many_features():
     """Similarities would be 400 MiB, a normalised copy 25 MiB."""
     setup = """
 import torch
-from relssl.evaluate import knn_accuracy
-bank, labels = torch.randn(400_000, 16), torch.randint(0, 10, (400_000,))
+from relssl.scores import knn_accuracy
+features, labels = torch.randn(400_000, 16), torch.randint(0, 10, (400_000,))
 query, y = torch.randn(256, 16), torch.randint(0, 10, (256,))
 """
-    call = "knn_accuracy((bank{0}, labels{0}), (query, y))"
+    call = "knn_accuracy((features{0}, labels{0}), (query, y))"
     used = memory.peak_extra_memory(call.format(""), setup=setup, warm_up=call.format("[:1000]"))
     assert used < 32 * MIB

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from relssl import data as datasets
+from relssl import datasets
 from relssl.methods.sacc import PRESETS
 
 SMALL = replace(PRESETS["digits"], dim=16, batch_size=8, clusters=10)
@@ -51,12 +51,12 @@ def test_total_is_the_published_one(part, queue_size, sigma):
     p = [torch.randn(6, 10).double().softmax(1).requires_grad_() for _ in range(3)]
     queue = None if method.queue is None else method.queue.rows.clone()
     if part == "joint":
-        ours = method.instance_loss(z) + sigma * method.clusters_loss(p)
+        ours = method.instance_losses(z) + sigma * method.cluster_losses(p)
         (w1, w2, s), (c1, c2, cs) = z, p
         theirs = instance_loss(w1, w2, 0.5, queue) + instance_loss(w2, s, 0.5, queue)
         theirs = theirs + sigma * sum(cluster_loss(a, b, 1.0) for a, b in combinations((c1, c2, cs), 2))
     else:  # train_STL10.py: (w1, s) instead of (w2, s), and no loss between w2 and s
-        ours = method.instance_loss(z, "instance") + method.clusters_loss(p, "cluster")
+        ours = method.instance_losses(z, "instance") + method.cluster_losses(p, "cluster")
         (w1, w2, s), (c1, c2, cs) = z, p
         theirs = instance_loss(w1, w2, 0.5, queue) + instance_loss(w1, s, 0.5, queue)
         theirs = theirs + cluster_loss(c1, c2, 1.0) + cluster_loss(c1, cs, 1.0)
@@ -89,8 +89,8 @@ def test_passes_of_the_stl10_recipe():
     torch.testing.assert_close(loss, logs["instance_loss"] + logs["cluster_loss"])
 
 
-def test_published_standardisation_is_of_the_strong_view_alone():
-    method = replace(SMALL, standardise="strong", randaugment=0).build(HALF, QUARTER)
+def test_published_normalization_is_of_the_strong_view_alone():
+    method = replace(SMALL, normalize="strong", randaugment=0).build(HALF, QUARTER)
     white = torch.full((4, 3, 16, 16), 255, dtype=torch.uint8)
     assert method.weak(white).amax() <= 1 and method.prepare(white).amax() == 1
     # White stays white but for the jitter, which a fifth goes without.
@@ -106,15 +106,17 @@ def arrays(count, size=8):
 
 def test_what_an_epoch_goes_through():
     labelled, unlabelled, test = arrays(5), arrays(7), arrays(3)
-    data = datasets.Data(datasets.Joined(labelled, unlabelled), labelled, test, ["a", "b", "c"], unlabelled)
+    data = datasets.Data(
+        datasets.ConcatImages(labelled, unlabelled), labelled, test, ["a", "b", "c"], unlabelled
+    )
     passes = {name: {k: len(v) for k, v in PRESETS[name].passes(data).items()} for name in PRESETS}
     assert passes["cifar10"] == passes["digits"] == {"joint": 8}  # training and test images, as published
     assert passes["stl10"] == {"instance": 7, "cluster": 8}
     assert passes["imagenet-10"] == {"joint": 12}  # the training images
     assert PRESETS["cifar10"].clusters_test_images and not PRESETS["imagenet-10"].clusters_test_images
     # As many clusters as classes, unless told otherwise.
-    assert PRESETS["cifar10"].fit(data).clusters == 3
-    assert replace(PRESETS["cifar10"], clusters=7).fit(data).clusters == 7
+    assert PRESETS["cifar10"].resolve(data).clusters == 3
+    assert replace(PRESETS["cifar10"], clusters=7).resolve(data).clusters == 7
     with pytest.raises(ValueError, match="clusters must be at least 2, got 0"):
         PRESETS["digits"].build(HALF, QUARTER)
     data.unlabelled = None
@@ -147,5 +149,5 @@ def test_presets_are_the_published_ones():
             0,
         )
         assert (p.dim, p.instance_temperature, p.cluster_temperature, p.queue_size) == (128, 0.5, 1.0, 0)
-        assert (p.randaugment, p.standardise, p.crop_min, p.flip) == (5, "strong", 0.08, True)
+        assert (p.randaugment, p.normalize, p.crop_min, p.flip) == (5, "strong", 0.08, True)
     assert len(datasets.class_names("imagenet-10")) == 10 and len(datasets.class_names("imagenet-dogs")) == 15

@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
-from relssl import distributed
-from relssl.data import loading
-from relssl.data.loading import load_batches
+from relssl import datasets, distributed
+from relssl.datasets import loading
+from relssl.datasets.loading import load_batches
 from relssl.methods import PRESETS
 from relssl.methods.sacc import SACC
-from relssl.train import batches, train
+from relssl.train import epoch_batches, train
 
 BROKEN = ("train/dog/03.png", "train/cat/17.png", "train/dog/11.png", "train/cat/08.png", "val/dog/2.png")
 
@@ -73,12 +72,12 @@ def test_batches_shrink_or_are_filled(pets):
 def test_processes_share_the_batches_of_one(pets, monkeypatch):
     config = replace(PRESETS["sacc"]["folder"], batch_size=10, workers=0)
     passes = {"joint": datasets.load("folder", pets, 14).train}
-    alone = [x for _, x in batches(passes, config, 3, 1, [])]
+    alone = [x for _, x in epoch_batches(passes, config, 3, 1, [])]
     shares = []
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append([x for _, x in batches(passes, config, 3, 1, [])])
+        shares.append([x for _, x in epoch_batches(passes, config, 3, 1, [])])
     assert len(alone) == 3 and [len(x) for x in alone] == [10] * 3
     for whole, *parts in zip(alone, *shares, strict=True):
         assert torch.equal(whole, torch.cat(parts))
@@ -125,7 +124,7 @@ def test_evaluation_alone_can_skip(command, pets):
 def test_an_interrupted_run_goes_on_bit_for_bit(pets, tmp_path, monkeypatch):
     config = replace(
         PRESETS["sacc"]["folder"], data_root=pets, arch="conv4", image_size=14, epochs=2, batch_size=8,
-        clusters=2, judge_every=0, workers=0, skip_unreadable=True, out=tmp_path / "whole run",
+        clusters=2, eval_every=0, workers=0, skip_unreadable=True, out=tmp_path / "whole run",
     )  # fmt: skip
     whole = train(config)
     config = replace(config, out=tmp_path / "parts")
@@ -161,9 +160,7 @@ def test_nothing_readable_is_an_error(command, pets):
         f"relssl train: no image can be read; unreadable images left out: 40 ({first}, "
     )
     images = datasets.load("folder", pets, 14).train
-    with pytest.raises(
-        ValueError, match=f"{loading.TRIES - 1} others, drawn for its place, are unreadable, too$"
-    ):
+    with pytest.raises(ValueError, match=f"{loading.MAX_DRAWS - 1} replacements are unreadable, too$"):
         next(load_batches(images, [[0, 1]], workers=0, skipped=[], fill=True))
 
 

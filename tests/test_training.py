@@ -17,17 +17,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from relssl import backends, tuned
-from relssl import data as datasets
+from relssl import backends, datasets, tuned
 from relssl.checkpoint import fresh_seed, load_method, read
-from relssl.evaluate import evaluate, knn_accuracy, linear_accuracy
+from relssl.evaluate import evaluate
 from relssl.methods import sacc
 from relssl.methods.ressl import PRESETS, ReSSL
 from relssl.methods.sacc import SACC
-from relssl.train import interval, learning_rate, train
+from relssl.scores import knn_accuracy, linear_accuracy
+from relssl.train import learning_rate, parse_save_every, train
 
-TINY = replace(PRESETS["digits"], hidden=64, dim=32, queue_size=300, batch_size=256, epochs=4, judge_every=0)
-SACC_TINY = replace(sacc.PRESETS["digits"], dim=32, batch_size=256, epochs=2, judge_every=2)
+TINY = replace(PRESETS["digits"], hidden=64, dim=32, queue_size=300, batch_size=256, epochs=4, eval_every=0)
+SACC_TINY = replace(sacc.PRESETS["digits"], dim=32, batch_size=256, epochs=2, eval_every=2)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def assert_same(ours, theirs):
 def test_learns_beyond_its_initial_features():
     config = replace(PRESETS["digits"], epochs=8, out=TINY.out / "learns")
     method = train(config)
-    untrained = config.make(torch.full((3,), 0.3), torch.full((3,), 0.3))
+    untrained = config.build_on_device(torch.full((3,), 0.3), torch.full((3,), 0.3))
     gain = evaluate(method, config)["knn"] - evaluate(untrained, config)["knn"]
     assert gain > 0.02
     saved = json.loads((config.out / "metrics.json").read_text())
@@ -159,7 +159,7 @@ def test_killed_and_resumed_run_is_bitwise_equal(tmp_path):
     """kill -TERM of a real process in the middle of an epoch: one line, status 143, nothing lost."""
     config = replace(TINY, batch_size=64, epochs=2, save_every="3")
     settings = "train ressl --data digits --hidden 64 --dim 32 --queue-size 300 --batch-size 64 --epochs 2 \
-        --judge-every 0 --save-every 3 --out killed"
+        --eval-every 0 --save-every 3 --out killed"
     child = subprocess.Popen(
         [sys.executable, "-m", "relssl", *settings.split()], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -185,7 +185,7 @@ def test_signal_to_a_group_leaves_no_worker_behind(tmp_path):
         path.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (5 * number, 9, 0)).save(path / f"{number}.png")
     settings = "train sacc --data folder --data-root pets --arch conv4 --image-size 16 --batch-size 2 \
-        --save-every 2 --workers 2 --judge-every 0 --out run"
+        --save-every 2 --workers 2 --eval-every 0 --out run"
     child = subprocess.Popen(
         [sys.executable, "-m", "relssl", *settings.split()], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -235,13 +235,14 @@ def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, num
 
 def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys):
     """The epoch is saved before it, so the signal breaks it off; the resumed run begins with it."""
-    config = replace(FEW, epochs=2, judge_every=1)
+    config = replace(FEW, epochs=2, eval_every=1)
     train(replace(config, out=FEW.out / "whole"))
     config = replace(config, out=FEW.out / "part")
     for resume in (False, True):  # After the first epoch, and again when it is to be made up for.
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(
-                "relssl.train.glance", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"knn": 9}
+                "relssl.train.evaluate_during_training",
+                lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"knn": 9},
             )
             train(replace(config, resume=resume))
         assert stop.value.code == 143
@@ -256,7 +257,7 @@ def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys)
 def test_save_every(few, monkeypatch):
     """5 steps an epoch: every third step of all, or with a minute gone by; and at the ends of epochs."""
     saved, clock = [], [0.0]
-    monkeypatch.setattr("relssl.train.save", lambda *a, **_: saved.append((a[3], a[4])))
+    monkeypatch.setattr("relssl.train.save", lambda path, state, **_: saved.append((state.epoch, state.step)))
     now = {"monotonic": lambda: clock[0], "perf_counter": time.perf_counter}
     monkeypatch.setattr("relssl.train.time", SimpleNamespace(**now))
     forward = ReSSL.forward
@@ -276,8 +277,8 @@ def test_save_every(few, monkeypatch):
 def test_what_save_every_means():
     never = math.inf
     cases = {"": (0, never), "0": (0, never), "0m": (0, never), "500": (500, never), "10m": (0, 600)}
-    assert {text: interval(text) for text in cases} == cases
-    assert interval("0.5m") == (0, 30)
+    assert {text: parse_save_every(text) for text in cases} == cases
+    assert parse_save_every("0.5m") == (0, 30)
     for wrong in ("ten", "10s", "-1", "1.5", "m", "10m "):
         message = rf"save_every must be a number of steps \(500\) or of minutes \(10m\), got '{wrong}'"
         with pytest.raises(ValueError, match=message):
@@ -335,7 +336,7 @@ def test_a_checkpoint_of_spoilt_weights_leaves_the_one_before(few, monkeypatch, 
     )
     assert (read(before)["step"], read(path)["step"]) == (5, 10)
     os.replace(before, path)
-    assert train(replace(config, lr=0.01, judge_every=1, resume=True)).epoch == 2
+    assert train(replace(config, lr=0.01, eval_every=1, resume=True)).epoch == 2
     # The last was saved before and after its evaluation.
     assert (read(before)["epoch"], read(before)["step"], read(path)["epoch"]) == (1, 15, 2)
 
@@ -539,7 +540,7 @@ def killed(value, file):
 torch.save = killed
 main()
 """
-    settings = "train sacc --data digits --epochs 2 --batch-size 256 --judge-every 0 --out run"
+    settings = "train sacc --data digits --epochs 2 --batch-size 256 --eval-every 0 --out run"
     run = subprocess.run([sys.executable, "-c", code, *settings.split()], cwd=tmp_path, timeout=120)
     assert run.returncode == -signal.SIGKILL
     assert (tmp_path / "run/checkpoint.pt.tmp").stat().st_size > 1000  # half of the second
@@ -563,7 +564,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
     (TINY.out / "checkpoint.pt").unlink()
     train(replace(TINY, epochs=1))
     state = read(path)
-    torch.save(state | {"steps": 7}, path)  # other images under the same data root
+    torch.save(state | {"steps_per_epoch": 7}, path)  # other images under the same data root
     with pytest.raises(ValueError, match="has 7 steps an epoch, these data make 5"):
         train(replace(TINY, epochs=1, resume=True))
     torch.save(state | {"config": state["config"] | {"warp": 9}}, path)
@@ -659,8 +660,8 @@ def test_schedule():
 def test_knn_by_hand():
     """One near neighbour outweighs two far ones of another class at T = 0.1, and not at T = 10."""
     angles = torch.tensor([0.0, 1.0, 1.0])
-    bank = torch.stack((angles.cos(), angles.sin()), 1) * torch.tensor([[1.0], [5.0], [0.2]])
-    train_set = bank, torch.tensor([0, 1, 1])
+    features = torch.stack((angles.cos(), angles.sin()), 1) * torch.tensor([[1.0], [5.0], [0.2]])
+    train_set = features, torch.tensor([0, 1, 1])
     test_set = torch.tensor([[3.0, 0.3]]), torch.tensor([0])
     assert knn_accuracy(train_set, test_set, k=3, temperature=0.1) == 1
     assert knn_accuracy(train_set, test_set, k=3, temperature=10) == 0

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
-from relssl.evaluate import clustering_scores, collect, evaluate, glance
+from relssl import datasets
+from relssl.evaluate import evaluate, evaluate_during_training, extract_features
 from relssl.methods import PRESETS
+from relssl.scores import clustering_scores
 
 NO_LABELS = (
     "no labels of training and test images (a folder has them as train/CLASS/... and val/CLASS/..., arrays as"
@@ -49,7 +50,7 @@ def test_a_train_folder_without_classes(tmp_path):
     assert reds(data.train) == ([10, 20], [-1, -1]) and reds(data.test) == ([40, 50], [0, 1])
     method = replace(PRESETS["sacc"]["folder"], test_images=True)
     assert reds(method.passes(data)["joint"]) == ([10, 20, 40, 50], [-1, -1, 0, 1])
-    assert method.fit(data).clusters == 2
+    assert method.resolve(data).clusters == 2
 
 
 def test_classes_without_test_images(tmp_path):
@@ -148,12 +149,16 @@ def test_clusters_are_scored_on_the_labels_there_are(monkeypatch, lacking):
     data = datasets.Data(some, *sets, ["a", "b", "c"], None if sets[0] else some)
     config = replace(PRESETS["sacc"]["digits"], clusters=4)
     method = config.build(torch.zeros(3), torch.ones(3)).eval()
-    found = method.assign(collect(method.features, some)[0]).argmax(1)
+    found = method.assign(extract_features(method.features, some)[0]).argmax(1)
     monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
     with pytest.warns(
         UserWarning, match=f"no labels of {lacking} images .* scored on the other images alone"
     ):
-        assert evaluate(method, config) == clustering_scores(labels, found) == glance(method, data)
+        assert (
+            evaluate(method, config)
+            == clustering_scores(labels, found)
+            == evaluate_during_training(method, data)
+        )
 
 
 def test_a_training_image_is_not_its_own_neighbour(monkeypatch, tmp_path):

@@ -55,15 +55,15 @@ def with_gradients(loss, *inputs):
 @pytest.mark.parametrize("count", [1, 2, 17])
 def test_nt_xent(count, size, backend):
     z1, z2 = unit(count, 24, dtype=torch.float64), unit(count, 24, dtype=torch.float64)
-    bank = [] if size is None else [unit(size, 24, dtype=torch.float64)]
+    queues = [] if size is None else [unit(size, 24, dtype=torch.float64)]
     tau = torch.tensor(0.5, dtype=torch.float64)
     ours = with_gradients(
-        lambda z1, z2, tau, *bank: nt_xent(
-            z1, z2, temperature=tau, queue=bank[0] if bank else None, reduction="none", backend=backend
+        lambda z1, z2, tau, *queues: nt_xent(
+            z1, z2, temperature=tau, queue=queues[0] if queues else None, reduction="none", backend=backend
         ),
-        z1, z2, tau, *bank,
+        z1, z2, tau, *queues,
     )  # fmt: skip
-    for got, want in zip(ours, with_gradients(published_nt_xent, z1, z2, tau, *bank), strict=True):
+    for got, want in zip(ours, with_gradients(published_nt_xent, z1, z2, tau, *queues), strict=True):
         torch.testing.assert_close(got, want, **TIGHT)
 
 
