@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,10 +26,7 @@ RESUMABLE_OVERRIDES = {
 RATES = {"lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum"}
 
 
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
+Stateful = torch.nn.Module | torch.optim.Optimizer | torch.amp.GradScaler
 
 
 @dataclass
@@ -166,12 +163,11 @@ def restore(path: Path, state: TrainState, device: torch.device) -> None:
     if distributed.rank() == 0:
         for line in lines:
             print(f"{line} from {describe_position(epoch + 1, step)} on", file=sys.stderr)
-    groups = state.optimizer.param_groups if state.optimizer else []
-    rates = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+    assert state.optimizer
+    rates = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
     for key, part in state.parts().items():
         _load(path, part, contents[key])
-    groups = state.optimizer.param_groups if state.optimizer else []
-    for group, own in zip(groups, rates, strict=True):
+    for group, own in zip(state.optimizer.param_groups, rates, strict=True):
         group.update(own)  # Rates are those of the config, not of the checkpoint.
     if (len(contents["rng_states"]), contents["device"]) == (distributed.world_size(), device.type):
         rng_state = contents["rng_states"][distributed.rank()]

@@ -3,7 +3,6 @@
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -192,9 +191,4 @@ def _export(arguments: list[str]) -> None:
     print(f"net.load_state_dict({module}.{function}({str(options.out)!r}), strict=True)")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "export": _export,
-    "tune": _tune,
-}
+COMMANDS = {"train": _train, "evaluate": _evaluate, "export": _export, "tune": _tune}

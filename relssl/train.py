@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Method:
 
 
 class _Trainer:
-    """A run: prepared, or restored from its checkpoint, by the constructor."""
+    """A training run, new or restored from its checkpoint."""
 
     writer: "SummaryWriter | None"
     bar: tqdm
@@ -108,7 +108,7 @@ class _Trainer:
         self.saved_at = time.monotonic()
 
     def run(self) -> None:
-        """Trains to the last epoch, or until a signal; everything done is saved in either case."""
+        """Trains to the last epoch, or until a signal, and saves what has been trained."""
         self.stop.at_once = False  # From here on there is something to save.
         stopped = self.state.evaluation_due and self.evaluate_and_save()
         while not stopped and self.state.epoch < self.config.epochs:
@@ -156,7 +156,7 @@ class _Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         state.step += 1
-        # Summed on the device, without waiting, and over those steps alone whose pass logs the name.
+        # Summed on the device, to avoid a synchronisation, with a count: not every pass logs every name.
         for name, value in {"loss": loss, **logs}.items():
             term = torch.stack((value.detach().float(), torch.ones_like(value, dtype=torch.float)))
             state.sums[name] = state.sums[name] + term if name in state.sums else term
@@ -171,9 +171,9 @@ class _Trainer:
         state, step = self.state, self.state.step
         save_due = bool(self.save_steps) and self.global_step % self.save_steps == 0
         late = distributed.rank() == 0 and time.monotonic() - self.saved_at >= self.save_seconds
-        # Processes that do not know of each other's signals and clocks synchronise at the same steps.
-        at_once = distributed.world_size() == 1 and (self.stop.number is not None or late)
-        if not (step % READ_EVERY == 0 or step == self.steps or save_due or at_once):
+        # Several processes, each with its own signals and clock, must synchronise at the same steps.
+        at_any_step = distributed.world_size() == 1 and (self.stop.number is not None or late)
+        if not (step % READ_EVERY == 0 or step == self.steps or save_due or at_any_step):
             return False
         values = torch.stack(losses).tolist()
         epoch = f"{state.epoch + 1}/{self.config.epochs}"

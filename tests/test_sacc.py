@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from relssl import datasets
+from relssl.datasets.folder import class_names
 from relssl.methods.sacc import PRESETS
 
 SMALL = replace(PRESETS["digits"], dim=16, batch_size=8, clusters=10)
@@ -150,4 +151,4 @@ def test_presets_are_the_published_ones():
         )
         assert (p.dim, p.instance_temperature, p.cluster_temperature, p.queue_size) == (128, 0.5, 1.0, 0)
         assert (p.randaugment, p.normalize, p.crop_min, p.flip) == (5, "strong", 0.08, True)
-    assert len(datasets.class_names("imagenet-10")) == 10 and len(datasets.class_names("imagenet-dogs")) == 15
+    assert len(class_names("imagenet-10")) == 10 and len(class_names("imagenet-dogs")) == 15

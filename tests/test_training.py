@@ -142,6 +142,38 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, st
         assert one == other
 
 
+# Names in checkpoints of earlier versions, and what those of the first version did not have.
+OLD_KEYS = {"steps_per_epoch": "steps", "evaluation_due": "unjudged", "rng_states": "randomness"}
+OLD_SETTINGS = {"eval_every": "judge_every", "normalize": "standardise"}
+ADDED = {"steps", "unjudged", "tuned", "save_every", "reschedule", "skip_unreadable"}
+
+
+@pytest.mark.parametrize(("case", "first_version"), [("ressl", True), ("sacc", False)])
+def test_run_of_an_earlier_version_resumes_bitwise_equal(monkeypatch, few, case, first_version):
+    config, method = RESUMED[case]
+    config = replace(config, batch_size=64, image_size=8, out=config.out / "part")
+    whole = state(train(replace(config, out=config.out.parent / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "forward", after(8, lambda: os.kill(os.getpid(), signal.SIGINT), method))
+        train(config)
+    path = config.out / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    old = {OLD_KEYS.get(key, key): value for key, value in saved.items()}
+    old["config"] = {OLD_SETTINGS.get(name, name): value for name, value in saved["config"].items()}
+    old["model"] = {name.replace("normalize.", "standardise."): t for name, t in saved["model"].items()}
+    assert "standardise.mean" in old["model"] and {*OLD_KEYS.values(), "judge_every"} < {*old, *old["config"]}
+    for contents in (old, old["config"]) if first_version else ():
+        for name in ADDED & contents.keys():
+            del contents[name]
+    torch.save(old, path)
+    if not first_version:
+        assert read(path).keys() == saved.keys() and read(path)["config"] == saved["config"]
+    assert_same(saved["model"], state(load_method(path, "cpu")[0]))
+    assert_same(whole, state(train(replace(config, resume=True))))
+    assert history(config.out) == history(config.out.parent / "whole")
+    assert "eval_every" in json.loads((config.out / "metrics.json").read_text())["config"]
+
+
 def history(out):
     """What metrics.json has of each epoch, less the speed."""
     entries = json.loads((out / "metrics.json").read_text())["epochs"]

@@ -1,6 +1,6 @@
 """Data sets by name, as uint8 images [N, 3, H, W] that are indexed a batch at a time.
 
-The methods augment them, a batch at a time and on its device.
+The methods augment the images, on the device of a batch.
 
     images.py    sets of images
     data.py      `Data`, the sets that a data set consists of
@@ -12,21 +12,7 @@ The methods augment them, a batch at a time and on its device.
 """
 
 from relssl.datasets.data import Data
-from relssl.datasets.folder import class_names
-from relssl.datasets.images import (
-    Arrays,
-    ConcatImages,
-    Files,
-    Images,
-    IndexedSubset,
-    Subset,
-    Unreadable,
-    evenly_spaced,
-    reads_files,
-)
+from relssl.datasets.images import Arrays, ConcatImages, Images, IndexedSubset, Subset, evenly_spaced
 from relssl.datasets.sources import load
 
-__all__ = [
-    "Arrays", "ConcatImages", "Data", "Files", "Images", "IndexedSubset", "Subset", "Unreadable",
-    "class_names", "evenly_spaced", "load", "reads_files",
-]  # fmt: skip
+__all__ = ["Arrays", "ConcatImages", "Data", "Images", "IndexedSubset", "Subset", "evenly_spaced", "load"]
