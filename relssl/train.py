@@ -67,7 +67,7 @@ class _Trainer:
         self.device, self.stop = device, stop
         self.path = config.out / "checkpoint.pt"
         if self.path.exists() and not config.resume:
-            raise FileExistsError(f"{self.path} exists: pass --resume to go on from it, or another --out")
+            raise FileExistsError(f"{self.path} exists: pass --resume to continue it, or another --out")
         config.validate()
         self.save_steps, self.save_seconds = parse_save_every(config.save_every)
         if config.batch_size % distributed.world_size():
@@ -114,7 +114,7 @@ class _Trainer:
         while not stopped and self.state.epoch < self.config.epochs:
             stopped = self.run_epoch()
         if stopped and distributed.rank() == 0:
-            self.bar.write(f"stopped by {self.stop.name} and saved {self.path}; --resume goes on from here")
+            self.bar.write(f"stopped by {self.stop.name} and saved {self.path}; --resume continues from here")
 
     def run_epoch(self) -> bool:
         """Trains an epoch, or the rest of it; returns whether a signal has stopped the run."""
@@ -231,13 +231,13 @@ class _Trainer:
         position = f"epoch {epoch + 1}, step {step + 1} of {self.steps} (learning rate {rate:.3g})"
         kept = f"no checkpoint has been written to {path} yet"
         if what == "the loss is" and self.saved == (epoch, step):  # The saved weights cause it, at any rate.
-            kept = f"the weights in {path} make it so"
+            kept = f"the weights in {path} cause it"
             if (before := previous_path(path)).exists():
-                kept += f"; copy {before} over it, and --resume with a lower --lr goes on from there"
+                kept += f"; copy {before} over it, and --resume with a lower --lr continues from there"
         elif self.saved:
             saved_epoch, saved_step = self.saved
             kept = f"{path} holds all before {describe_position(saved_epoch + 1, saved_step)} and is kept;"
-            kept += " --resume with a lower --lr goes on from there"
+            kept += " --resume with a lower --lr continues from there"
         raise FloatingPointError(f"{what} not finite at {position}: {kept}")
 
 
@@ -304,7 +304,7 @@ def report_skipped(skipped: list[str] | None, bar: tqdm) -> None:
         paths = [path for own in distributed.all_gather_object(skipped) for path in own]
         skipped.clear()
         if paths and distributed.rank() == 0:
-            bar.write(f"{skipped_message(paths)}; others took their places", file=sys.stderr)
+            bar.write(f"{skipped_message(paths)}; others replaced them", file=sys.stderr)
 
 
 @contextmanager

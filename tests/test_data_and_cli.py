@@ -1,4 +1,4 @@
-"""Data sets by name, and the command line as a user types it."""
+"""Data sets by name, and the command line."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from relssl.datasets.loading import channel_statistics
 
 @pytest.fixture
 def archive(tmp_path):
-    """An .npz of 80 + 40 images, 12 x 12, whose class is their colour."""
+    """Returns an .npz of 80 + 40 images, 12 x 12, whose class is their colour."""
     generator = np.random.default_rng(0)
     arrays = {}
     for part, count in (("train", 80), ("test", 40)):
@@ -123,7 +123,7 @@ def test_damaged_archive_is_named(archive, keep):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of 2 x 20 training and 2 x 2 test images of two classes."""
+    """Returns a folder of 2 x 20 training and 2 x 2 test images of two classes."""
     for part, count in (("train", 20), ("val", 2)):
         for name, value in (("cat", 10), ("dog", 200)):
             (tmp_path / "pets" / part / name).mkdir(parents=True)
@@ -140,7 +140,7 @@ def train_on(command, folder, *more):
 
 
 def test_images_of_files_with_a_class_list(command, folder):
-    """A list of names chooses and orders the classes; loading is in a process of its own."""
+    """A list of names selects and orders the classes; a worker process loads the images."""
     assert train_on(command, folder).returncode == 0
     for part in ("train", "val"):
         (folder / part / "dog").rename(folder / part / "big dog")
@@ -153,7 +153,7 @@ def test_images_of_files_with_a_class_list(command, folder):
 
 @pytest.mark.parametrize("damage", [b"", b"no image", None])
 def test_an_unreadable_image_is_named_before_training(command, folder, damage):
-    """Of a small data set all images are looked at first."""
+    """All images of a small data set are read before training."""
     path = folder / "train/dog/13.png"
     path.write_bytes(path.read_bytes()[:60] if damage is None else damage)
     run = train_on(command, folder)
@@ -162,7 +162,7 @@ def test_an_unreadable_image_is_named_before_training(command, folder, damage):
 
 
 def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
-    """Of a large data set it turns up on the way; what has been trained is not lost."""
+    """In a large data set it is found during training, of which nothing is lost."""
     monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: (torch.zeros(3), torch.ones(3)))
     assert train_on(command, folder, "--eval-every", 0).returncode == 0
     path = folder / "train/dog/13.png"
@@ -209,7 +209,7 @@ def test_evenly_spaced_indices_reach_both_ends_without_repeating():
 
 
 def test_cifar20_has_the_superclasses(tmp_path, monkeypatch):
-    """A made-up CIFAR-100 in the format of the original's files."""
+    """The data are a small made-up CIFAR-100 in the format of the original files."""
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Exported encoders in torchvision's and timm's own models, and scores on a data set not trained on."""
+"""Exported encoders in torchvision's and timm's own models, and evaluation on another data set."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from relssl.scores import clustering_scores
 
 
 def stirred(module):
-    """Every tensor away from its start, so that one under another's name is seen."""
+    """Changes every tensor from its initial value, so that exchanged names are found."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in module.state_dict().items():
         if tensor.dtype.is_floating_point:
@@ -30,7 +30,7 @@ def stirred(module):
 
 
 def built(library, *lines):
-    """`net` after the lines that the command prints."""
+    """Returns `net` after running the lines that the command prints."""
     if library == "timm":
         pytest.importorskip("timm")
     names = {}
@@ -49,7 +49,7 @@ CASES += [("resnet18", "small-pool", 8), ("mobilenet_v3_large", "small", 8)]
 @pytest.mark.parametrize(("arch", "stem", "splits"), CASES)
 @torch.no_grad()
 def test_the_librarys_own_model_loads_every_tensor(arch, stem, splits, library):
-    """With strict=True, and its features are the encoder's."""
+    """Loading is strict, and the model computes the encoder's features."""
     encoder, width = build(arch, stem, splits)
     state = encoder_state(stirred(encoder), arch, library)
     imports = f"import {library}; from torch import nn"
@@ -63,7 +63,7 @@ def test_the_librarys_own_model_loads_every_tensor(arch, stem, splits, library):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Of SACC with an untrained encoder: checkpoint("resnet18")."""
+    """Returns a function that writes a checkpoint of an untrained SACC: checkpoint("resnet18")."""
 
     def write(arch, **settings):
         preset = PRESETS["sacc"]["digits"]
@@ -90,7 +90,7 @@ def test_the_command_prints_how_to_load_what_it_wrote(command, checkpoint, libra
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_what_cannot_be_exported_is_said(command, checkpoint, monkeypatch, tmp_path, library):
+def test_what_cannot_be_exported_is_refused(command, checkpoint, monkeypatch, tmp_path, library):
     checkpoint("conv4")
     run = command("export", "checkpoint.pt", "encoder.pt", "--for", library)
     assert run.returncode == 1
@@ -103,7 +103,7 @@ def test_what_cannot_be_exported_is_said(command, checkpoint, monkeypatch, tmp_p
 
 
 def test_evaluation_on_another_data_set(command, checkpoint, tmp_path):
-    """Three classes of images of 30 pixels for an encoder of 16 with four clusters, trained on ten digits."""
+    """The images differ from those of training in size, number of classes and content."""
     method = checkpoint("conv4")
     generator = np.random.default_rng(0)
     arrays = {}

@@ -1,4 +1,4 @@
-"""SACC against its published total, and its parts against what the authors' code does."""
+"""SACC against its published total, and its parts against the authors' code."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -20,7 +20,7 @@ def images(count=8, size=16):
 
 
 def instance_loss(a, b, tau, queue=None):
-    """NT-Xent by its definition, one image and one sum at a time."""
+    """Computes NT-Xent by its definition, one image and one sum at a time."""
     z, n = torch.cat((a, b)), len(a)
     losses = []
     for i in range(2 * n):
@@ -31,7 +31,7 @@ def instance_loss(a, b, tau, queue=None):
 
 
 def cluster_loss(p, r, tau):
-    """The same of unit columns, and for both views log M less the entropy of the clusters' sizes."""
+    """Computes NT-Xent of unit columns, and log M less the entropy of the clusters' sizes for both views."""
     m = p.shape[1]
     a, b = ([c / c.norm() for c in v.T] for v in (p, r))
     loss = instance_loss(torch.stack(a), torch.stack(b), tau)
@@ -45,7 +45,7 @@ def cluster_loss(p, r, tau):
 @pytest.mark.parametrize("queue_size", [0, 12])
 @pytest.mark.parametrize("sigma", [1.0, 0.5])
 def test_total_is_the_published_one(part, queue_size, sigma):
-    """L_I(w1,w2) + L_I(w2,s) + sigma [L_C of every pair], values and gradients in float64."""
+    """It is L_I(w1,w2) + L_I(w2,s) + sigma [L_C of every pair], with gradients, in float64."""
     config = replace(SMALL, queue_size=queue_size, sigma=sigma)
     method = config.build(HALF, QUARTER).double()
     z = [F.normalize(torch.randn(6, 16).double(), dim=1).requires_grad_() for _ in range(3)]
@@ -64,7 +64,9 @@ def test_total_is_the_published_one(part, queue_size, sigma):
     assert abs(ours - theirs) < 1e-10 * theirs
     for one, other in zip(torch.autograd.grad(ours, z + p), torch.autograd.grad(theirs, z + p), strict=True):
         assert (one - other).norm() < 1e-10 * other.norm()
-    if queue is not None:  # The weak view's embeddings follow, after both losses have seen the old queue.
+    if (
+        queue is not None
+    ):  # The weak view's embeddings are enqueued after both losses are computed with the old queue.
         assert torch.equal(method.queue.rows[:6], w2.detach()) and torch.equal(
             method.queue.rows[6:], queue[6:]
         )
@@ -79,7 +81,7 @@ def test_step_weighs_the_parts_and_reaches_every_parameter():
 
 
 def test_passes_of_the_stl10_recipe():
-    """Instance losses alone, and the cluster head untouched; then both losses, without sigma."""
+    """The first has only instance losses, without the cluster head; the second has both, without sigma."""
     method = replace(SMALL, recipe="stl10", sigma=0.5).build(HALF, QUARTER).train()
     loss, logs = method(images(), "instance")
     assert logs.keys() == {"instance_loss"} and loss == logs["instance_loss"]
@@ -94,7 +96,7 @@ def test_published_normalization_is_of_the_strong_view_alone():
     method = replace(SMALL, normalize="strong", randaugment=0).build(HALF, QUARTER)
     white = torch.full((4, 3, 16, 16), 255, dtype=torch.uint8)
     assert method.weak(white).amax() <= 1 and method.prepare(white).amax() == 1
-    # White stays white but for the jitter, which a fifth goes without.
+    # White stays white in the fifth of the views that have no jitter.
     torch.manual_seed(0)
     seen = torch.cat([method.strong(white) for _ in range(20)]).amax((0, 2, 3))
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
@@ -115,7 +117,7 @@ def test_what_an_epoch_goes_through():
     assert passes["stl10"] == {"instance": 7, "cluster": 8}
     assert passes["imagenet-10"] == {"joint": 12}  # the training images
     assert PRESETS["cifar10"].clusters_test_images and not PRESETS["imagenet-10"].clusters_test_images
-    # As many clusters as classes, unless told otherwise.
+    # As many clusters as classes, unless the setting is another.
     assert PRESETS["cifar10"].resolve(data).clusters == 3
     assert replace(PRESETS["cifar10"], clusters=7).resolve(data).clusters == 7
     with pytest.raises(ValueError, match="clusters must be at least 2, got 0"):

@@ -1,4 +1,4 @@
-"""--skip-unreadable: what takes the place of a file that cannot be read, and what is said of it."""
+"""--skip-unreadable: what replaces a file that cannot be read, and how it is reported."""
 
 import json
 import os
@@ -24,7 +24,7 @@ BROKEN = ("train/dog/03.png", "train/cat/17.png", "train/dog/11.png", "train/cat
 
 @pytest.fixture
 def pets(tmp_path):
-    """2 x 20 training and 2 x 5 test images of two classes, BROKEN's unreadable; without these, "whole"."""
+    """Returns 2 x 20 training and 2 x 5 test images, of which BROKEN are unreadable; "whole" lacks those."""
     generator = np.random.default_rng(0)
     for part, count in (("train", 20), ("val", 5)):
         for name, value in (("cat", 10), ("dog", 150)):
@@ -52,7 +52,7 @@ def test_batches_shrink_or_are_filled(pets):
     rows = [list(range(20)), list(range(20, 40)), broken]
     skipped = []
     found = list(load_batches(data, rows, workers=0, skipped=skipped))
-    assert [len(x) for x, _ in found] == [18, 18]  # and of the third nothing is left
+    assert [len(x) for x, _ in found] == [18, 18]  # The third batch is empty, and left out.
     assert torch.equal(torch.cat([x for x, _ in found]), good[list(range(36))][0])
     assert skipped == [paths[i] for i in broken] * 2
     skipped.clear()
@@ -62,7 +62,7 @@ def test_batches_shrink_or_are_filled(pets):
     for batch, indices in zip(filled, rows, strict=True):
         for image, label, i in zip(*batch, indices, strict=True):
             alone = next(load_batches(data, [[i]], workers=0, skipped=[], fill=True))
-            assert torch.equal(image, alone[0][0]) and label == alone[1][0]  # The index alone decides.
+            assert torch.equal(image, alone[0][0]) and label == alone[1][0]  # The index alone determines it.
             assert (readable == image).flatten(1).all(1).any()
             assert i in broken or torch.equal(image, data[[i]][0][0])
     with pytest.raises(ValueError, match="cannot read"):
@@ -85,7 +85,7 @@ def test_processes_share_the_batches_of_one(pets, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_reports_what_it_left_out(command, pets, workers):
-    """Scores are those of the data set without the files; training needs the option only until it is done."""
+    """Scores are those of the data set without the files. Evaluating the run needs no option."""
     stopped = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, "--out", "run")
     assert stopped.returncode == 1 and "relssl train: cannot read" in stopped.stderr
     more = "--skip-unreadable", "--workers", workers, "--out", "run"
@@ -97,7 +97,7 @@ def test_a_run_reports_what_it_left_out(command, pets, workers):
         part for part in re.split("[\r\n]", run.stderr) if part.startswith("unreadable images left out")
     )
     assert line.startswith(f"unreadable images left out: 4 ({pets}/train/cat/08.png, ")
-    assert line.endswith(" and 1 more); others took their places")
+    assert line.endswith(" and 1 more); others replaced them")
     assert len(run.stdout.splitlines()) == 1
     scores = json.loads(run.stdout)
     whole = command("evaluate", "run/checkpoint.pt", "--data-root", pets.parent / "whole")
@@ -165,7 +165,7 @@ def test_nothing_readable_is_an_error(command, pets):
 
 
 def test_an_image_of_too_many_pixels_is_unreadable(pets, monkeypatch):
-    """PIL's guard against decompression bombs raises an error of its own kind."""
+    """PIL raises a special exception for what may be a decompression bomb."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"cannot read .*00\.png: .*exceeds limit of 200 pixels"):
         datasets.load("folder", pets, 14).train[[0]]

@@ -1,4 +1,4 @@
-"""What every data set consists of."""
+"""`Data`: the sets of images that a data set consists of."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`load`: data sets by name; here are those that scikit-learn and torchvision know."""
+"""`load`: data sets by name, and the data sets of scikit-learn and torchvision."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Renames an encoder's tensors to those of torchvision's or timm's model, and prints code that builds it."""
+"""Exports an encoder to torchvision's or timm's model: tensors by its names, and code that builds it."""
 
 from typing import Literal
 
