@@ -235,8 +235,7 @@ class _Trainer:
             if (before := previous_path(path)).exists():
                 kept += f"; copy {before} over it, and --resume with a lower --lr continues from there"
         elif self.saved:
-            saved_epoch, saved_step = self.saved
-            kept = f"{path} holds all before {describe_position(saved_epoch + 1, saved_step)} and is kept;"
+            kept = f"{path} holds all before {describe_position(self.saved[0] + 1, self.saved[1])} and is kept;"
             kept += " --resume with a lower --lr continues from there"
         raise FloatingPointError(f"{what} not finite at {position}: {kept}")
 
