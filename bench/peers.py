@@ -77,7 +77,7 @@ def solo(module: str) -> ModuleType:
 
 
 def lightly(module: str) -> ModuleType:
-    importlib.import_module("relssl.data.torchvision_import")  # lightly imports it; it may be broken
+    importlib.import_module("relssl.datasets.torchvision_import")  # lightly imports it; it may be broken
     return package("lightly", module)
 
 

@@ -19,7 +19,7 @@ from work import NT_XENT, STUDENT, TEACHER, Case
 # The dependencies of training may be missing.
 ressl = pytest.importorskip("relssl.methods.ressl", exc_type=ImportError)
 sacc = pytest.importorskip("relssl.methods.sacc", exc_type=ImportError)
-optimizer_of = pytest.importorskip("relssl.train", exc_type=ImportError).optimizer_of
+build_optimizer = pytest.importorskip("relssl.train", exc_type=ImportError).build_optimizer
 
 # On a CPU a small encoder: the published one takes ten seconds a step.
 ARCH, ROWS = ("conv4", 128) if DEVICE == "cpu" else ("resnet18", 256)
@@ -123,7 +123,7 @@ def test_step(name, size, peer, benchmark, results):
     assert error < (1e-4 if DEVICE == "cpu" else 0.03)
 
     def step(side):
-        optimizer = optimizer_of(side.method, side.config)
+        optimizer = build_optimizer(side.method, side.config)
 
         def run() -> None:
             with autocast():

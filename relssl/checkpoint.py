@@ -1,4 +1,4 @@
-"""Checkpoints: everything that the next step depends on, in one file that is whole at any moment."""
+"""Checkpoints: all that the next step depends on, in a file that is complete at any time."""
 
 import json
 import os
@@ -6,90 +6,111 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from relssl import backends, distributed, methods, tuned
 from relssl.methods.base import Method, TrainConfig
+from relssl.old_names import replace_old_names
 
-# Settings that a run may change when it goes on, without a word...
-FREE = {
-    "resume", "out", "data_root", "download", "device", "workers", "backend", "judge_every", "save_every",
+# Settings that a resumed run may change without a message...
+RESUMABLE_OVERRIDES = {
+    "resume", "out", "data_root", "download", "device", "workers", "backend", "eval_every", "save_every",
     "reschedule", "skip_unreadable",
 }  # fmt: skip
-# ... and those that no other step depends on, which take effect from there.
+# ... and those that affect only the steps to come.
 RATES = {"lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum"}
 
 
+Stateful = torch.nn.Module | torch.optim.Optimizer | torch.amp.GradScaler
+
+
+@dataclass
+class TrainState:
+    """All that a training step changes, besides random number generators.
+
+    Attributes:
+        steps_per_epoch: 0 if unknown.
+        epoch: number of completed epochs.
+        step: number of completed steps of the epoch after these.
+        sums: for each logged scalar, its sum over these steps and the number of its terms, [2].
+        history: an entry of scalars for each completed epoch, which metrics.json lists.
+        evaluation_due: whether the last completed epoch is yet to be evaluated.
+    """
+
+    method: Method
+    optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
+    steps_per_epoch: int = 0
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    evaluation_due: bool = False
+
+    def parts(self) -> dict[str, Stateful]:
+        """Returns what has a state_dict, by its key in a checkpoint."""
+        parts = {"model": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+# The other attributes, which a checkpoint holds as they are.
+PROGRESS = "steps_per_epoch", "epoch", "step", "sums", "history", "evaluation_due"
+
+
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """A config as JSON has it: paths as strings."""
+    """Returns the settings as in JSON: paths are strings."""
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def _randomness() -> dict[str, Any]:
-    """torch's generators, of this process's GPU if it has one: a training step draws from no others."""
+def _rng_state() -> dict[str, Tensor | None]:
+    """Returns the states of torch's generators (CPU and this process's GPU), the only ones a step uses."""
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": gpu}
 
 
-def save(
-    path: Path,
-    config: TrainConfig,
-    run: dict[str, Any],
-    epoch: int,
-    step: int,
-    sums: dict,
-    history: list,
-    *,
-    steps: int | None = None,
-    unjudged: bool = False,
-    again: bool = False,
-) -> None:
-    """Write checkpoint and metrics so that at any moment there is a whole file of each.
+def save(path: Path, state: TrainState, *, keep_previous: bool = True) -> None:
+    """Writes checkpoint and metrics so that a complete file of each exists at any time.
 
-    The checkpoint before it remains as `previous(path)`, where the file system has hard links. Every process
-    must call it; the first writes, the random state of all.
+    The checkpoint before it remains as `previous_path(path)`, if the file system has hard links. Every
+    process must call it; rank 0 writes the random number generators of all.
 
-    steps: of an epoch. unjudged: whether the last epoch's evaluation is yet to be made. again: whether the
-    checkpoint in place is of the same step, and is not kept.
+    keep_previous: False if the checkpoint in place is of the same step.
     """
-    randomness = distributed.collect(_randomness())
+    rng_states = distributed.all_gather_object(_rng_state())
     if distributed.rank():
         return
-    settings = _settings(config)
-    name = next(n for n, c in methods.CONFIGS.items() if type(config) is c)
-    device = next(run["model"].parameters()).device.type
-    state = {key: part.state_dict() for key, part in run.items()}
-    state |= {
+    settings = _settings(state.method.config)
+    name = next(n for n, c in methods.CONFIGS.items() if type(state.method.config) is c)
+    device = next(state.method.parameters()).device.type
+    contents: dict[str, Any] = {key: part.state_dict() for key, part in state.parts().items()}
+    contents |= {name: getattr(state, name) for name in PROGRESS}
+    contents |= {
         "method": name,
         "config": settings,
-        "epoch": epoch,
-        "step": step,
-        "steps": steps,
-        "unjudged": unjudged,
-        "sums": sums,
-        "history": history,
-        "randomness": randomness,
+        "rng_states": rng_states,
         "device": device,
         "tuned": tuned.record(device),
     }
-    _replace(path, lambda file: torch.save(state, file), None if again else previous(path))
-    metrics = {"method": name, "config": settings, "epochs": history}
-    _replace(path.with_name("metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+    previous = previous_path(path) if keep_previous else None
+    _write_atomically(path, lambda file: torch.save(contents, file), previous)
+    metrics = json.dumps({"method": name, "config": settings, "epochs": state.history}, indent=1)
+    _write_atomically(path.with_name("metrics.json"), lambda file: file.write(metrics.encode()))
 
 
-def previous(path: Path) -> Path:
-    """The checkpoint before the last one."""
+def previous_path(path: Path) -> Path:
+    """Returns the path of the checkpoint before the last one."""
     return path.with_stem(path.stem + ".previous")
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Write beside the file, to the disk, and only then take its place. OSError if that fails.
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
+    """Writes and syncs a temporary file, and renames it to `path`. Raises OSError if that fails.
 
-    keep: where to keep the file that was there.
+    previous: where to keep the file that was there.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -97,112 +118,111 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = N
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep:
+        if previous:
             with suppress(OSError):
-                keep.unlink(missing_ok=True)
-                os.link(path, keep)
+                previous.unlink(missing_ok=True)
+                os.link(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter for the former.
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter instead of the former.
         temporary.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"cannot write {path}: {reason}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU.
+    """Returns what `save` wrote, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or something else than a checkpoint of this library.
+        ValueError: the file is damaged, or is not a checkpoint of this library.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["method"], state["config"], state["model"], state["device"]
-    except Exception as error:  # torch and pickle raise nearly anything over a damaged file.
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        replace_old_names(contents)
+        contents["method"], contents["device"]
+    except Exception as error:  # torch and pickle raise almost any exception for a damaged file.
         raise ValueError(f"{path} is damaged, or no checkpoint of relssl ({type(error).__name__})") from error
-    if state["method"] not in methods.CONFIGS:
-        raise ValueError(f"{path} is of method {state['method']!r}, which this version does not know")
-    return state
+    if contents["method"] not in methods.CONFIGS:
+        raise ValueError(f"{path} is of method {contents['method']!r}, which this version does not have")
+    return contents
 
 
-def restore(
-    path: Path, config: TrainConfig, run: dict[str, Any], device: torch.device, steps: int
-) -> tuple[int, int, dict, list, bool]:
-    """Put everything back as `save` found it; returns epoch, step, sums, history and unjudged.
+def restore(path: Path, state: TrainState, device: torch.device) -> None:
+    """Restores state, generators and the kernels of "auto" to what they were in `save`.
 
-    The kernels that "auto" takes are from here on those of the checkpoint.
-
-    What has changed between the runs is said in a line each, on standard error.
-
-    steps: of an epoch of this run.
+    Each difference between the runs is reported in a line on standard error.
 
     Raises:
-        ValueError: the checkpoint is damaged, or the run cannot go on from it with these settings.
+        ValueError: the checkpoint is damaged, or the run cannot continue from it with these settings.
     """
-    state = read(path)
-    lines = _changes(path, state, config, device, steps)
-    epoch, step = state["epoch"], state["step"]
+    contents, config = read(path), state.method.config
+    epoch, step = contents["epoch"], contents["step"]
+    lines = _describe_changes(path, contents, config, device, state.steps_per_epoch)
     if distributed.rank() == 0:
         for line in lines:
-            print(f"{line} from {place(epoch + 1, step)} on", file=sys.stderr)
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in run["optimizer"].param_groups]
-    for key, part in run.items():
-        _load(path, part, state[key])
-    for group, new in zip(run["optimizer"].param_groups, settings, strict=True):
-        group.update(new)  # Rates are those of the config, not of the checkpoint.
-    if (len(state["randomness"]), state["device"]) == (distributed.world(), device.type):
-        randomness = state["randomness"][distributed.rank()]
-        torch.set_rng_state(randomness["cpu"])
+            print(f"{line} from {describe_position(epoch + 1, step)} on", file=sys.stderr)
+    assert state.optimizer
+    rates = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
+    for key, part in state.parts().items():
+        _load(path, part, contents[key])
+    for group, own in zip(state.optimizer.param_groups, rates, strict=True):
+        group.update(own)  # Rates are those of the config, not of the checkpoint.
+    if (len(contents["rng_states"]), contents["device"]) == (distributed.world_size(), device.type):
+        rng_state = contents["rng_states"][distributed.rank()]
+        torch.set_rng_state(rng_state["cpu"])
         if device.type == "cuda":
-            torch.cuda.set_rng_state(randomness["cuda"], device)
+            torch.cuda.set_rng_state(rng_state["cuda"], device)
     else:
         torch.manual_seed(fresh_seed(config.seed, distributed.rank(), epoch, step))
-    same_device = state["device"] == device.type
     kernels = tuned.record(device.type)
-    tuned.adopt(
-        kernels | {"choices": state["tuned"]["choices"]} if same_device and "tuned" in state else kernels
-    )
-    sums = {name: total.to(device) for name, total in state["sums"].items()}
-    return epoch, step, sums, state["history"], state.get("unjudged", False)
+    if contents["device"] == device.type and "tuned" in contents:
+        kernels = kernels | {"choices": contents["tuned"]["choices"]}
+    tuned.adopt(kernels)
+    state.epoch, state.step, state.history = epoch, step, contents["history"]
+    state.sums = {name: total.to(device) for name, total in contents["sums"].items()}
+    state.evaluation_due = contents.get("evaluation_due", False)
 
 
-def _load(path: Path, part: Any, state: dict[str, Any]) -> None:
-    """part.load_state_dict(state); ValueError where they do not fit."""
+def _load(path: Path, part: Stateful, state: dict[str, Any]) -> None:
+    """Calls part.load_state_dict(state); raises ValueError if they do not match."""
     try:
         part.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from error
 
 
-def place(epoch: int, step: int) -> str:
-    """An epoch, counted from 1, and the step in it, if that is not its first."""
+def describe_position(epoch: int, step: int) -> str:
+    """Names an epoch, counted from 1, and a step of it (counted from 0) unless it is the first."""
     return f"epoch {epoch}, step {step + 1}" if step else f"epoch {epoch}"
 
 
 def fresh_seed(seed: int, rank: int, epoch: int, step: int) -> int:
-    """For a process whose random state no checkpoint holds: 63 bits, others for each process and step."""
+    """Returns 63 bits, different for each process and step, for a process without a saved generator."""
     return random.Random(f"{seed} {rank} {epoch} {step}").getrandbits(63)
 
 
-def _changes(
-    path: Path, state: dict[str, Any], config: TrainConfig, device: torch.device, steps: int
+def _describe_changes(
+    path: Path, contents: dict[str, Any], config: TrainConfig, device: torch.device, steps_per_epoch: int
 ) -> list[str]:
-    """What the run that goes on changes, in words; ValueError where that is not well defined."""
-    if methods.CONFIGS[state["method"]] is not type(config):
-        raise ValueError(f"{path} is of method {state['method']}: give --out another folder")
+    """Returns a line for each change of the resumed run; raises ValueError if one is not well defined."""
+    if methods.CONFIGS[contents["method"]] is not type(config):
+        raise ValueError(f"{path} is of method {contents['method']}: give --out another folder")
     now = _settings(config)
-    changed = {k: v for k, v in state["config"].items() if k not in FREE and now.get(k) != v}
-    fixed = [f"{name} was {old}" for name, old in changed.items() if name not in RATES | {"epochs"}]
+    old = contents["config"]
+    changed = {k: v for k, v in old.items() if k not in RESUMABLE_OVERRIDES and now.get(k) != v}
+    fixed = [f"{name} was {value}" for name, value in changed.items() if name not in RATES | {"epochs"}]
     if fixed:
-        raise ValueError(f"{path} is of other settings ({', '.join(fixed)}): they cannot change on the way")
-    if (then := state.get("steps") or steps) != steps:
-        raise ValueError(f"{path} has {then} steps an epoch, these data make {steps}: they are not the same")
-    begun = state["epoch"] + (state["step"] > 0)
+        raise ValueError(
+            f"{path} is of other settings ({', '.join(fixed)}): a resumed run cannot change them"
+        )
+    if (steps := contents.get("steps_per_epoch") or steps_per_epoch) != steps_per_epoch:
+        raise ValueError(f"{path} has {steps} steps an epoch, these data make {steps_per_epoch}: they differ")
+    begun = contents["epoch"] + (contents["step"] > 0)
     if config.epochs < begun:
         raise ValueError(f"{path} is in epoch {begun}, past the end of {config.epochs} epochs")
-    lines = [f"{name} was {old}, is {now[name]}" for name, old in changed.items()]
+    lines = [f"{name} was {value}, is {now[name]}" for name, value in changed.items()]
     if "epochs" in changed and config.schedule == "cosine":
         if not config.reschedule:
             raise ValueError(
@@ -212,42 +232,42 @@ def _changes(
             )
         lines = [f"{line}, with its cosine" if line.startswith("epochs ") else line for line in lines]
     anew = "; random numbers are drawn anew, not bit for bit as before,"
-    if (was := len(state["randomness"])) != distributed.world():
-        lines.append(f"processes was {was}, is {distributed.world()}{anew}")
-    if (was := state["device"]) != device.type:
+    if (was := len(contents["rng_states"])) != distributed.world_size():
+        lines.append(f"processes was {was}, is {distributed.world_size()}{anew}")
+    if (was := contents["device"]) != device.type:
         return [*lines, f"device was {was}, is {device.type}{anew}"]
-    return lines + _other_kernels(state.get("tuned"), device.type)
+    return lines + _describe_kernel_changes(contents.get("tuned"), device.type)
 
 
-def _other_kernels(record: tuned.Record | None, device: str) -> list[str]:
-    """A line if this machine, or a kernel that was chosen on that of the checkpoint, makes results differ."""
+def _describe_kernel_changes(record: tuned.Record | None, device: str) -> list[str]:
+    """Returns a line for another machine, and one for kernels of the checkpoint that cannot run here."""
     if record is None:
         return []
-    lost = []
+    missing = set()
     for dtype, dim, *_, name in record["choices"]:
         if not backends.available(name, device, getattr(torch, dtype), dim):
-            lost.append(name)
+            missing.add(name)
     lines = []
     if (was := record["environment"]) != (now := tuned.environment(device)):
         lines.append(f"machine was {was}; is {now}; not bit for bit as before")
-    if lost:
-        names = ", ".join(sorted(set(lost)))
+    if missing:
+        names = ", ".join(sorted(missing))
         lines.append(f"kernels were {names}, which cannot run here: the defaults")
     return lines
 
 
 def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
-    """The trained method of a checkpoint, in eval mode, and its config."""
-    state = read(path)
-    settings: dict[str, Any] = state["config"] | {"device": device}
+    """Returns the trained method of a checkpoint, in eval mode, and its config."""
+    contents = read(path)
+    settings: dict[str, Any] = contents["config"] | {"device": device}
     for name in ("out", "data_root"):
         settings[name] = settings[name] and Path(settings[name])
     try:
-        config = methods.CONFIGS[state["method"]](**settings)
+        config = methods.CONFIGS[contents["method"]](**settings)
     except TypeError as error:
         raise ValueError(f"{path} is of another version of relssl: {error}") from error
-    unknown = torch.ones(3)  # The statistics are buffers and come with the state.
-    method = config.make(unknown, unknown)
-    _load(path, method, state["model"])
+    placeholder = torch.ones(3)  # The statistics are buffers, which the state_dict has.
+    method = config.build_on_device(placeholder, placeholder)
+    _load(path, method, contents["model"])
     method.eval()
     return method, config

@@ -1,6 +1,6 @@
-"""What several processes share: torchrun starts them, DistributedDataParallel averages their gradients.
+"""Collectives of the processes that torchrun starts; DistributedDataParallel averages their gradients.
 
-Everything here is the identity where there is one process.
+With a single process, every function here is the identity.
 """
 
 import inspect
@@ -17,29 +17,29 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    return dist.get_rank() if _several() else 0
+    return dist.get_rank() if _is_distributed() else 0
 
 
-def world() -> int:
-    return dist.get_world_size() if _several() else 1
+def world_size() -> int:
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def first() -> bool:
-    """Whether this is the process that speaks for all; also when they have parted."""
+def is_main_process() -> bool:
+    """Returns whether this is rank 0, even after the group is destroyed."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[None]:
-    """Within, the processes that torchrun started can talk; without torchrun, nothing happens."""
+def process_group(device: torch.device) -> Iterator[None]:
+    """Initialises the process group under torchrun, and destroys it at the end; otherwise does nothing."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
         return
@@ -53,92 +53,97 @@ def processes(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def gather(rows: Tensor) -> Tensor:
-    """The rows [B, ...] of all processes in rank order, [world · B, ...], without a gradient."""
-    if not _several():
+def all_gather(rows: Tensor) -> Tensor:
+    """Concatenates the rows [B, ...] of all processes by rank, [world_size · B, ...], without a gradient."""
+    if not _is_distributed():
         return rows
-    everyone = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world())]
-    dist.all_gather(everyone, rows.contiguous())
-    return torch.cat(everyone)
+    gathered = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
 
 
-def parallel(module: nn.Module, unused: bool) -> nn.Module:
-    """The module whose gradients are the mean of all processes'; itself where there is one.
+def all_gather_with_grad(*rows: Tensor) -> tuple[Tensor, ...]:
+    """Applies `all_gather` to each tensor; backward sums the gradients of all processes.
 
-    Buffers are not sent before every step: a queue is the same everywhere, and BatchNorm's statistics are
-    each process's own.
-
-    unused: whether a step may leave parameters without a gradient.
+    For a loss of the whole batch that every process computes: each row gets `world_size` times its gradient,
+    so the mean that DistributedDataParallel takes is the gradient that a single process would compute.
     """
-    if not _several():
-        return module
-    parallel: Any = nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # torch >= 2.13
-    buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return parallel(module, find_unused_parameters=unused, **buffers)
+    return tuple(map(_AllGather.apply, rows)) if _is_distributed() else rows
 
 
-@torch.no_grad()
-def shared(value: Tensor) -> Tensor:
-    """The first process's value, in all of them."""
-    if _several():
-        dist.broadcast(value, 0)
-    return value
-
-
-def gather_with_grad(*rows: Tensor) -> tuple[Tensor, ...]:
-    """`gather` of each, whose backward adds up what all processes send back to a row.
-
-    For a loss of the whole batch that every process computes: each row gets `world` times its gradient, and
-    the mean that DistributedDataParallel takes makes of it the gradient that one process would have found.
-    """
-    return tuple(map(_Gather.apply, rows)) if _several() else rows
-
-
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return gather(rows)
+        return all_gather(rows)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         g = g.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
-        return g.chunk(world())[rank()]
+        return g.chunk(world_size())[rank()]
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Returns the values of all processes, of any type that can be pickled, by rank."""
+    values = [value] * world_size()
+    if _is_distributed():
+        dist.all_gather_object(values, value)
+    return values
 
 
 @torch.no_grad()
-def mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if _several():
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Returns the mean over all processes."""
+    if _is_distributed():
         value = value.clone()
         dist.all_reduce(value)
-        value /= world()
+        value /= world_size()
     return value
 
 
-def first_ahead(run: Callable[[], T]) -> T:
-    """What run() returns in each process; the first one's is over before the others begin."""
-    if rank() == 0:
-        result = run()
-    if _several():
-        dist.barrier()
-    return result if rank() == 0 else run()
-
-
 @torch.no_grad()
-def maximum(values: list[float], device: torch.device) -> list[float]:
-    """The largest of each value over all processes."""
-    if not _several():
+def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
+    """Returns the maximum of each value over all processes."""
+    if not _is_distributed():
         return values
     largest = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
 
 
-def collect(value: Any) -> list[Any]:
-    """The values, of any type that pickles, of all processes in rank order."""
-    values = [value] * world()
-    if _several():
-        dist.all_gather_object(values, value)
-    return values
+def any_rank(condition: bool, device: torch.device) -> bool:
+    """Returns whether the condition holds in any process."""
+    return bool(all_reduce_max([float(condition)], device)[0])
+
+
+@torch.no_grad()
+def broadcast(value: Tensor) -> Tensor:
+    """Sets `value` to rank 0's, in place, and returns it."""
+    if _is_distributed():
+        dist.broadcast(value, 0)
+    return value
+
+
+def main_process_first(run: Callable[[], T]) -> T:
+    """Returns run() of each process; the other processes wait until rank 0 has finished."""
+    if rank() == 0:
+        result = run()
+    if _is_distributed():
+        dist.barrier()
+    return result if rank() == 0 else run()
+
+
+def wrap_ddp(module: nn.Module, find_unused_parameters: bool) -> nn.Module:
+    """Wraps a module so that its gradients are averaged over the processes; returns it if there is only one.
+
+    Buffers are not broadcast before every step: a queue is the same in all processes, and each process has
+    its own BatchNorm statistics.
+
+    find_unused_parameters: whether a step may leave parameters without a gradient.
+    """
+    if not _is_distributed():
+        return module
+    ddp: Callable[..., nn.Module] = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch >= 2.13
+    buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return ddp(module, find_unused_parameters=find_unused_parameters, **buffers)

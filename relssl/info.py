@@ -1,4 +1,4 @@
-"""What is installed, and which backend would be chosen where."""
+"""`relssl info`: what is installed, and which backend would be chosen."""
 
 import platform
 
@@ -26,8 +26,8 @@ def _cuda_kernels() -> str:
     )
 
 
-def _on_choice(name: str) -> str | None:
-    return None if name in backends.DEFAULTS else "where relssl tune chose it"
+def _opt_in(name: str) -> str | None:
+    return None if name in backends.DEFAULTS else "only where relssl tune chose it"
 
 
 def _choices(device: str) -> list[str]:
@@ -35,11 +35,11 @@ def _choices(device: str) -> list[str]:
     lines = [f"  {record['environment']}"]
     for dtype, dim, rows, queue, backend in record["choices"]:
         lines.append(f"    {dtype}, D {dim}, {rows:,} rows, a queue of {queue:,}: {backend}")
-    return lines if len(lines) > 1 else [*lines, "    none: the defaults below hold"]
+    return lines if len(lines) > 1 else [*lines, "    none: the defaults below apply"]
 
 
 def report() -> str:
-    """Versions, backends and, for each device and dtype, the choice of "auto" and what stood in its way."""
+    """Lists versions, backends and, by device and dtype, the choice of "auto" and why not the others."""
     try:
         import triton
 
@@ -53,7 +53,7 @@ def report() -> str:
         f"relssl {__version__}, Python {platform.python_version()} on {platform.machine()}",
         f"torch {torch.__version__}, triton {triton_version}, numpy {numpy.__version__}",
         f"CPU threads {torch.get_num_threads()}, {_instruction_sets()}",
-        f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen by torch'}",
+        f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none found by torch'}",
         f"CUDA C++ {_cuda_kernels()}",
         "",
         "backends:",
@@ -71,8 +71,8 @@ def report() -> str:
             refused = [
                 f"{name}: {reason}"
                 for name in backends.BACKENDS
-                if (reason := backends.BACKENDS[name].supports(device, dtype, 128) or _on_choice(name))
+                if (reason := backends.BACKENDS[name].supports(device, dtype, 128) or _opt_in(name))
             ]
-            kind = str(dtype).removeprefix("torch.")
-            lines.append(f"  {device:<6}{kind:<10}{chosen}" + "".join(f"  ({r})" for r in refused))
+            dtype_name = str(dtype).removeprefix("torch.")
+            lines.append(f"  {device:<6}{dtype_name:<10}{chosen}" + "".join(f"  ({r})" for r in refused))
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.distributed import gather
+from relssl.distributed import all_gather
 
 
 class FeatureQueue(nn.Module):
@@ -127,7 +127,7 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"keys must be [B, {dim}] with B ≥ 1, got shape {tuple(keys.shape)}")
         if keys.device != rows.device:
             raise RuntimeError(f"keys is on {keys.device}, but the queue on {rows.device}")
-        keys = gather(keys.to(rows.dtype))
+        keys = all_gather(keys.to(rows.dtype))
         total, keys = len(keys), keys[-size:]
         first = pointer + (total - len(keys))
         at = (first + torch.arange(len(keys), device=keys.device)) % size

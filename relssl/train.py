@@ -1,8 +1,9 @@
-"""The training loop: any method whose forward gives a loss and what to log, and nothing of a method's own.
+"""The training loop, for any method whose forward returns a loss and scalars to log.
 
 A checkpoint holds everything that a step depends on, so a resumed run continues bit for bit (on a GPU as
-far as cuDNN's kernels repeat), from the end of an epoch or from the step at which a signal stopped it. Under
-torchrun each process takes its share of every batch, and DistributedDataParallel averages the gradients.
+far as cuDNN's kernels are deterministic), from the end of an epoch or from the step at which a signal stopped
+it. Under torchrun each process takes its share of every batch, and DistributedDataParallel averages the
+gradients.
 """
 
 import math
@@ -12,202 +13,242 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from relssl import data as datasets
-from relssl import distributed, tuned
-from relssl.checkpoint import place, previous, restore, save
-from relssl.data.loading import channel_statistics, left_out, load_batches
-from relssl.evaluate import glance
+from relssl import datasets, distributed, tuned
+from relssl.checkpoint import TrainState, describe_position, previous_path, restore, save
+from relssl.datasets.loading import channel_statistics, load_batches, skipped_message
+from relssl.evaluate import evaluate_during_training
 from relssl.interruption import Stop, interruption
 from relssl.methods.base import Method, TrainConfig
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+READ_EVERY = 10  # Steps after which losses are read, which synchronises device and processes.
+
 
 def train(config: TrainConfig) -> Method:
-    """Train a method and return it; checkpoint.pt, metrics.json and TensorBoard events go to config.out.
+    """Trains a method and returns it; checkpoint.pt, metrics.json and TensorBoard events go to config.out.
 
     Ctrl-C saves the step and returns; SIGTERM and SIGUSR1 (which Slurm sends before a job's time is up) save
     it and end the process. A second signal ends the process at once.
 
     Raises:
-        ValueError: fewer training images than one batch, a batch that does not divide among the processes, or
-            a checkpoint that is damaged, of another method or of settings that cannot change.
-        FileExistsError: config.out holds a checkpoint and config.resume is off.
+        ValueError: fewer training images than one batch, a batch that cannot be divided among the processes,
+            or a checkpoint that is damaged, of another method or of settings that cannot change.
+        FileExistsError: config.out has a checkpoint and config.resume is off.
         FloatingPointError: the loss or a weight is not finite; the last two checkpoints are kept.
         SystemExit: with status 143, after SIGTERM or SIGUSR1.
     """
     device = config.pick_device()
     try:
-        with interruption() as stop, distributed.processes(device):
-            return _train(config, device, stop)
+        with interruption() as stop, distributed.process_group(device):
+            trainer = _Trainer(config, device, stop)
+            with open_logs(trainer.config, trainer.state) as (trainer.writer, trainer.bar):
+                trainer.run()
+            return trainer.state.method.eval()
     finally:
         tuned.adopt(None)
 
 
-def _train(config: TrainConfig, device: torch.device, stop: Stop) -> Method:
-    path = config.out / "checkpoint.pt"
-    if path.exists() and not config.resume:
-        raise FileExistsError(f"{path} exists: pass --resume to go on from it, or another --out")
-    config.check()
-    every_steps, every_seconds = interval(config.save_every)
-    if config.batch_size % distributed.world():
-        processes = f"{distributed.world()} processes"
-        raise ValueError(f"a batch of {config.batch_size} does not divide among {processes}")
-    where = config.data, config.data_root, config.image_size, config.download, config.classes
-    data = distributed.first_ahead(lambda: datasets.load(*where))  # Which may download.
-    config = config.fit(data)
-    passes = config.passes(data)
-    smallest = min(map(len, passes.values()))
-    if smallest < config.batch_size:
-        raise ValueError(f"batch size {config.batch_size} exceeds the {smallest} training images")
-    if config.queue_size > smallest and distributed.rank() == 0:
-        warnings.warn(
-            f"the queue of {config.queue_size} exceeds the {smallest} training images: it holds earlier"
-            " embeddings of the very images that it is compared with",
-            stacklevel=2,
-        )
-    torch.manual_seed(config.seed)
-    skipped = config.skip_list()
-    method = config.make(*channel_statistics(data.train, skipped))
-    torch.manual_seed(config.seed + distributed.rank())  # The same weights, other augmentations.
-    optimizer = optimizer_of(method, config)
-    precision = (
-        ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
-    )
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = {"model": method, "optimizer": optimizer, "scaler": scaler}
-    steps = sum(len(images) // config.batch_size for images in passes.values())
-    start, step, unjudged = 0, 0, False
-    sums: dict[str, Tensor] = {}
-    history: list[dict[str, float]] = []
-    saved: tuple[int, int] | None = None  # Epoch and step of the checkpoint.
-    if config.resume and path.exists():
-        start, step, sums, history, unjudged = restore(path, config, run, device, steps)
-        saved = start, step
-    else:
-        tuned.adopt(distributed.collect(tuned.record(device.type))[0])  # the first process's, in all
-    method.epoch = start + step / steps
-    forward = distributed.parallel(method, unused=len(passes) > 1)
-    written = time.monotonic()
+class _Trainer:
+    """A training run, new or restored from its checkpoint."""
 
-    def fail(what: str, epoch: int, step: int) -> NoReturn:
-        rate = learning_rate(config, epoch * steps + step, steps)
-        at = f"epoch {epoch + 1}, step {step + 1} of {steps} (learning rate {rate:.3g})"
-        held = f"no checkpoint has been written to {path} yet"
-        if what == "the loss is" and saved == (epoch, step):  # It is of the saved weights, whatever the rate.
-            held = f"the weights in {path} make it so"
-            if (before := previous(path)).exists():
-                held += f"; copy {before} over it, and --resume with a lower --lr goes on from there"
-        elif saved:
-            held = f"{path} holds all before {place(saved[0] + 1, saved[1])} and is kept;"
-            held += " --resume with a lower --lr goes on from there"
-        raise FloatingPointError(f"{what} not finite at {at}: {held}")
+    writer: "SummaryWriter | None"
+    bar: tqdm
 
-    def keep(epoch: int, step: int, sums: dict[str, Tensor], unjudged: bool = False) -> None:
-        nonlocal saved, written
-        report_skipped(skipped, bar)
-        finite = torch.stack([t.isfinite().all() for t in method.state_dict().values()]).all()
-        (spoilt,) = distributed.maximum([float(not finite)], device)
-        if spoilt:  # The loss was of the weights before the last step.
-            fail("weights are", *((epoch, step - 1) if step else (epoch - 1, steps - 1)))
-        again = saved == (epoch, step)
-        save(path, config, run, epoch, step, sums, history, steps=steps, unjudged=unjudged, again=again)
-        saved, written = (epoch, step), time.monotonic()
+    def __init__(self, config: TrainConfig, device: torch.device, stop: Stop) -> None:
+        self.device, self.stop = device, stop
+        self.path = config.out / "checkpoint.pt"
+        if self.path.exists() and not config.resume:
+            raise FileExistsError(f"{self.path} exists: pass --resume to continue it, or another --out")
+        config.validate()
+        self.save_steps, self.save_seconds = parse_save_every(config.save_every)
+        if config.batch_size % distributed.world_size():
+            processes = f"{distributed.world_size()} processes"
+            raise ValueError(f"a batch of {config.batch_size} does not divide among {processes}")
+        source = config.data, config.data_root, config.image_size, config.download, config.classes
+        self.data = distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
+        self.config = config = config.resolve(self.data)
+        self.passes = config.passes(self.data)
+        smallest = min(map(len, self.passes.values()))
+        if smallest < config.batch_size:
+            raise ValueError(f"batch size {config.batch_size} exceeds the {smallest} training images")
+        if config.queue_size > smallest and distributed.rank() == 0:
+            warnings.warn(
+                f"the queue of {config.queue_size} exceeds the {smallest} training images: it has earlier"
+                " embeddings of the same images that it is compared with",
+                stacklevel=3,
+            )
+        torch.manual_seed(config.seed)
+        self.skipped = config.skip_list()
+        method = config.build_on_device(*channel_statistics(self.data.train, self.skipped))
+        torch.manual_seed(config.seed + distributed.rank())  # The same weights, but other augmentations.
+        self.optimizer = build_optimizer(method, config)
+        auto = "bf16" if device.type == "cuda" else "fp32"
+        precision = auto if config.precision == "auto" else config.precision
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.steps = sum(len(images) // config.batch_size for images in self.passes.values())
+        self.state = TrainState(method, self.optimizer, self.scaler, self.steps)
+        self.saved: tuple[int, int] | None = None  # Epoch and step of the checkpoint.
+        if config.resume and self.path.exists():
+            restore(self.path, self.state, device)
+            self.saved = self.state.epoch, self.state.step
+        else:
+            tuned.adopt(distributed.all_gather_object(tuned.record(device.type))[0])  # Rank 0's, everywhere.
+        method.epoch = self.state.epoch + self.state.step / self.steps
+        self.forward = distributed.wrap_ddp(method, find_unused_parameters=len(self.passes) > 1)
+        self.saved_at = time.monotonic()
 
-    with reporting(config, start * steps + step, steps) as (board, bar):
+    def run(self) -> None:
+        """Trains to the last epoch, or until a signal, and saves what has been trained."""
+        self.stop.at_once = False  # From here on there is something to save.
+        stopped = self.state.evaluation_due and self.evaluate_and_save()
+        while not stopped and self.state.epoch < self.config.epochs:
+            stopped = self.run_epoch()
+        if stopped and distributed.rank() == 0:
+            self.bar.write(f"stopped by {self.stop.name} and saved {self.path}; --resume continues from here")
 
-        def log(entry: dict[str, float], epochs: int) -> None:
-            history[-1] |= entry
+    def run_epoch(self) -> bool:
+        """Trains an epoch, or the rest of it; returns whether a signal has stopped the run."""
+        state, config = self.state, self.config
+        state.method.train()
+        began, first_step = time.perf_counter(), state.step
+        losses: list[Tensor] = []  # Those not read yet.
+        for pass_name, images in epoch_batches(self.passes, config, state.epoch, state.step, self.skipped):
+            losses.append(self.run_step(images, pass_name))
+            if self.check_and_save(losses):
+                return True
+        seconds = time.perf_counter() - began
+        totals = {name: distributed.all_reduce_mean(total) for name, total in state.sums.items()}
+        entry = {name: float(total / count) for name, (total, count) in totals.items()}
+        entry["lr"] = self.optimizer.param_groups[0]["lr"]
+        entry["images_per_second"] = (self.steps - first_step) * config.batch_size / seconds
+        state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
+        state.method.epoch = state.epoch
+        state.history.append({"epoch": state.epoch})
+        self.log(entry)
+        last = state.epoch == config.epochs
+        state.evaluation_due = bool(config.eval_every) and (last or state.epoch % config.eval_every == 0)
+        self.save_state()
+        if state.evaluation_due:
+            return self.evaluate_and_save()
+        return self.stop.any_rank_received(self.device)
+
+    def run_step(self, images: Tensor, pass_name: str) -> Tensor:
+        """Trains on one batch; returns its loss, on the device."""
+        state = self.state
+        lr = learning_rate(self.config, self.global_step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        state.method.epoch = state.epoch + state.step / self.steps
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            loss, logs = self.forward(images.to(self.device, non_blocking=True), pass_name)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        state.step += 1
+        # Summed on the device, to avoid a synchronisation, with a count: not every pass logs every name.
+        for name, value in {"loss": loss, **logs}.items():
+            term = torch.stack((value.detach().float(), torch.ones_like(value, dtype=torch.float)))
+            state.sums[name] = state.sums[name] + term if name in state.sums else term
+        self.bar.update(self.config.batch_size)
+        return loss.detach()
+
+    def check_and_save(self, losses: list[Tensor]) -> bool:
+        """Checks and clears the losses, and saves the step, if it is time to.
+
+        Returns whether a signal has stopped the run.
+        """
+        state, step = self.state, self.state.step
+        save_due = bool(self.save_steps) and self.global_step % self.save_steps == 0
+        late = distributed.rank() == 0 and time.monotonic() - self.saved_at >= self.save_seconds
+        # Several processes, each with its own signals and clock, must synchronise at the same steps.
+        at_any_step = distributed.world_size() == 1 and (self.stop.number is not None or late)
+        if not (step % READ_EVERY == 0 or step == self.steps or save_due or at_any_step):
+            return False
+        values = torch.stack(losses).tolist()
+        epoch = f"{state.epoch + 1}/{self.config.epochs}"
+        self.bar.set_postfix(epoch=epoch, loss=f"{values[-1]:.4f}", refresh=False)
+        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), math.inf)
+        # The first bad loss of all processes, and whether it is time for any of them to save.
+        first_bad, save_now = distributed.all_reduce_max([-bad, float(save_due or late)], self.device)
+        if first_bad > -math.inf:
+            self.fail("the loss is", state.epoch, step - len(losses) - int(first_bad))
+        losses.clear()
+        stopped = step < self.steps and self.stop.any_rank_received(self.device)
+        if step < self.steps and (save_now or stopped):
+            self.save_state()
+        return stopped
+
+    def evaluate_and_save(self) -> bool:
+        """Evaluates the last epoch, which is saved already; returns whether a signal has stopped the run.
+
+        A signal interrupts the evaluation, and the resumed run repeats it.
+        """
+        scores = None
+        if distributed.rank() == 0:
+            method, data = self.state.method, self.data
+            scores = self.stop.run_unless_stopped(lambda: evaluate_during_training(method, data))
+        self.log(scores or {})
+        self.state.evaluation_due = scores is None
+        self.save_state()
+        return self.stop.any_rank_received(self.device)
+
+    @property
+    def global_step(self) -> int:
+        return self.state.epoch * self.steps + self.state.step
+
+    def log(self, entry: dict[str, float]) -> None:
+        """Adds scalars to the last epoch's entry in metrics.json, and to TensorBoard."""
+        self.state.history[-1] |= entry
+        if self.writer:
             for name, value in entry.items():
-                board.add_scalar(name, value, epochs * steps)
+                self.writer.add_scalar(name, value, self.global_step)
 
-        def judge(epochs: int) -> None:
-            """Evaluate after so many epochs, all saved; a resumed run makes up for what is cut off."""
-            scores = stop.unless_stopped(lambda: glance(method, data)) if distributed.rank() == 0 else None
-            log(scores or {}, epochs)
-            keep(epochs, 0, {}, unjudged=scores is None)
+    def save_state(self) -> None:
+        report_skipped(self.skipped, self.bar)
+        state, position = self.state, (self.state.epoch, self.state.step)
+        finite = torch.stack([t.isfinite().all() for t in state.method.state_dict().values()]).all()
+        if distributed.any_rank(not finite, self.device):  # The loss was of the weights before the last step.
+            epoch, step = position
+            self.fail("weights are", *((epoch, step - 1) if step else (epoch - 1, self.steps - 1)))
+        sums = {name: distributed.all_reduce_mean(total) for name, total in state.sums.items()}
+        save(self.path, replace(state, sums=sums), keep_previous=self.saved != position)
+        self.saved, self.saved_at = position, time.monotonic()
 
-        def stopped() -> Method:
-            if distributed.rank() == 0:
-                bar.write(f"stopped by {stop.name} and saved {path}; --resume goes on from here")
-            return method.eval()
-
-        stop.at_once = False  # From here on there is something to save.
-        if unjudged:
-            judge(start)
-            if stop.agreed(device):
-                return stopped()
-        for epoch in range(start, config.epochs):
-            method.train()
-            began, first = time.perf_counter(), step
-            losses: list[Tensor] = []  # Since they were last read.
-            for part, images in batches(passes, config, epoch, step, skipped):
-                lr = learning_rate(config, epoch * steps + step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                method.epoch = epoch + step / steps
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                    loss, logs = forward(images.to(device, non_blocking=True), part)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                step += 1
-                losses.append(loss.detach())
-                # Summed on the device: no waiting. A pass that does not log a name leaves it out of the mean.
-                for name, value in {"loss": loss, **logs}.items():
-                    found = torch.stack((value.detach().float(), torch.ones_like(value, dtype=torch.float)))
-                    sums[name] = sums[name] + found if name in sums else found
-                bar.update(config.batch_size)
-                # Reading losses waits for the device and the other processes, so all do it at the same steps.
-                due = bool(every_steps) and (epoch * steps + step) % every_steps == 0
-                late = distributed.rank() == 0 and time.monotonic() - written >= every_seconds
-                alone = distributed.world() == 1 and (stop.number is not None or late)
-                if not (step % 10 == 0 or step == steps or due or alone):
-                    continue
-                values = torch.stack(losses).tolist()
-                bar.set_postfix(epoch=f"{epoch + 1}/{config.epochs}", loss=f"{values[-1]:.4f}", refresh=False)
-                bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), math.inf)
-                # The first bad one of all processes, and whether it is time for any of them to save.
-                early, save_now = distributed.maximum([-bad, float(due or late)], device)
-                if early > -math.inf:
-                    fail("the loss is", epoch, step - len(losses) - int(early))
-                losses = []
-                stopping = step < steps and stop.agreed(device)
-                if step < steps and (save_now or stopping):
-                    keep(epoch, step, {name: distributed.mean(total) for name, total in sums.items()})
-                if stopping:
-                    return stopped()
-            seconds = time.perf_counter() - began
-            totals = {name: distributed.mean(total) for name, total in sums.items()}
-            entry = {name: float(total / count) for name, (total, count) in totals.items()}
-            entry |= {"lr": lr, "images_per_second": (steps - first) * config.batch_size / seconds}
-            method.epoch = epoch + 1
-            history.append({"epoch": epoch + 1})
-            log(entry, epoch + 1)
-            step, sums = 0, {}
-            last = epoch + 1 == config.epochs
-            due = bool(config.judge_every) and (last or (epoch + 1) % config.judge_every == 0)
-            keep(epoch + 1, step, sums, unjudged=due)
-            if due:
-                judge(epoch + 1)
-            if stop.agreed(device):
-                return stopped()
-    return method.eval()
+    def fail(self, what: str, epoch: int, step: int) -> NoReturn:
+        path = self.path
+        rate = learning_rate(self.config, epoch * self.steps + step, self.steps)
+        position = f"epoch {epoch + 1}, step {step + 1} of {self.steps} (learning rate {rate:.3g})"
+        kept = f"no checkpoint has been written to {path} yet"
+        if what == "the loss is" and self.saved == (epoch, step):  # The saved weights cause it, at any rate.
+            kept = f"the weights in {path} cause it"
+            if (before := previous_path(path)).exists():
+                kept += f"; copy {before} over it, and --resume with a lower --lr continues from there"
+        elif self.saved:
+            kept = (
+                f"{path} holds all before {describe_position(self.saved[0] + 1, self.saved[1])} and is kept;"
+            )
+            kept += " --resume with a lower --lr continues from there"
+        raise FloatingPointError(f"{what} not finite at {position}: {kept}")
 
 
-def optimizer_of(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or Adam of the trainable parameters; biases and norms are a group of their own."""
-    learned = [p for p in method.parameters() if p.requires_grad]
-    flat = config.weight_decay if config.decay_norm_and_bias else 0.0
+def build_optimizer(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Builds SGD or Adam of the trainable parameters; biases and norms are a separate group."""
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    norm_and_bias_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups = [
-        {"params": [p for p in learned if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in learned if p.dim() <= 1], "weight_decay": flat},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": norm_and_bias_decay},
     ]
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.lr)
@@ -215,7 +256,7 @@ def optimizer_of(method: nn.Module, config: TrainConfig) -> torch.optim.Optimize
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up to the peak, then a cosine to zero or the peak all along, by step."""
+    """Computes the rate of a step: a linear warm-up to the peak, then a cosine to zero, or the peak."""
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -224,67 +265,62 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def interval(every: str) -> tuple[int, float]:
-    """What --save-every asks for: so many steps (0: not by steps), or seconds (infinite: not by time).
+def parse_save_every(text: str) -> tuple[int, float]:
+    """Parses --save-every to a number of steps (0: not by steps) and of seconds (infinite: not by time).
 
     Raises:
         ValueError: it is neither a number of steps, such as 500, nor one of minutes, such as 10m or 0.5m.
     """
-    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", every or "0", re.ASCII)
-    if not found:
-        raise ValueError(f"save_every must be a number of steps (500) or of minutes (10m), got {every!r}")
-    return int(found[1] or 0), 60 * float(found[2] or 0) or math.inf
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", text or "0", re.ASCII)
+    if not match:
+        raise ValueError(f"save_every must be a number of steps (500) or of minutes (10m), got {text!r}")
+    return int(match[1] or 0), 60 * float(match[2] or 0) or math.inf
 
 
-def batches(
+def epoch_batches(
     passes: dict[str, datasets.Images],
     config: TrainConfig,
     epoch: int,
     start: int,
     skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """This process's share of an epoch's batches from step `start` on, with the name of their pass.
+    """Yields this process's share of an epoch's batches from step `start` on, with the name of their pass.
 
-    Seed and epoch alone decide their order. skipped: see `load_batches`.
+    Only the seed and the epoch determine their order. skipped: see `load_batches`.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    share = config.batch_size // distributed.world()
-    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-    for name, data in passes.items():
-        order = torch.randperm(len(data), generator=generator, device="cpu").split(config.batch_size)
-        full = [rows[mine].tolist() for rows in order if len(rows) == config.batch_size]
-        todo, start = full[start:], max(0, start - len(full))
-        for images, _ in load_batches(data, todo, config.workers, skipped, fill=True):
-            yield name, images
+    share = config.batch_size // distributed.world_size()
+    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    for name, images in passes.items():
+        order = torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size)
+        full = [indices[own].tolist() for indices in order if len(indices) == config.batch_size]
+        remaining, start = full[start:], max(0, start - len(full))
+        for batch, _ in load_batches(images, remaining, config.workers, skipped, fill=True):
+            yield name, batch
 
 
 def report_skipped(skipped: list[str] | None, bar: tqdm) -> None:
-    """Write a line about the unreadable images that all processes have left out since the last one."""
+    """Writes a line about the unreadable images that all processes have left out since the last call."""
     if skipped is not None:
-        paths = [path for those in distributed.collect(skipped) for path in those]
+        paths = [path for own in distributed.all_gather_object(skipped) for path in own]
         skipped.clear()
         if paths and distributed.rank() == 0:
-            bar.write(f"{left_out(paths)}; others took their places", file=sys.stderr)
+            bar.write(f"{skipped_message(paths)}; others replaced them", file=sys.stderr)
 
 
 @contextmanager
-def reporting(config: TrainConfig, step: int, steps_per_epoch: int) -> Iterator[tuple[Any, tqdm]]:
-    """TensorBoard and a progress bar, of the first process; the others' write nothing."""
+def open_logs(config: TrainConfig, state: TrainState) -> Iterator[tuple["SummaryWriter | None", tqdm]]:
+    """Opens TensorBoard's writer and a progress bar in rank 0; returns None and a disabled bar in others."""
     from torch.utils.tensorboard import SummaryWriter
 
-    first = distributed.rank() == 0
+    step = state.epoch * state.steps_per_epoch + state.step
     bar = tqdm(
-        total=config.epochs * steps_per_epoch * config.batch_size, initial=step * config.batch_size,
-        unit=" images", unit_scale=True, dynamic_ncols=True, disable=not first,
+        total=config.epochs * state.steps_per_epoch * config.batch_size, initial=step * config.batch_size,
+        unit=" images", unit_scale=True, dynamic_ncols=True, disable=distributed.rank() != 0,
     )  # fmt: skip
-    if not first:
-        yield _Silent(), bar
+    if distributed.rank():
+        yield None, bar
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    with SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1) as board, bar:
-        yield board, bar
-
-
-class _Silent:
-    def add_scalar(self, *_: Any) -> None:
-        pass
+    with SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1) as writer, bar:
+        yield writer, bar

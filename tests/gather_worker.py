@@ -1,4 +1,4 @@
-"""One process of test_queue's gather over two; a module of its own, since a child imports it."""
+"""One of two processes in test_queue's test of all_gather; a module, since child processes import it."""
 
 import torch
 import torch.distributed as dist

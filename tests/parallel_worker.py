@@ -1,4 +1,4 @@
-"""What test_distributed runs in one process and in each of two, whose children import it."""
+"""The code that test_distributed runs in one process and in each of two; child processes import it."""
 
 import contextlib
 import math
@@ -27,7 +27,7 @@ STEPS, BATCH = 2, 16
 
 
 def without_batch_norm(module):
-    """BatchNorm sees each process's share alone, so with it gradients could not be equal."""
+    """Removes BatchNorm, whose statistics of each process's share would make gradients differ."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, nn.Identity())
@@ -36,7 +36,7 @@ def without_batch_norm(module):
 
 
 class FixedView(nn.Module):
-    """An augmentation that draws nothing: a blend of an image with its mirror image."""
+    """An augmentation without random numbers: a blend of an image with its mirror image."""
 
     def __init__(self, share):
         super().__init__()
@@ -48,7 +48,7 @@ class FixedView(nn.Module):
 
 
 def steps(case):
-    """Gradients of every step, the parameters' and the queue's end, of this process."""
+    """Returns this process's gradients of every step and, if there is one, its final queue."""
     torch.manual_seed(0)
     method = CASES[case].build(torch.zeros(3), torch.ones(3)).double().train()
     without_batch_norm(method)
@@ -56,12 +56,12 @@ def steps(case):
     strong = [FixedView(0.3), FixedView(0.4)]
     method.strong = nn.ModuleList(strong) if case == "ressl" else strong[0]
     method.epoch = 0.5
-    forward = distributed.parallel(method, unused=False)
+    forward = distributed.wrap_ddp(method, find_unused_parameters=False)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     everything = torch.randint(0, 256, (STEPS, BATCH, 3, 16, 16), dtype=torch.uint8)
     found = {}
     for step, images in enumerate(everything):
-        loss, _ = forward(images.chunk(distributed.world())[distributed.rank()])
+        loss, _ = forward(images.chunk(distributed.world_size())[distributed.rank()])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,12 +75,12 @@ def steps(case):
 
 # 14 steps an epoch.
 RUN = replace(
-    CASES["sacc with a queue"], batch_size=128, epochs=1, schedule="constant", judge_every=0, device="cpu"
+    CASES["sacc with a queue"], batch_size=128, epochs=1, schedule="constant", eval_every=0, device="cpu"
 )
 
 
 def build(config, mean, std):
-    """SACC that any number of processes trains alike: no BatchNorm, and views that draw nothing."""
+    """Builds SACC without BatchNorm and random views, which any number of processes trains alike."""
     method = SACC(config, mean, std).double()
     without_batch_norm(method)
     method.weak, method.strong = FixedView(0.1), FixedView(0.3)
@@ -89,7 +89,7 @@ def build(config, mean, std):
 
 @contextlib.contextmanager
 def at_step(step, act):
-    """Within, what act(loss) returns is the loss of the given step, counted from 1, of SACC as built here."""
+    """Uses SACC as built here, with act(loss) as the loss of the given step, counted from 1."""
     forward, made, calls = SACC.forward, SACCConfig.build, [0]
 
     def counted(self, images, part):
@@ -110,7 +110,7 @@ def terminated(loss):
 
 
 def ended(config, step, act):
-    """How a run ended in which act came at a step: a status, or a message."""
+    """Trains with act at a step; returns the exit status or the error message."""
     try:
         with at_step(step, act):
             train(config)
@@ -120,7 +120,7 @@ def ended(config, step, act):
 
 
 def runs(folder):
-    """Training in two processes: the second of them is stopped, or has a bad loss; one that goes on."""
+    """Trains in two processes: the second is stopped, or has a bad loss; and a resumed run."""
     mine = distributed.rank() == 1
     return {
         "stopped": ended(replace(RUN, out=folder / "two"), 4 if mine else 0, terminated),

@@ -1,4 +1,4 @@
-"""The augmentations: RandAugment's operations against PIL's, and what each image draws."""
+"""The augmentations: RandAugment's operations against PIL's, and the draws for each image."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ def affine(*coefficients):
     return lambda image: image.transform(image.size, Image.Transform.AFFINE, coefficients)
 
 
-# Name: a value, what PIL does with it, the largest difference in levels, and the share of pixels that may
-# differ more. PIL rounds an image's degenerate form, then cuts off the blend: half a level of 0.6, and one.
-# Where two neighbours are nearly as near, PIL and a grid in [-1, 1] may choose differently.
+# Name: a value, PIL's operation with it, the largest difference in levels, and the share of pixels that may
+# differ more. PIL rounds an image's degenerate form, then truncates the blend: half a level of 0.6, and one.
+# Where two pixels are almost equally near, PIL and a grid in [-1, 1] may select different ones.
 CASES = {
     "autocontrast": (0.0, ImageOps.autocontrast, 1, 0),
     "brightness": (0.4, lambda i: ImageEnhance.Brightness(i).enhance(0.4), 1, 0),
@@ -44,7 +44,7 @@ def test_every_operation_has_a_case():
 def test_operations_are_pils(name):
     value, pil, level, share = CASES[name]
     generator = np.random.default_rng(0)
-    coarse = generator.integers(20, 230, (8, 8, 3)).astype(np.uint8)  # Smooth, and of no full range.
+    coarse = generator.integers(20, 230, (8, 8, 3)).astype(np.uint8)  # Smooth, and without the full range.
     picture = Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
     ours = OPERATIONS[name][0](x.clone(), torch.tensor(value).view(1, 1, 1, 1))[0].permute(1, 2, 0) * 255
@@ -53,7 +53,7 @@ def test_operations_are_pils(name):
 
 
 def test_ranges_are_fixmatchs():
-    """Strengths of 1 to 9 tenths of the range on top of the offset; posterize keeps 4 to 7 bits."""
+    """Strengths are 1 to 9 tenths of the range, plus the offset; posterize keeps 4 to 7 bits."""
     spans = {name: row[1:3] for name, row in OPERATIONS.items()}
     for name in ("brightness", "colour", "contrast", "sharpness"):
         assert spans[name] == (0.9, 0.05)
@@ -66,7 +66,7 @@ def test_ranges_are_fixmatchs():
 
 
 def test_randaugment_draws_for_each_image(monkeypatch):
-    """Each operation gets its share of images, 5 draws of 14 at one half, within five deviations."""
+    """Each operation is applied to its share of images, 5/14 of half, within five standard deviations."""
     seen = {name: [] for name in OPERATIONS}
 
     def noted(name, row):
@@ -106,5 +106,5 @@ def test_augmentation_follows_the_seed_and_differs_by_image(randaugment):
     assert first.shape == (6, 3, 16, 16)
     assert torch.equal(first, draw(0)) and not torch.equal(first, draw(1))
     assert len({tuple(x.flatten()[:50].tolist()) for x in first}) == 6
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not round the coordinates of pixels
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # This must not round the coordinates of pixels.
         assert torch.equal(first, draw(0))

@@ -1,4 +1,4 @@
-"""Data sets by name, and the command line as a user types it."""
+"""Data sets by name, and the command line."""
 
 import json
 import math
@@ -13,14 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
+from relssl import datasets
 from relssl.checkpoint import read
-from relssl.data.loading import channel_statistics, spread
+from relssl.datasets.images import reads_files
+from relssl.datasets.loading import channel_statistics
 
 
 @pytest.fixture
 def archive(tmp_path):
-    """An .npz of 80 + 40 images, 12 x 12, whose class is their colour."""
+    """Returns an .npz of 80 + 40 images, 12 x 12, whose class is their colour."""
     generator = np.random.default_rng(0)
     arrays = {}
     for part, count in (("train", 80), ("test", 40)):
@@ -59,7 +60,7 @@ def test_folder(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (50, 40), (value, 0, 0)).save(tmp_path / part / name / "0.png")
     data = datasets.load("folder", tmp_path, 28)
-    assert data.classes == ["cat", "dog"] and datasets.reads_files(data.train)
+    assert data.classes == ["cat", "dog"] and reads_files(data.train)
     assert data.train[[0, 1]][0].shape == (2, 3, 32, 32)  # 8/7 of the size, to be cropped
     images, labels = data.test[[1]]
     assert images.shape == (1, 3, 28, 28) and int(images[0, 0, 5, 5]) == 200 and labels.tolist() == [1]
@@ -122,7 +123,7 @@ def test_damaged_archive_is_named(archive, keep):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of 2 x 20 training and 2 x 2 test images of two classes."""
+    """Returns a folder of 2 x 20 training and 2 x 2 test images of two classes."""
     for part, count in (("train", 20), ("val", 2)):
         for name, value in (("cat", 10), ("dog", 200)):
             (tmp_path / "pets" / part / name).mkdir(parents=True)
@@ -139,7 +140,7 @@ def train_on(command, folder, *more):
 
 
 def test_images_of_files_with_a_class_list(command, folder):
-    """A list of names chooses and orders the classes; loading is in a process of its own."""
+    """A list of names selects and orders the classes; a worker process loads the images."""
     assert train_on(command, folder).returncode == 0
     for part in ("train", "val"):
         (folder / part / "dog").rename(folder / part / "big dog")
@@ -152,7 +153,7 @@ def test_images_of_files_with_a_class_list(command, folder):
 
 @pytest.mark.parametrize("damage", [b"", b"no image", None])
 def test_an_unreadable_image_is_named_before_training(command, folder, damage):
-    """Of a small data set all images are looked at first."""
+    """All images of a small data set are read before training."""
     path = folder / "train/dog/13.png"
     path.write_bytes(path.read_bytes()[:60] if damage is None else damage)
     run = train_on(command, folder)
@@ -161,12 +162,12 @@ def test_an_unreadable_image_is_named_before_training(command, folder, damage):
 
 
 def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
-    """Of a large data set it turns up on the way; what has been trained is not lost."""
+    """In a large data set it is found during training, of which nothing is lost."""
     monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: (torch.zeros(3), torch.ones(3)))
-    assert train_on(command, folder, "--judge-every", 0).returncode == 0
+    assert train_on(command, folder, "--eval-every", 0).returncode == 0
     path = folder / "train/dog/13.png"
     path.write_bytes(b"no image")
-    run = train_on(command, folder, "--judge-every", 0, "--epochs", 2, "--resume")
+    run = train_on(command, folder, "--eval-every", 0, "--epochs", 2, "--resume")
     assert run.returncode == 1 and len(run.stderr.split("relssl train: ")[1].splitlines()) == 1
     assert f"relssl train: cannot read {path}" in run.stderr
     assert read(folder.parent / "run/checkpoint.pt")["epoch"] == 1
@@ -187,28 +188,28 @@ def test_arrays_of_two_sizes_become_one(tmp_path):
     arrays = {"train_x": np.zeros((4, 12, 10, 3), np.uint8), "test_x": np.zeros((3, 16, 16, 3), np.uint8)}
     np.savez(tmp_path / "two.npz", **arrays, train_y=np.arange(4), test_y=np.arange(3))
     data = datasets.load("arrays", tmp_path / "two.npz", 16)
-    assert datasets.Joined(data.train, data.test)[[0, 5]][0].shape == (2, 3, 10, 10)
+    assert datasets.ConcatImages(data.train, data.test)[[0, 5]][0].shape == (2, 3, 10, 10)
 
 
-def test_joined_sets_and_subsets_keep_order():
+def test_concatenated_sets_and_subsets_keep_order():
     parts = [datasets.Arrays(torch.full((n, 1), v), torch.arange(n)) for n, v in ((3, 7), (2, 8), (4, 9))]
-    joined = datasets.Joined(*parts)
+    concatenated = datasets.ConcatImages(*parts)
     everything = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
     rows = torch.randperm(9).tolist()
-    for found, expected in zip(joined[rows], everything, strict=True):
+    for found, expected in zip(concatenated[rows], everything, strict=True):
         assert torch.equal(found, expected[rows])
-    assert len(joined) == 9 and joined[[4]][0].tolist() == [[8]]
-    assert datasets.Subset(joined, [8, 0])[[1, 0]][0].flatten().tolist() == [7, 9]
+    assert len(concatenated) == 9 and concatenated[[4]][0].tolist() == [[8]]
+    assert datasets.Subset(concatenated, [8, 0])[[1, 0]][0].flatten().tolist() == [7, 9]
 
 
-def test_spread_reaches_both_ends_without_repeating():
+def test_evenly_spaced_indices_reach_both_ends_without_repeating():
     for count, most in ((5, 9), (9, 9), (10, 9), (1000, 7), (1, 1)):
-        rows = spread(count, most)
+        rows = datasets.evenly_spaced(count, most)
         assert len(rows) == len(set(rows)) == min(count, most) and (rows[0], rows[-1]) == (0, count - 1)
 
 
 def test_cifar20_has_the_superclasses(tmp_path, monkeypatch):
-    """A made-up CIFAR-100 in the format of the original's files."""
+    """The data are a small made-up CIFAR-100 in the format of the original files."""
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     generator = np.random.default_rng(0)

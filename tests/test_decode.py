@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
+from relssl import datasets
 
-SIDE = 32  # of training images for image size 28: images of this size are neither resized nor cut
+SIDE = 32  # Training images of this size are neither resized nor cropped for image size 28.
 
 
 def halves(left, right, mode=None, dtype=np.uint8):
-    """An image whose left half has one value, and whose right half another."""
+    """Returns an image whose left half has one value, and whose right half another."""
     pixels = np.empty((SIDE, SIDE, *np.shape(left)), dtype)
     pixels[:, : SIDE // 2], pixels[:, SIDE // 2 :] = left, right
     return Image.fromarray(pixels) if mode is None else Image.frombytes(mode, (SIDE, SIDE), pixels.tobytes())
@@ -64,7 +64,7 @@ MODES = {
 
 
 def through_a_folder(root, name, save):
-    """The training image [3, 32, 32] that a folder data set makes of the one file that `save` writes."""
+    """Returns the training image [3, 32, 32] of a folder data set with the one file that `save` writes."""
     for part in ("train", "val"):
         (root / part / "any").mkdir(parents=True)
         save(root / part / "any" / name)
@@ -84,7 +84,7 @@ def test_modes(tmp_path, name):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_a_transparent_grey_of_few_bits(tmp_path, bits):
-    """A PNG by hand: PIL writes none. Left is level 1, which is transparent, right is level 0."""
+    """The PNG is written by hand, since PIL cannot; level 1 (left) is transparent, level 0 (right) is not."""
     row = (sum(1 << at for at in range(0, 8, bits)).to_bytes(1, "big") * (SIDE // 2 * bits // 8)).ljust(
         SIDE * bits // 8, b"\0"
     )
@@ -105,7 +105,7 @@ def test_a_transparent_grey_of_few_bits(tmp_path, bits):
 
 
 def test_grey_of_12_bits(tmp_path):
-    """A PGM says what its white is."""
+    """A PGM file specifies its value of white."""
     values = np.full((SIDE, SIDE), 4095, ">u2")
     values[0] = 1365  # a third
     found = through_a_folder(
@@ -116,7 +116,7 @@ def test_grey_of_12_bits(tmp_path):
 
 @pytest.mark.parametrize("grey", [False, True])
 def test_premultiplied_alpha(tmp_path, grey):
-    """TIFF's "associated" alpha: the stored 100 at half opacity is what shows of 200."""
+    """With TIFF's "associated" alpha, 200 at half opacity is stored as 100."""
     image = halves((100, 128), (0, 0), "LA") if grey else halves((100, 0, 0, 128), (0, 0, 0, 0))
 
     def save(path):
@@ -135,7 +135,7 @@ def test_premultiplied_alpha(tmp_path, grey):
 @pytest.mark.parametrize("form", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("value", range(1, 9))
 def test_orientation(tmp_path, value, form):
-    """EXIF says on which side of what is shown the stored row 0 and column 0 lie."""
+    """EXIF specifies the sides of the upright image on which the stored row 0 and column 0 are."""
     shown = np.zeros((SIDE, SIDE, 3), np.uint8)
     shown[:16, :16], shown[:16, 16:], shown[16:, :16] = 80, 160, 240
     row = ("top", "top", "bottom", "bottom", "left", "right", "right", "left")[value - 1]

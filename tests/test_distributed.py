@@ -15,12 +15,12 @@ from parallel_worker import CASES, RUN, both, ended, steps, terminated
 
 from relssl.checkpoint import read
 
-pytestmark = pytest.mark.xdist_group("distributed")  # which share what two processes leave
+pytestmark = pytest.mark.xdist_group("distributed")  # The tests share the results of two processes.
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What both processes leave, and in one/ a run that a process alone began."""
+    """Returns a folder with the results of both processes, and in one/ a run that a single process began."""
     folder = tmp_path_factory.mktemp("ranks")
     assert ended(replace(RUN, out=folder / "one"), 4, terminated) == 143
     mp.spawn(both, (2, str(folder)), nprocs=2)
@@ -34,7 +34,7 @@ def ranks(folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_find_the_gradients_of_one(ranks, case):
-    """In float64, over two steps: the second sees parameters and a queue that the first has moved."""
+    """Compares two steps in float64; the second depends on the first's updates of parameters and queue."""
     alone = steps(case)
     assert sum(name.startswith("1 ") for name in alone) == (8 if case == "ressl" else 12)
     for together in (rank[case] for rank in ranks):
@@ -45,13 +45,13 @@ def test_two_processes_find_the_gradients_of_one(ranks, case):
 
 
 def test_another_number_of_processes_on_resuming(folder, ranks, capfd):
-    """One, then two, and two, then one, from the middle of an epoch: the weights are those of one alone."""
+    """Resumed in the middle of an epoch by two processes instead of one, or one of two, weights are equal."""
     whole, one, two = (replace(RUN, out=folder / name, resume=True) for name in ("whole", "one", "two"))
     assert ended(whole, 0, None) == "at its end"
     expected = read(whole.out / "checkpoint.pt")
     assert {rank["runs"]["stopped"] for rank in ranks} == {143}
     between = read(two.out / "checkpoint.pt")
-    assert (between["step"], len(between["randomness"])) == (10, 2)  # Both stopped where they had agreed to.
+    assert (between["step"], len(between["rng_states"])) == (10, 2)  # Both stopped at the same step.
     assert ended(two, 0, None) == "at its end"
     anew = "random numbers are drawn anew, not bit for bit as before, from epoch 1, step 11 on"
     assert capfd.readouterr().err.count(f"processes was 2, is 1; {anew}\n") == 1
@@ -62,7 +62,7 @@ def test_another_number_of_processes_on_resuming(folder, ranks, capfd):
         assert found["history"][0]["loss"] == pytest.approx(expected["history"][0]["loss"], rel=1e-6)
         for name, tensor in expected["model"].items():
             torch.testing.assert_close(found["model"][name], tensor, rtol=1e-7, atol=1e-9)
-    first, second = (r["cpu"] for r in read(one.out / "checkpoint.pt")["randomness"])
+    first, second = (r["cpu"] for r in read(one.out / "checkpoint.pt")["rng_states"])
     assert not torch.equal(first, second)
 
 
@@ -78,11 +78,11 @@ def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_torchrun(tmp_path):
-    """The README's line on two processes, stopped as by a cluster and resumed: one record, one checkpoint.
+    """Runs the README's command in two processes, stops them like a cluster, and resumes them.
 
-    The launcher passes on to its processes the signal that they have got already.
+    The launcher forwards to its processes the signal that they have received already.
     """
-    settings = "train sacc --data digits --queue-size 64 --epochs 1 --judge-every 0 --out run --resume"
+    settings = "train sacc --data digits --queue-size 64 --epochs 1 --eval-every 0 --out run --resume"
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m relssl"
     launcher = [sys.executable, *launch.split()]
     how = {"cwd": tmp_path, "text": True}
@@ -96,7 +96,7 @@ def test_torchrun(tmp_path):
         time.sleep(0.01)
     os.killpg(begun.pid, signal.SIGTERM)
     stdout, stderr = begun.communicate(timeout=200)
-    assert stdout == "stopped by SIGTERM and saved run/checkpoint.pt; --resume goes on from here\n", stderr
+    assert stdout == "stopped by SIGTERM and saved run/checkpoint.pt; --resume continues from here\n", stderr
     state = read(tmp_path / "run/checkpoint.pt")
     assert state["epoch"] == 0 and 0 < state["step"] < 14
     with pytest.raises(ProcessLookupError):
@@ -106,5 +106,5 @@ def test_torchrun(tmp_path):
     assert len(run.stdout.splitlines()) == 1 and json.loads(run.stdout)["trained encoder"]["knn"] > 0.8
     assert len(json.loads((tmp_path / "run/metrics.json").read_text())["epochs"]) == 1
     state = read(tmp_path / "run/checkpoint.pt")
-    first, second = (r["cpu"] for r in state["randomness"])
-    assert not torch.equal(first, second)  # the processes augment differently
+    first, second = (r["cpu"] for r in state["rng_states"])
+    assert not torch.equal(first, second)  # The processes augment differently.

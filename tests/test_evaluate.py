@@ -1,4 +1,4 @@
-"""Scores by hand, the clusters they are of, and the pictures and exports of the command line."""
+"""Scores against values by hand, assignment of clusters, plots and exports of the command line."""
 
 import json
 import math
@@ -9,38 +9,29 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
-from relssl.checkpoint import load_method, save
-from relssl.evaluate import (
-    clustering_scores,
-    clusters,
-    entropy,
-    evaluate,
-    glance,
-    knn_accuracy,
-    linear_accuracy,
-)
+from relssl import datasets
+from relssl.checkpoint import TrainState, load_method, save
+from relssl.evaluate import EvalConfig, assign_clusters, evaluate, evaluate_during_training
 from relssl.methods import PRESETS
 from relssl.methods.backbones import build, torchvision
+from relssl.scores import clustering_scores, entropy, knn_accuracy, linear_accuracy
 from relssl.train import train
 
-pytestmark = pytest.mark.xdist_group("evaluate")  # which share what is trained
+pytestmark = pytest.mark.xdist_group("evaluate")  # The tests share a trained checkpoint.
 
-SACC = replace(
-    PRESETS["sacc"]["digits"], clusters=10, epochs=2, batch_size=256, queue_size=300, judge_every=1
-)
+SACC = replace(PRESETS["sacc"]["digits"], clusters=10, epochs=2, batch_size=256, queue_size=300, eval_every=1)
 
 
 @pytest.fixture(scope="session")  # xdist may run tests of other files in between
 def trained(tmp_path_factory):
-    """A checkpoint of SACC on digits after two epochs."""
+    """Returns a checkpoint of SACC on digits after two epochs."""
     config = replace(SACC, out=tmp_path_factory.mktemp("sacc"))
     train(config)
     return config.out / "checkpoint.pt"
 
 
 def test_clustering_scores_by_hand():
-    """Clusters 1, 0, 2 of classes 0, 1, 2 with one image astray: 5 of 6; and the ends of every scale."""
+    """Checks clusters 1, 0, 2 of classes 0, 1, 2 with 1 of 6 images misplaced, and the ends of all scales."""
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     found = torch.tensor([1, 1, 0, 0, 2, 0])
     scores = clustering_scores(labels, found)
@@ -53,16 +44,16 @@ def test_clustering_scores_by_hand():
     assert scores["ari"] == pytest.approx((2 - 0.8) / (3.5 - 0.8))
     assert clustering_scores(labels, (labels + 1) % 3) == pytest.approx({"nmi": 1, "acc": 1, "ari": 1})
     assert clustering_scores(labels, torch.zeros(6, dtype=torch.long))["acc"] == pytest.approx(1 / 3)
-    more = clustering_scores(labels, torch.arange(6))  # More clusters than classes: one each is paired.
+    more = clustering_scores(labels, torch.arange(6))  # More clusters than classes: each class gets one.
     assert more["acc"] == pytest.approx(0.5)
 
 
 def test_clusters_are_the_assigned_ones_or_those_of_kmeans():
     y = torch.arange(60) % 3
     parts = [((100.0 * t)[:, None] + torch.rand(len(t), 4), t) for t in (y[:40], y[40:])]
-    found, labels = clusters(*parts, SACC, 3, lambda x: None)
+    found, labels = assign_clusters(*parts, SACC, 3, lambda x: None)
     assert torch.equal(labels, y) and clustering_scores(y, found)["acc"] == 1
-    found, labels = clusters(*parts, replace(SACC, test_images=False), 3, lambda x: x)
+    found, labels = assign_clusters(*parts, replace(SACC, test_images=False), 3, lambda x: x)
     assert torch.equal(labels, y[:40]) and torch.equal(found, parts[0][0].argmax(1))
 
 
@@ -80,25 +71,25 @@ def test_evaluation_of_a_method_that_clusters(trained):
     expected = clustering_scores(
         labels, method.assign(method.features(everything)).argmax(1)
     )  # over train + test
-    scores = evaluate(method, config, epochs=1)
+    scores = evaluate(method, config, EvalConfig(epochs=1))
     assert {name: scores[name] for name in expected} == pytest.approx(expected)
-    # What the run noted along the way is the same.
+    # The run recorded the same scores.
     noted = json.loads((trained.parent / "metrics.json").read_text())["epochs"][-1]
     assert noted["knn"] == scores["knn"] and noted["acc"] == pytest.approx(scores["acc"])
-    again = glance(method, data)
+    again = evaluate_during_training(method, data)
     assert {name: noted[name] for name in again} == again
     assert 0 < noted["entropy_at_instance_temperature"] <= math.log(300)
 
 
-def vote_by_sorting(bank, bank_labels, queries, k, temperature):
-    """Predicted classes, in float64, with all similarities at once and a stable sort."""
+def vote_by_sorting(features, feature_labels, queries, k, temperature):
+    """Returns the predicted classes, in float64, by all similarities at once and a stable sort."""
     similarity = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (
-        bank / np.linalg.norm(bank, axis=1, keepdims=True)
+        features / np.linalg.norm(features, axis=1, keepdims=True)
     ).T
     nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    votes = np.zeros((len(queries), bank_labels.max() + 1))
+    votes = np.zeros((len(queries), feature_labels.max() + 1))
     for row, at in enumerate(nearest):
-        np.add.at(votes[row], bank_labels[at], np.exp(similarity[row, at] / temperature))
+        np.add.at(votes[row], feature_labels[at], np.exp(similarity[row, at] / temperature))
     return votes.argmax(1)
 
 
@@ -109,10 +100,10 @@ def test_knn_votes_as_a_stable_sort_does(k, count):
     Labels are random, so which of them votes decides.
     """
     generator = np.random.default_rng(k)
-    bank, queries = (generator.choice([-1.0, 1.0], (n, 16)) for n in (count, 300))
+    features, queries = (generator.choice([-1.0, 1.0], (n, 16)) for n in (count, 300))
     labels = generator.integers(0, 7, count)
-    expected = vote_by_sorting(bank, labels, queries, k, 0.5)
-    train_set = torch.from_numpy(bank).float(), torch.from_numpy(labels)
+    expected = vote_by_sorting(features, labels, queries, k, 0.5)
+    train_set = torch.from_numpy(features).float(), torch.from_numpy(labels)
     test_set = torch.from_numpy(queries).float(), torch.from_numpy(expected)
     for batch in (1024, 7):
         assert knn_accuracy(train_set, test_set, k=k, temperature=0.5, batch=batch) == 1
@@ -130,31 +121,31 @@ def test_votes_and_probes_of_nothing_are_refused():
 
 
 def test_knn_gives_ties_to_the_lowest_index():
-    """Of equal cosines in one tile and across tiles; 0 and -0 are equal, and worse ones come last."""
-    bank = torch.zeros(9000, 4)
-    bank[:, 1] = torch.tensor([0.0, -0.0]).repeat(4500)
-    bank[:, 2] = 1
-    bank[6000:6004, 0] = 1
+    """Checks equal cosines in one tile and across tiles; 0 and -0 are equal, and worse ones come last."""
+    features = torch.zeros(9000, 4)
+    features[:, 1] = torch.tensor([0.0, -0.0]).repeat(4500)
+    features[:, 2] = 1
+    features[6000:6004, 0] = 1
     labels = torch.ones(9000, dtype=torch.long)
     labels[:6] = 0  # the first six of those that are equally near
     query = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([1])
     for k, right in ((4, 1), (7, 1), (10, 0), (17, 1)):  # 4 near ones, 6 of class 0, then class 1 again
-        assert knn_accuracy((bank, labels), query, k=k, temperature=1e6) == right, k
+        assert knn_accuracy((features, labels), query, k=k, temperature=1e6) == right, k
 
 
-def test_knn_by_any_order_of_the_bank():
-    """From the farthest to the nearest every tile brings better ones; the other way round none does."""
-    bank, queries = torch.randn(4000, 8), torch.randn(50, 8)
+def test_knn_by_any_order_of_the_features():
+    """Every tile has better ones in order from the farthest to the nearest, and none in reverse order."""
+    features, queries = torch.randn(4000, 8), torch.randn(50, 8)
     labels = torch.randint(0, 5, (4000,))
-    expected = vote_by_sorting(bank.double().numpy(), labels.numpy(), queries.double().numpy(), 20, 0.1)
-    order = (bank / bank.norm(dim=1, keepdim=True) @ queries[0]).argsort()
+    expected = vote_by_sorting(features.double().numpy(), labels.numpy(), queries.double().numpy(), 20, 0.1)
+    order = (features / features.norm(dim=1, keepdim=True) @ queries[0]).argsort()
     for rows in (order, order.flip(0)):
-        train_set = bank[rows], labels[rows]
+        train_set = features[rows], labels[rows]
         assert knn_accuracy(train_set, (queries, torch.from_numpy(expected)), k=20) == 1
 
 
 def test_plots(trained, command):
-    """All three are drawn, of readable size; what they show is for eyes."""
+    """Checks that all three have a readable size and are not empty, but not their content."""
     run = command("evaluate", trained, "--plots", "--projection", "pca", "--epochs", 1)
     assert run.returncode == 0, run.stderr
     for name in ("features", "neighbours", "curves"):
@@ -163,8 +154,8 @@ def test_plots(trained, command):
 
 
 @pytest.mark.slow
-def test_nothing_to_draw_yet_is_said(trained, command, tmp_path):
-    """After Ctrl-C in the first epoch; an export onto a folder is an error of its own."""
+def test_plots_without_an_epoch_are_refused(trained, command, tmp_path):
+    """There are none after Ctrl-C in the first epoch. An export to a folder's path is an error, too."""
     state = torch.load(trained, weights_only=True)
     torch.save(state | {"history": []}, tmp_path / "checkpoint.pt")
     run = command("evaluate", "checkpoint.pt", "--plots", "--projection", "pca", "--epochs", 1)
@@ -177,16 +168,16 @@ def test_nothing_to_draw_yet_is_said(trained, command, tmp_path):
     ("arch", "stem"), [("resnet18", "imagenet"), ("resnet18", "small"), ("mobilenet_v3_large", "small")]
 )
 def test_export_loads_into_torchvisions_model(command, tmp_path, arch, stem):
-    """With its classifier taken off, the model gives the features that the method gives."""
+    """Without its classifier, the model computes the same features as the method."""
     config = replace(
-        SACC, arch=arch, stem=stem, image_size=32, epochs=1, out=tmp_path, data="digits", judge_every=0
+        SACC, arch=arch, stem=stem, image_size=32, epochs=1, out=tmp_path, data="digits", eval_every=0
     )
-    method = config.make(torch.zeros(3), torch.ones(3))
+    method = config.build_on_device(torch.zeros(3), torch.ones(3))
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        method.train()(images)  # moves BatchNorm's statistics off their start
+        method.train()(images)  # This changes BatchNorm's statistics.
     method.eval()
-    save(tmp_path / "checkpoint.pt", config, {"model": method}, 1, 0, {}, [])
+    save(tmp_path / "checkpoint.pt", TrainState(method, epoch=1))
     run = command("export", "checkpoint.pt", "encoder.pt")
     assert run.returncode == 0 and arch in run.stdout, run.stderr
     net = getattr(torchvision.models, arch)(weights=None)

@@ -1,4 +1,4 @@
-"""Exported encoders in torchvision's and timm's own models, and scores on a data set not trained on."""
+"""Exported encoders in torchvision's and timm's own models, and evaluation on another data set."""
 
 import json
 import sys
@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from relssl.checkpoint import save
-from relssl.evaluate import clustering_scores
+from relssl.checkpoint import TrainState, save
 from relssl.methods import PRESETS
 from relssl.methods.backbones import Arch, build
-from relssl.methods.export import encoder_state, recipe
+from relssl.methods.export import encoder_state, model_code
+from relssl.scores import clustering_scores
 
 
 def stirred(module):
-    """Every tensor away from its start, so that one under another's name is seen."""
+    """Changes every tensor from its initial value, so that exchanged names are found."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in module.state_dict().items():
         if tensor.dtype.is_floating_point:
@@ -30,7 +30,7 @@ def stirred(module):
 
 
 def built(library, *lines):
-    """`net` after the lines that the command prints."""
+    """Returns `net` after running the lines that the command prints."""
     if library == "timm":
         pytest.importorskip("timm")
     names = {}
@@ -49,11 +49,11 @@ CASES += [("resnet18", "small-pool", 8), ("mobilenet_v3_large", "small", 8)]
 @pytest.mark.parametrize(("arch", "stem", "splits"), CASES)
 @torch.no_grad()
 def test_the_librarys_own_model_loads_every_tensor(arch, stem, splits, library):
-    """With strict=True, and its features are the encoder's."""
+    """Loading is strict, and the model computes the encoder's features."""
     encoder, width = build(arch, stem, splits)
     state = encoder_state(stirred(encoder), arch, library)
     imports = f"import {library}; from torch import nn"
-    net = built(library, imports, recipe(arch, stem, library))
+    net = built(library, imports, model_code(arch, stem, library))
     net.load_state_dict(state, strict=True)
     images = torch.randn(2, 3, 40, 40)
     found, expected = net(images), encoder(images)
@@ -63,13 +63,13 @@ def test_the_librarys_own_model_loads_every_tensor(arch, stem, splits, library):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Of SACC with an untrained encoder: checkpoint("resnet18")."""
+    """Returns a function that writes a checkpoint of an untrained SACC: checkpoint("resnet18")."""
 
     def write(arch, **settings):
         preset = PRESETS["sacc"]["digits"]
         config = replace(preset, arch=arch, stem="small", clusters=4, dim=8, out=tmp_path, **settings)
-        method = config.make(torch.zeros(3), torch.ones(3))
-        save(tmp_path / "checkpoint.pt", config, {"model": method}, 1, 0, {}, [])
+        method = config.build_on_device(torch.zeros(3), torch.ones(3))
+        save(tmp_path / "checkpoint.pt", TrainState(method, epoch=1))
         return method.eval()
 
     return write
@@ -90,7 +90,7 @@ def test_the_command_prints_how_to_load_what_it_wrote(command, checkpoint, libra
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_what_cannot_be_exported_is_said(command, checkpoint, monkeypatch, tmp_path, library):
+def test_what_cannot_be_exported_is_refused(command, checkpoint, monkeypatch, tmp_path, library):
     checkpoint("conv4")
     run = command("export", "checkpoint.pt", "encoder.pt", "--for", library)
     assert run.returncode == 1
@@ -103,7 +103,7 @@ def test_what_cannot_be_exported_is_said(command, checkpoint, monkeypatch, tmp_p
 
 
 def test_evaluation_on_another_data_set(command, checkpoint, tmp_path):
-    """Three classes of images of 30 pixels for an encoder of 16 with four clusters, trained on ten digits."""
+    """The images differ from those of training in size, number of classes and content."""
     method = checkpoint("conv4")
     generator = np.random.default_rng(0)
     arrays = {}

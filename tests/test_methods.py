@@ -1,4 +1,4 @@
-"""ReSSL's parts against what its authors' code does: teacher, queue order, BatchNorm, views, encoders."""
+"""ReSSL's parts against its authors' code: teacher, queue order, BatchNorm, views, encoders."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def images(count=8, size=16):
 
 
 def view(size, strong):
-    """ReSSL's."""
+    """Returns ReSSL's strong or weak augmentation."""
     method = replace(SMALL, image_size=size, crop_min=0.2, flip=True).build(HALF, QUARTER)
     return method.strong[0] if strong else method.weak
 
@@ -91,7 +91,7 @@ def test_predictor_starts_as_the_identity_and_is_the_students_alone():
 
 
 def test_multi_crop_shrinks_views_and_runs_the_teacher_once(monkeypatch):
-    """224, 192, 160, 128 and 96 of 224, here of 32 px; each crop's loss has the same weight."""
+    """Sides are 224, 192, 160, 128 and 96 of 224 parts, here of 32 px; all losses have the same weight."""
     method = replace(SMALL, image_size=32, crops=5).build(HALF, QUARTER).train()
     batch = images(8, 40)
     assert [view(batch).shape[-1] for view in method.strong] == [32, 27, 23, 18, 14]
@@ -115,7 +115,7 @@ def test_multi_crop_shrinks_views_and_runs_the_teacher_once(monkeypatch):
     [("linear", 1.0, [1, 0.75, 0.5, 0, 0]), ("none", 0.6, [0.6, 0.6, 0.6, 0, 0])],
 )
 def test_info_nce_warm_up(monkeypatch, decay, weight, shares):
-    """The shares at epochs 0, 1, 2, 4 and 5 of a warm-up of 4, and the loss that they make."""
+    """Checks the weights at epochs 0, 1, 2, 4 and 5 of a warm-up of 4, and the total loss."""
     config = replace(SMALL, info_nce_epochs=4, info_nce_weight=weight, info_nce_decay=decay)
     method = config.build(HALF, QUARTER).train()
     parts = {}
@@ -176,11 +176,11 @@ def test_augmentation_differs_by_image_and_by_call_and_follows_the_seed(strong):
     assert first.shape == (6, 3, 32, 32) and first.dtype == torch.float32
     assert torch.equal(first, draw(0)) and not torch.equal(first, draw(1))
     assert len({tuple(x.flatten()[:50].tolist()) for x in first}) == 6
-    assert first.min() >= -2 - 1e-5 and first.max() <= 2 + 1e-5  # [0, 1] standardised by (0.5, 0.25)
+    assert first.min() >= -2 - 1e-5 and first.max() <= 2 + 1e-5  # [0, 1] normalized by (0.5, 0.25)
 
 
 def test_only_the_strong_view_loses_colour():
-    """A fifth of the strong views are grey, none of the weak ones: 0.2 * 1000 within five deviations."""
+    """A fifth of 1000 strong views are grey, within five standard deviations, and no weak view is."""
     colour = images(1, 8).expand(1000, -1, -1, -1)
     grey = {}
     for strong in (False, True):
@@ -210,11 +210,11 @@ def test_backbones(arch, stem, size, width, before_pool):
             module.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape[-1]))
     net.eval()
     assert net(torch.randn(2, 3, size, size)).shape == (2, width) and features == width
-    assert shapes[-1] == before_pool  # those before are of squeeze-and-excitation
+    assert shapes[-1] == before_pool  # Earlier ones belong to squeeze-and-excitation.
 
 
 def test_presets_are_the_published_ones():
-    """K, m, D, hidden, batch, epochs, lr, weight decay, side: the table of the authors' settings."""
+    """The authors' settings: K, m, D, hidden width, batch, epochs, lr, weight decay, side."""
     published = {
         "cifar10": (4096, 0.99, 128, 2048, 256, 200, 0.06, 5e-4, 32),
         "cifar100": (4096, 0.99, 128, 2048, 256, 200, 0.06, 5e-4, 32),

@@ -1,4 +1,4 @@
-"""SACC against its published total, and its parts against what the authors' code does."""
+"""SACC against its published total, and its parts against the authors' code."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from relssl import data as datasets
+from relssl import datasets
+from relssl.datasets.folder import class_names
 from relssl.methods.sacc import PRESETS
 
 SMALL = replace(PRESETS["digits"], dim=16, batch_size=8, clusters=10)
@@ -19,7 +20,7 @@ def images(count=8, size=16):
 
 
 def instance_loss(a, b, tau, queue=None):
-    """NT-Xent by its definition, one image and one sum at a time."""
+    """Computes NT-Xent by its definition, one image and one sum at a time."""
     z, n = torch.cat((a, b)), len(a)
     losses = []
     for i in range(2 * n):
@@ -30,7 +31,7 @@ def instance_loss(a, b, tau, queue=None):
 
 
 def cluster_loss(p, r, tau):
-    """The same of unit columns, and for both views log M less the entropy of the clusters' sizes."""
+    """Computes NT-Xent of unit columns, and log M less the entropy of the clusters' sizes for both views."""
     m = p.shape[1]
     a, b = ([c / c.norm() for c in v.T] for v in (p, r))
     loss = instance_loss(torch.stack(a), torch.stack(b), tau)
@@ -44,26 +45,28 @@ def cluster_loss(p, r, tau):
 @pytest.mark.parametrize("queue_size", [0, 12])
 @pytest.mark.parametrize("sigma", [1.0, 0.5])
 def test_total_is_the_published_one(part, queue_size, sigma):
-    """L_I(w1,w2) + L_I(w2,s) + sigma [L_C of every pair], values and gradients in float64."""
+    """It is L_I(w1,w2) + L_I(w2,s) + sigma [L_C of every pair], with gradients, in float64."""
     config = replace(SMALL, queue_size=queue_size, sigma=sigma)
     method = config.build(HALF, QUARTER).double()
     z = [F.normalize(torch.randn(6, 16).double(), dim=1).requires_grad_() for _ in range(3)]
     p = [torch.randn(6, 10).double().softmax(1).requires_grad_() for _ in range(3)]
     queue = None if method.queue is None else method.queue.rows.clone()
     if part == "joint":
-        ours = method.instance_loss(z) + sigma * method.clusters_loss(p)
+        ours = method.instance_losses(z) + sigma * method.cluster_losses(p)
         (w1, w2, s), (c1, c2, cs) = z, p
         theirs = instance_loss(w1, w2, 0.5, queue) + instance_loss(w2, s, 0.5, queue)
         theirs = theirs + sigma * sum(cluster_loss(a, b, 1.0) for a, b in combinations((c1, c2, cs), 2))
     else:  # train_STL10.py: (w1, s) instead of (w2, s), and no loss between w2 and s
-        ours = method.instance_loss(z, "instance") + method.clusters_loss(p, "cluster")
+        ours = method.instance_losses(z, "instance") + method.cluster_losses(p, "cluster")
         (w1, w2, s), (c1, c2, cs) = z, p
         theirs = instance_loss(w1, w2, 0.5, queue) + instance_loss(w1, s, 0.5, queue)
         theirs = theirs + cluster_loss(c1, c2, 1.0) + cluster_loss(c1, cs, 1.0)
     assert abs(ours - theirs) < 1e-10 * theirs
     for one, other in zip(torch.autograd.grad(ours, z + p), torch.autograd.grad(theirs, z + p), strict=True):
         assert (one - other).norm() < 1e-10 * other.norm()
-    if queue is not None:  # The weak view's embeddings follow, after both losses have seen the old queue.
+    if (
+        queue is not None
+    ):  # The weak view's embeddings are enqueued after both losses are computed with the old queue.
         assert torch.equal(method.queue.rows[:6], w2.detach()) and torch.equal(
             method.queue.rows[6:], queue[6:]
         )
@@ -78,7 +81,7 @@ def test_step_weighs_the_parts_and_reaches_every_parameter():
 
 
 def test_passes_of_the_stl10_recipe():
-    """Instance losses alone, and the cluster head untouched; then both losses, without sigma."""
+    """The first has only instance losses, without the cluster head; the second has both, without sigma."""
     method = replace(SMALL, recipe="stl10", sigma=0.5).build(HALF, QUARTER).train()
     loss, logs = method(images(), "instance")
     assert logs.keys() == {"instance_loss"} and loss == logs["instance_loss"]
@@ -89,11 +92,11 @@ def test_passes_of_the_stl10_recipe():
     torch.testing.assert_close(loss, logs["instance_loss"] + logs["cluster_loss"])
 
 
-def test_published_standardisation_is_of_the_strong_view_alone():
-    method = replace(SMALL, standardise="strong", randaugment=0).build(HALF, QUARTER)
+def test_published_normalization_is_of_the_strong_view_alone():
+    method = replace(SMALL, normalize="strong", randaugment=0).build(HALF, QUARTER)
     white = torch.full((4, 3, 16, 16), 255, dtype=torch.uint8)
     assert method.weak(white).amax() <= 1 and method.prepare(white).amax() == 1
-    # White stays white but for the jitter, which a fifth goes without.
+    # White stays white in the fifth of the views that have no jitter.
     torch.manual_seed(0)
     seen = torch.cat([method.strong(white) for _ in range(20)]).amax((0, 2, 3))
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
@@ -106,15 +109,17 @@ def arrays(count, size=8):
 
 def test_what_an_epoch_goes_through():
     labelled, unlabelled, test = arrays(5), arrays(7), arrays(3)
-    data = datasets.Data(datasets.Joined(labelled, unlabelled), labelled, test, ["a", "b", "c"], unlabelled)
+    data = datasets.Data(
+        datasets.ConcatImages(labelled, unlabelled), labelled, test, ["a", "b", "c"], unlabelled
+    )
     passes = {name: {k: len(v) for k, v in PRESETS[name].passes(data).items()} for name in PRESETS}
     assert passes["cifar10"] == passes["digits"] == {"joint": 8}  # training and test images, as published
     assert passes["stl10"] == {"instance": 7, "cluster": 8}
     assert passes["imagenet-10"] == {"joint": 12}  # the training images
     assert PRESETS["cifar10"].clusters_test_images and not PRESETS["imagenet-10"].clusters_test_images
-    # As many clusters as classes, unless told otherwise.
-    assert PRESETS["cifar10"].fit(data).clusters == 3
-    assert replace(PRESETS["cifar10"], clusters=7).fit(data).clusters == 7
+    # As many clusters as classes, unless the setting is another.
+    assert PRESETS["cifar10"].resolve(data).clusters == 3
+    assert replace(PRESETS["cifar10"], clusters=7).resolve(data).clusters == 7
     with pytest.raises(ValueError, match="clusters must be at least 2, got 0"):
         PRESETS["digits"].build(HALF, QUARTER)
     data.unlabelled = None
@@ -147,5 +152,5 @@ def test_presets_are_the_published_ones():
             0,
         )
         assert (p.dim, p.instance_temperature, p.cluster_temperature, p.queue_size) == (128, 0.5, 1.0, 0)
-        assert (p.randaugment, p.standardise, p.crop_min, p.flip) == (5, "strong", 0.08, True)
-    assert len(datasets.class_names("imagenet-10")) == 10 and len(datasets.class_names("imagenet-dogs")) == 15
+        assert (p.randaugment, p.normalize, p.crop_min, p.flip) == (5, "strong", 0.08, True)
+    assert len(class_names("imagenet-10")) == 10 and len(class_names("imagenet-dogs")) == 15

@@ -1,4 +1,4 @@
-"""--skip-unreadable: what takes the place of a file that cannot be read, and what is said of it."""
+"""--skip-unreadable: what replaces a file that cannot be read, and how it is reported."""
 
 import json
 import os
@@ -12,20 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
-from relssl import distributed
-from relssl.data import loading
-from relssl.data.loading import load_batches
+from relssl import datasets, distributed
+from relssl.datasets import loading
+from relssl.datasets.loading import load_batches
 from relssl.methods import PRESETS
 from relssl.methods.sacc import SACC
-from relssl.train import batches, train
+from relssl.train import epoch_batches, train
 
 BROKEN = ("train/dog/03.png", "train/cat/17.png", "train/dog/11.png", "train/cat/08.png", "val/dog/2.png")
 
 
 @pytest.fixture
 def pets(tmp_path):
-    """2 x 20 training and 2 x 5 test images of two classes, BROKEN's unreadable; without these, "whole"."""
+    """Returns 2 x 20 training and 2 x 5 test images, of which BROKEN are unreadable; "whole" lacks those."""
     generator = np.random.default_rng(0)
     for part, count in (("train", 20), ("val", 5)):
         for name, value in (("cat", 10), ("dog", 150)):
@@ -53,7 +52,7 @@ def test_batches_shrink_or_are_filled(pets):
     rows = [list(range(20)), list(range(20, 40)), broken]
     skipped = []
     found = list(load_batches(data, rows, workers=0, skipped=skipped))
-    assert [len(x) for x, _ in found] == [18, 18]  # and of the third nothing is left
+    assert [len(x) for x, _ in found] == [18, 18]  # The third batch is empty, and left out.
     assert torch.equal(torch.cat([x for x, _ in found]), good[list(range(36))][0])
     assert skipped == [paths[i] for i in broken] * 2
     skipped.clear()
@@ -63,7 +62,7 @@ def test_batches_shrink_or_are_filled(pets):
     for batch, indices in zip(filled, rows, strict=True):
         for image, label, i in zip(*batch, indices, strict=True):
             alone = next(load_batches(data, [[i]], workers=0, skipped=[], fill=True))
-            assert torch.equal(image, alone[0][0]) and label == alone[1][0]  # The index alone decides.
+            assert torch.equal(image, alone[0][0]) and label == alone[1][0]  # The index alone determines it.
             assert (readable == image).flatten(1).all(1).any()
             assert i in broken or torch.equal(image, data[[i]][0][0])
     with pytest.raises(ValueError, match="cannot read"):
@@ -73,12 +72,12 @@ def test_batches_shrink_or_are_filled(pets):
 def test_processes_share_the_batches_of_one(pets, monkeypatch):
     config = replace(PRESETS["sacc"]["folder"], batch_size=10, workers=0)
     passes = {"joint": datasets.load("folder", pets, 14).train}
-    alone = [x for _, x in batches(passes, config, 3, 1, [])]
+    alone = [x for _, x in epoch_batches(passes, config, 3, 1, [])]
     shares = []
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append([x for _, x in batches(passes, config, 3, 1, [])])
+        shares.append([x for _, x in epoch_batches(passes, config, 3, 1, [])])
     assert len(alone) == 3 and [len(x) for x in alone] == [10] * 3
     for whole, *parts in zip(alone, *shares, strict=True):
         assert torch.equal(whole, torch.cat(parts))
@@ -86,7 +85,7 @@ def test_processes_share_the_batches_of_one(pets, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_reports_what_it_left_out(command, pets, workers):
-    """Scores are those of the data set without the files; training needs the option only until it is done."""
+    """Scores are those of the data set without the files. Evaluating the run needs no option."""
     stopped = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, "--out", "run")
     assert stopped.returncode == 1 and "relssl train: cannot read" in stopped.stderr
     more = "--skip-unreadable", "--workers", workers, "--out", "run"
@@ -98,7 +97,7 @@ def test_a_run_reports_what_it_left_out(command, pets, workers):
         part for part in re.split("[\r\n]", run.stderr) if part.startswith("unreadable images left out")
     )
     assert line.startswith(f"unreadable images left out: 4 ({pets}/train/cat/08.png, ")
-    assert line.endswith(" and 1 more); others took their places")
+    assert line.endswith(" and 1 more); others replaced them")
     assert len(run.stdout.splitlines()) == 1
     scores = json.loads(run.stdout)
     whole = command("evaluate", "run/checkpoint.pt", "--data-root", pets.parent / "whole")
@@ -125,7 +124,7 @@ def test_evaluation_alone_can_skip(command, pets):
 def test_an_interrupted_run_goes_on_bit_for_bit(pets, tmp_path, monkeypatch):
     config = replace(
         PRESETS["sacc"]["folder"], data_root=pets, arch="conv4", image_size=14, epochs=2, batch_size=8,
-        clusters=2, judge_every=0, workers=0, skip_unreadable=True, out=tmp_path / "whole run",
+        clusters=2, eval_every=0, workers=0, skip_unreadable=True, out=tmp_path / "whole run",
     )  # fmt: skip
     whole = train(config)
     config = replace(config, out=tmp_path / "parts")
@@ -161,14 +160,12 @@ def test_nothing_readable_is_an_error(command, pets):
         f"relssl train: no image can be read; unreadable images left out: 40 ({first}, "
     )
     images = datasets.load("folder", pets, 14).train
-    with pytest.raises(
-        ValueError, match=f"{loading.TRIES - 1} others, drawn for its place, are unreadable, too$"
-    ):
+    with pytest.raises(ValueError, match=f"{loading.MAX_DRAWS - 1} replacements are unreadable, too$"):
         next(load_batches(images, [[0, 1]], workers=0, skipped=[], fill=True))
 
 
 def test_an_image_of_too_many_pixels_is_unreadable(pets, monkeypatch):
-    """PIL's guard against decompression bombs raises an error of its own kind."""
+    """PIL raises a special exception for what may be a decompression bomb."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"cannot read .*00\.png: .*exceeds limit of 200 pixels"):
         datasets.load("folder", pets, 14).train[[0]]

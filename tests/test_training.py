@@ -1,4 +1,4 @@
-"""The training loop end to end on scikit-learn's digits: it learns, resumes bit for bit, stops cleanly."""
+"""The training loop end to end on scikit-learn's digits: learning, resuming bit for bit, stopping cleanly."""
 
 import json
 import math
@@ -17,17 +17,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from relssl import backends, tuned
-from relssl import data as datasets
+from relssl import backends, datasets, tuned
 from relssl.checkpoint import fresh_seed, load_method, read
-from relssl.evaluate import evaluate, knn_accuracy, linear_accuracy
+from relssl.evaluate import evaluate
 from relssl.methods import sacc
 from relssl.methods.ressl import PRESETS, ReSSL
 from relssl.methods.sacc import SACC
-from relssl.train import interval, learning_rate, train
+from relssl.scores import knn_accuracy, linear_accuracy
+from relssl.train import learning_rate, parse_save_every, train
 
-TINY = replace(PRESETS["digits"], hidden=64, dim=32, queue_size=300, batch_size=256, epochs=4, judge_every=0)
-SACC_TINY = replace(sacc.PRESETS["digits"], dim=32, batch_size=256, epochs=2, judge_every=2)
+TINY = replace(PRESETS["digits"], hidden=64, dim=32, queue_size=300, batch_size=256, epochs=4, eval_every=0)
+SACC_TINY = replace(sacc.PRESETS["digits"], dim=32, batch_size=256, epochs=2, eval_every=2)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def scratch(tmp_path, monkeypatch):
 
 
 def after(step, act, method):
-    """A stand-in for the method's forward that acts at the given call, counted from 1."""
+    """Returns the method's forward with a call of act() at the given step, counted from 1."""
     forward, calls = method.forward, [0]
 
     def counted(self, images, part):
@@ -59,11 +59,11 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.alone  # With one thread other roundings take a run this short elsewhere.
+@pytest.mark.alone  # With one thread, rounding differs, and so does the result of such a short run.
 def test_learns_beyond_its_initial_features():
     config = replace(PRESETS["digits"], epochs=8, out=TINY.out / "learns")
     method = train(config)
-    untrained = config.make(torch.full((3,), 0.3), torch.full((3,), 0.3))
+    untrained = config.build_on_device(torch.full((3,), 0.3), torch.full((3,), 0.3))
     gain = evaluate(method, config)["knn"] - evaluate(untrained, config)["knn"]
     assert gain > 0.02
     saved = json.loads((config.out / "metrics.json").read_text())
@@ -73,7 +73,7 @@ def test_learns_beyond_its_initial_features():
 
 
 def arrays(count):
-    """Images in two classes of brightness."""
+    """Returns images of two classes, which differ in brightness."""
     labels = torch.arange(count) % 2
     images = torch.randint(0, 128, (count, 3, 8, 8), dtype=torch.uint8)
     return datasets.Arrays(images + (100 * labels).to(torch.uint8).view(-1, 1, 1, 1), labels)
@@ -142,8 +142,40 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, st
         assert one == other
 
 
+# Names in checkpoints of earlier versions, and what those of the first version did not have.
+OLD_KEYS = {"steps_per_epoch": "steps", "evaluation_due": "unjudged", "rng_states": "randomness"}
+OLD_SETTINGS = {"eval_every": "judge_every", "normalize": "standardise"}
+ADDED = {"steps", "unjudged", "tuned", "save_every", "reschedule", "skip_unreadable"}
+
+
+@pytest.mark.parametrize(("case", "first_version"), [("ressl", True), ("sacc", False)])
+def test_run_of_an_earlier_version_resumes_bitwise_equal(monkeypatch, few, case, first_version):
+    config, method = RESUMED[case]
+    config = replace(config, batch_size=64, image_size=8, out=config.out / "part")
+    whole = state(train(replace(config, out=config.out.parent / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "forward", after(8, lambda: os.kill(os.getpid(), signal.SIGINT), method))
+        train(config)
+    path = config.out / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    old = {OLD_KEYS.get(key, key): value for key, value in saved.items()}
+    old["config"] = {OLD_SETTINGS.get(name, name): value for name, value in saved["config"].items()}
+    old["model"] = {name.replace("normalize.", "standardise."): t for name, t in saved["model"].items()}
+    assert "standardise.mean" in old["model"] and {*OLD_KEYS.values(), "judge_every"} < {*old, *old["config"]}
+    for contents in (old, old["config"]) if first_version else ():
+        for name in ADDED & contents.keys():
+            del contents[name]
+    torch.save(old, path)
+    if not first_version:
+        assert read(path).keys() == saved.keys() and read(path)["config"] == saved["config"]
+    assert_same(saved["model"], state(load_method(path, "cpu")[0]))
+    assert_same(whole, state(train(replace(config, resume=True))))
+    assert history(config.out) == history(config.out.parent / "whole")
+    assert "eval_every" in json.loads((config.out / "metrics.json").read_text())["config"]
+
+
 def history(out):
-    """What metrics.json has of each epoch, less the speed."""
+    """Returns the epochs' entries in metrics.json, without the speed."""
     entries = json.loads((out / "metrics.json").read_text())["epochs"]
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in entries]
 
@@ -156,10 +188,10 @@ def wait_for(path, child, seconds=120):
 
 
 def test_killed_and_resumed_run_is_bitwise_equal(tmp_path):
-    """kill -TERM of a real process in the middle of an epoch: one line, status 143, nothing lost."""
+    """After kill -TERM in the middle of an epoch, it prints a line, exits with 143 and loses nothing."""
     config = replace(TINY, batch_size=64, epochs=2, save_every="3")
     settings = "train ressl --data digits --hidden 64 --dim 32 --queue-size 300 --batch-size 64 --epochs 2 \
-        --judge-every 0 --save-every 3 --out killed"
+        --eval-every 0 --save-every 3 --out killed"
     child = subprocess.Popen(
         [sys.executable, "-m", "relssl", *settings.split()], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -169,7 +201,7 @@ def test_killed_and_resumed_run_is_bitwise_equal(tmp_path):
     child.terminate()
     stdout, _ = child.communicate(timeout=120)
     assert child.returncode == 143
-    assert stdout == "stopped by SIGTERM and saved killed/checkpoint.pt; --resume goes on from here\n"
+    assert stdout == "stopped by SIGTERM and saved killed/checkpoint.pt; --resume continues from here\n"
     assert 3 <= read(tmp_path / "killed/checkpoint.pt")["step"] < 22
     whole = train(replace(config, out=tmp_path / "whole"))
     assert_same(
@@ -179,13 +211,13 @@ def test_killed_and_resumed_run_is_bitwise_equal(tmp_path):
 
 
 def test_signal_to_a_group_leaves_no_worker_behind(tmp_path):
-    """As a cluster sends it: workers that load images get it, too, and neither die early nor stay."""
+    """A cluster also signals the workers that load images: they must end with their parent, not before it."""
     for number in range(40):
         path = tmp_path / f"pets/{'train' if number < 36 else 'val'}/{'cat' if number % 2 else 'dog'}"
         path.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (5 * number, 9, 0)).save(path / f"{number}.png")
     settings = "train sacc --data folder --data-root pets --arch conv4 --image-size 16 --batch-size 2 \
-        --save-every 2 --workers 2 --judge-every 0 --out run"
+        --save-every 2 --workers 2 --eval-every 0 --out run"
     child = subprocess.Popen(
         [sys.executable, "-m", "relssl", *settings.split()], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -194,7 +226,7 @@ def test_signal_to_a_group_leaves_no_worker_behind(tmp_path):
     os.killpg(child.pid, signal.SIGTERM)
     stdout, stderr = child.communicate(timeout=120)
     assert child.returncode == 143, stderr
-    assert stdout == "stopped by SIGTERM and saved run/checkpoint.pt; --resume goes on from here\n"
+    assert stdout == "stopped by SIGTERM and saved run/checkpoint.pt; --resume continues from here\n"
     assert "Traceback" not in stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(child.pid, 0)
@@ -220,7 +252,7 @@ def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
     assert handlers == [signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler]
     saved = read(FEW.out / "checkpoint.pt")
     assert (saved["epoch"], saved["step"]) == (1, 3)
-    line = f"stopped by {number.name} and saved {FEW.out}/checkpoint.pt; --resume goes on from here\n"
+    line = f"stopped by {number.name} and saved {FEW.out}/checkpoint.pt; --resume continues from here\n"
     assert capsys.readouterr().out == line
 
 
@@ -234,14 +266,15 @@ def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, num
 
 
 def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys):
-    """The epoch is saved before it, so the signal breaks it off; the resumed run begins with it."""
-    config = replace(FEW, epochs=2, judge_every=1)
+    """A signal interrupts an evaluation, since the epoch is saved before; the resumed run starts with it."""
+    config = replace(FEW, epochs=2, eval_every=1)
     train(replace(config, out=FEW.out / "whole"))
     config = replace(config, out=FEW.out / "part")
-    for resume in (False, True):  # After the first epoch, and again when it is to be made up for.
+    for resume in (False, True):  # After the first epoch, and again when the resumed run repeats it.
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(
-                "relssl.train.glance", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"knn": 9}
+                "relssl.train.evaluate_during_training",
+                lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"knn": 9},
             )
             train(replace(config, resume=resume))
         assert stop.value.code == 143
@@ -254,9 +287,9 @@ def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys)
 
 
 def test_save_every(few, monkeypatch):
-    """5 steps an epoch: every third step of all, or with a minute gone by; and at the ends of epochs."""
+    """With 5 steps an epoch, saves every third step or after a minute, and at the ends of epochs."""
     saved, clock = [], [0.0]
-    monkeypatch.setattr("relssl.train.save", lambda *a, **_: saved.append((a[3], a[4])))
+    monkeypatch.setattr("relssl.train.save", lambda path, state, **_: saved.append((state.epoch, state.step)))
     now = {"monotonic": lambda: clock[0], "perf_counter": time.perf_counter}
     monkeypatch.setattr("relssl.train.time", SimpleNamespace(**now))
     forward = ReSSL.forward
@@ -276,8 +309,8 @@ def test_save_every(few, monkeypatch):
 def test_what_save_every_means():
     never = math.inf
     cases = {"": (0, never), "0": (0, never), "0m": (0, never), "500": (500, never), "10m": (0, 600)}
-    assert {text: interval(text) for text in cases} == cases
-    assert interval("0.5m") == (0, 30)
+    assert {text: parse_save_every(text) for text in cases} == cases
+    assert parse_save_every("0.5m") == (0, 30)
     for wrong in ("ten", "10s", "-1", "1.5", "m", "10m "):
         message = rf"save_every must be a number of steps \(500\) or of minutes \(10m\), got '{wrong}'"
         with pytest.raises(ValueError, match=message):
@@ -285,7 +318,7 @@ def test_what_save_every_means():
 
 
 def spoilt(step, monkeypatch, spoil):
-    """From the given step on, counted from 1, the loss is what spoil makes of it."""
+    """Replaces the loss by spoil(loss, step) from the given step on, counted from 1."""
     forward, calls = ReSSL.forward, [0]
 
     def spoiling(self, images, part):
@@ -298,7 +331,7 @@ def spoilt(step, monkeypatch, spoil):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(few, monkeypatch, value):
-    """Looked at only every ten steps, the first bad one is named, and nothing after it is saved."""
+    """Losses are read only every ten steps, but the first bad one is named, and nothing after it is saved."""
     config = replace(FEW, batch_size=16, epochs=2)  # 20 steps an epoch
     with monkeypatch.context() as patch:
         spoilt(20 + 13, patch, lambda loss, call: loss * (value if call == 20 + 13 else 1))
@@ -308,7 +341,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(few, monkeypatch, value):
     rate = 0.06 * 0.5 * (1 + math.cos(math.pi * 12 / 20))
     assert str(error.value) == (
         f"the loss is not finite at epoch 2, step 13 of 20 (learning rate {rate:.3g}): {path} holds all"
-        " before epoch 2 and is kept; --resume with a lower --lr goes on from there"
+        " before epoch 2 and is kept; --resume with a lower --lr continues from there"
     )
     assert read(path)["epoch"] == 1 and len(history(config.out)) == 1
     assert all(tensor.isfinite().all() for tensor in read(path)["model"].values())
@@ -317,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(few, monkeypatch, value):
 
 @pytest.mark.parametrize("again", [False, True], ids=["at once", "resumed"])
 def test_a_checkpoint_of_spoilt_weights_leaves_the_one_before(few, monkeypatch, again):
-    """The loss after a checkpoint is not finite: the weights in it are to blame, and no rate helps."""
+    """If the first loss after a checkpoint is not finite, its weights are the cause, and no rate helps."""
     config = replace(FEW, batch_size=16, epochs=2, save_every="5")
     path = config.out / "checkpoint.pt"
     if again:
@@ -330,18 +363,18 @@ def test_a_checkpoint_of_spoilt_weights_leaves_the_one_before(few, monkeypatch, 
             train(replace(config, resume=again))
     before = config.out / "checkpoint.previous.pt"
     assert str(error.value).endswith(
-        f"step 11 of 20 (learning rate 0.033): the weights in {path} make it so; copy {before} over it, and"
-        " --resume with a lower --lr goes on from there"
+        f"step 11 of 20 (learning rate 0.033): the weights in {path} cause it; copy {before} over it, and"
+        " --resume with a lower --lr continues from there"
     )
     assert (read(before)["step"], read(path)["step"]) == (5, 10)
     os.replace(before, path)
-    assert train(replace(config, lr=0.01, judge_every=1, resume=True)).epoch == 2
-    # The last was saved before and after its evaluation.
+    assert train(replace(config, lr=0.01, eval_every=1, resume=True)).epoch == 2
+    # The last epoch was saved before and after its evaluation.
     assert (read(before)["epoch"], read(before)["step"], read(path)["epoch"]) == (1, 15, 2)
 
 
 def test_weights_that_are_not_finite_are_not_saved(few, monkeypatch):
-    """A finite loss of the epoch's last step, whose gradient is not: only the weights show it."""
+    """After a finite loss of the epoch's last step, only the weights show that its gradient is not finite."""
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -373,7 +406,7 @@ def test_a_run_that_diverges_says_so_in_a_line(command):
 
 @pytest.fixture
 def rates():
-    """Learning rate, weight decay and momentum of every step taken."""
+    """Records learning rate, weight decay and momentum of every step."""
     seen = []
 
     def note(optimizer, *_):
@@ -386,7 +419,7 @@ def rates():
 
 
 def test_other_rates_take_effect_on_resuming(few, rates, capsys):
-    """Each is named in a line; the cosine is the same curve, scaled."""
+    """A line names each change; the cosine is the same curve, scaled."""
     first = replace(FEW, epochs=4, warmup_epochs=1)
     train(replace(first, epochs=4, out=FEW.out / "whole"))
     whole = rates.copy()
@@ -411,7 +444,7 @@ def test_other_rates_take_effect_on_resuming(few, rates, capsys):
 
 
 def test_another_number_of_epochs_on_resuming(few, rates, capsys):
-    """With a constant rate, or on request along the other cosine; never fewer than begun."""
+    """It is allowed with a constant rate, or by --reschedule with a cosine; never fewer than begun."""
     short = replace(FEW, epochs=2, warmup_epochs=1)
     train(short)
     path = FEW.out / "checkpoint.pt"
@@ -430,7 +463,7 @@ def test_another_number_of_epochs_on_resuming(few, rates, capsys):
     assert [rate for rate, *_ in rates] == pytest.approx(cosine)
     assert "\nepochs was 2, is 4, with its cosine from epoch 3 on\n" in "\n" + capsys.readouterr().err
     assert len(history(FEW.out)) == 4
-    train(replace(longer, epochs=4))  # As it is now, without a word.
+    train(replace(longer, epochs=4))  # No further change, so no message.
 
     constant = replace(short, schedule="constant", out=FEW.out / "constant")
     train(constant)
@@ -442,7 +475,7 @@ def test_another_number_of_epochs_on_resuming(few, rates, capsys):
 
 
 def test_another_kind_of_device_on_resuming(few, capsys):
-    """No random state is there for it, so numbers are drawn anew, the same every time; a line says so."""
+    """The checkpoint has no random state of it, so a new one is seeded, reproducibly; a line reports it."""
     config = replace(FEW, epochs=1, schedule="constant")
     train(config)
     path = FEW.out / "checkpoint.pt"
@@ -464,7 +497,7 @@ def test_another_kind_of_device_on_resuming(few, capsys):
 
 @pytest.fixture
 def tuning(tmp_path, monkeypatch):
-    """Writes what relssl tune would have chosen here for FEW."""
+    """Returns a function that writes a choice of relssl tune for FEW on this machine."""
     monkeypatch.setenv("RELSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RELSSL_TUNE")
 
@@ -477,14 +510,14 @@ def tuning(tmp_path, monkeypatch):
 
 
 def ran(monkeypatch):
-    """The names of the backends that losses ask for from here on."""
+    """Records the names of the backends that losses use from here on."""
     names, get = [], backends.get
     monkeypatch.setattr(backends, "get", lambda name: names.append(name) or get(name))
     return names
 
 
 def test_a_resumed_run_keeps_its_kernels(few, tuning, monkeypatch, capsys):
-    """Bit for bit, whatever has been tuned since it began; another run takes what is chosen then."""
+    """A later relssl tune does not change a resumed run; a new run uses its choices."""
     config = replace(FEW, epochs=2, schedule="constant")
     tuning("chunked")
     names = ran(monkeypatch)
@@ -503,7 +536,7 @@ def test_a_resumed_run_keeps_its_kernels(few, tuning, monkeypatch, capsys):
 
 
 def test_kernels_that_are_not_here_on_resuming(few, tuning, monkeypatch, capsys):
-    """A line says so, and that results differ."""
+    """A line reports them, and that results differ."""
     config = replace(FEW, epochs=1, schedule="constant")
     train(config)
     path = FEW.out / "checkpoint.pt"
@@ -522,7 +555,7 @@ def test_kernels_that_are_not_here_on_resuming(few, tuning, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_kill_during_a_checkpoint_leaves_the_last_one(tmp_path):
-    """kill -9 of a training process in the middle of writing its second checkpoint; --resume then goes on."""
+    """After kill -9 in the middle of writing the second checkpoint, --resume continues from the first."""
     code = """
 import io, os, signal, sys, torch
 from relssl.cli import main
@@ -539,7 +572,7 @@ def killed(value, file):
 torch.save = killed
 main()
 """
-    settings = "train sacc --data digits --epochs 2 --batch-size 256 --judge-every 0 --out run"
+    settings = "train sacc --data digits --epochs 2 --batch-size 256 --eval-every 0 --out run"
     run = subprocess.run([sys.executable, "-c", code, *settings.split()], cwd=tmp_path, timeout=120)
     assert run.returncode == -signal.SIGKILL
     assert (tmp_path / "run/checkpoint.pt.tmp").stat().st_size > 1000  # half of the second
@@ -563,7 +596,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
     (TINY.out / "checkpoint.pt").unlink()
     train(replace(TINY, epochs=1))
     state = read(path)
-    torch.save(state | {"steps": 7}, path)  # other images under the same data root
+    torch.save(state | {"steps_per_epoch": 7}, path)  # Other images in the same data root.
     with pytest.raises(ValueError, match="has 7 steps an epoch, these data make 5"):
         train(replace(TINY, epochs=1, resume=True))
     torch.save(state | {"config": state["config"] | {"warp": 9}}, path)
@@ -583,7 +616,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
 
 
 def test_a_full_disk_is_an_error_of_one_line_and_loses_nothing():
-    """Simulated by the system's limit on the size of a file."""
+    """The system's limit on the size of a file simulates the full disk."""
     train(replace(TINY, epochs=1))
     path = TINY.out / "checkpoint.pt"
     whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -659,8 +692,8 @@ def test_schedule():
 def test_knn_by_hand():
     """One near neighbour outweighs two far ones of another class at T = 0.1, and not at T = 10."""
     angles = torch.tensor([0.0, 1.0, 1.0])
-    bank = torch.stack((angles.cos(), angles.sin()), 1) * torch.tensor([[1.0], [5.0], [0.2]])
-    train_set = bank, torch.tensor([0, 1, 1])
+    features = torch.stack((angles.cos(), angles.sin()), 1) * torch.tensor([[1.0], [5.0], [0.2]])
+    train_set = features, torch.tensor([0, 1, 1])
     test_set = torch.tensor([[3.0, 0.3]]), torch.tensor([0])
     assert knn_accuracy(train_set, test_set, k=3, temperature=0.1) == 1
     assert knn_accuracy(train_set, test_set, k=3, temperature=10) == 0

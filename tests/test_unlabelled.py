@@ -1,4 +1,4 @@
-"""Images without labels: what a data set is made of, and training, evaluation and pictures of it."""
+"""Images without labels: their data sets, training, evaluation and plots."""
 
 import json
 import re
@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from relssl import data as datasets
-from relssl.evaluate import clustering_scores, collect, evaluate, glance
+from relssl import datasets
+from relssl.evaluate import evaluate, evaluate_during_training, extract_features
 from relssl.methods import PRESETS
+from relssl.scores import clustering_scores
 
 NO_LABELS = (
     "no labels of training and test images (a folder has them as train/CLASS/... and val/CLASS/..., arrays as"
@@ -20,7 +21,7 @@ NO_LABELS = (
 
 
 def write(root, *names):
-    """Images of 20 x 20, each of one red of its own: 10, 20, 30, ..."""
+    """Writes images of 20 x 20, each in another shade of red: 10, 20, 30, ..."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (10 * number + 10, 0, 0)).save(root / name)
@@ -32,7 +33,7 @@ def reds(images):
 
 
 def test_a_flat_folder(tmp_path):
-    """At any depth, in order of their paths; files that are no images are left alone."""
+    """Images are found at any depth, in the order of their paths; other files are ignored."""
     write(tmp_path, "b.png", "a.png", "deep/er/c.PNG")
     (tmp_path / "notes.txt").write_text("no image")
     data = datasets.load("folder", tmp_path, 14)
@@ -42,14 +43,14 @@ def test_a_flat_folder(tmp_path):
 
 
 def test_a_train_folder_without_classes(tmp_path):
-    """Beside it, test images count where they have class folders, and name the classes."""
+    """Test images are used only if they have class folders, which then determine the classes."""
     write(tmp_path, "train/a.png", "train/b.png", "val/c.png", "test/cat/d.png", "test/dog/e.png")
     data = datasets.load("folder", tmp_path, 14)
     assert data.labelled is None and data.classes == ["cat", "dog"]
     assert reds(data.train) == ([10, 20], [-1, -1]) and reds(data.test) == ([40, 50], [0, 1])
     method = replace(PRESETS["sacc"]["folder"], test_images=True)
     assert reds(method.passes(data)["joint"]) == ([10, 20, 40, 50], [-1, -1, 0, 1])
-    assert method.fit(data).clusters == 2
+    assert method.resolve(data).clusters == 2
 
 
 def test_classes_without_test_images(tmp_path):
@@ -110,7 +111,7 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_training_evaluation_and_pictures(command, tmp_path, run):
-    """Each command ends well, says in a line what it lacks, and gives what needs no labels."""
+    """Each command succeeds, names the missing labels in a line, and computes what needs none."""
     write(tmp_path / "flat", *(f"{i:02}.png" for i in range(20)))
     settings = "--data folder --data-root flat --arch conv4 --image-size 16 --epochs 1 --batch-size 10"
     settings += f" --stem small --workers 0 --out run {RUNS[run]}"
@@ -148,12 +149,16 @@ def test_clusters_are_scored_on_the_labels_there_are(monkeypatch, lacking):
     data = datasets.Data(some, *sets, ["a", "b", "c"], None if sets[0] else some)
     config = replace(PRESETS["sacc"]["digits"], clusters=4)
     method = config.build(torch.zeros(3), torch.ones(3)).eval()
-    found = method.assign(collect(method.features, some)[0]).argmax(1)
+    found = method.assign(extract_features(method.features, some)[0]).argmax(1)
     monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
     with pytest.warns(
         UserWarning, match=f"no labels of {lacking} images .* scored on the other images alone"
     ):
-        assert evaluate(method, config) == clustering_scores(labels, found) == glance(method, data)
+        assert (
+            evaluate(method, config)
+            == clustering_scores(labels, found)
+            == evaluate_during_training(method, data)
+        )
 
 
 def test_a_training_image_is_not_its_own_neighbour(monkeypatch, tmp_path):

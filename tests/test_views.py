@@ -9,12 +9,12 @@ from oracle import unit
 import relssl
 from relssl.functional import cluster_contrast, cluster_entropy, cluster_entropy_penalty, nt_xent
 
-EXACT = ["chunked", "reference"]  # those that take float64
+EXACT = ["chunked", "reference"]  # Those that accept float64.
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def published_nt_xent(z1, z2, tau, queue=None):
-    """Row by row, cross-entropy of the positive among it and the negatives: all rows but these two."""
+    """Computes, row by row, the cross-entropy of the positive among all other rows."""
     z, rows = torch.cat((z1, z2)), []
     count = len(z1)
     for i in range(2 * count):
@@ -29,7 +29,7 @@ def published_nt_xent(z1, z2, tau, queue=None):
 
 
 def published_cluster(p1, p2, tau):
-    """Cosines of columns, and log M - H(P) of each view."""
+    """Computes NT-Xent over the columns, and log M - H(P) of each view."""
     columns = [torch.stack([c / c.square().sum().sqrt() for c in p.unbind(1)]) for p in (p1, p2)]
     loss = published_nt_xent(*columns, tau).mean()
     for p in (p1, p2):
@@ -55,15 +55,15 @@ def with_gradients(loss, *inputs):
 @pytest.mark.parametrize("count", [1, 2, 17])
 def test_nt_xent(count, size, backend):
     z1, z2 = unit(count, 24, dtype=torch.float64), unit(count, 24, dtype=torch.float64)
-    bank = [] if size is None else [unit(size, 24, dtype=torch.float64)]
+    queues = [] if size is None else [unit(size, 24, dtype=torch.float64)]
     tau = torch.tensor(0.5, dtype=torch.float64)
     ours = with_gradients(
-        lambda z1, z2, tau, *bank: nt_xent(
-            z1, z2, temperature=tau, queue=bank[0] if bank else None, reduction="none", backend=backend
+        lambda z1, z2, tau, *queues: nt_xent(
+            z1, z2, temperature=tau, queue=queues[0] if queues else None, reduction="none", backend=backend
         ),
-        z1, z2, tau, *bank,
+        z1, z2, tau, *queues,
     )  # fmt: skip
-    for got, want in zip(ours, with_gradients(published_nt_xent, z1, z2, tau, *bank), strict=True):
+    for got, want in zip(ours, with_gradients(published_nt_xent, z1, z2, tau, *queues), strict=True):
         torch.testing.assert_close(got, want, **TIGHT)
 
 
@@ -77,14 +77,14 @@ def test_reductions(reduction, reduce):
 
 @pytest.mark.parametrize(("dtype", "loose"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_nt_xent_in_other_dtypes(dtype, loose):
-    """Through the C++ kernels, at every gradient; temperatures down to where exponents leave float32."""
+    """Checks every gradient of the C++ kernels, down to temperatures whose exponents exceed float32."""
     for tau in (0.5, 0.005):
         z1, z2, queue = (unit(n, 128, dtype=dtype) for n in (33, 33, 500))
         ours = with_gradients(lambda *t, tau=tau: nt_xent(*t[:2], temperature=tau, queue=t[2]), z1, z2, queue)
         exact = (t.double() for t in (z1, z2, queue))
         wanted = with_gradients(lambda a, b, c, tau=tau: published_nt_xent(a, b, tau, c).mean(), *exact)
         for got, want in zip(ours, wanted, strict=True):
-            scale = want.abs().max() + 1 / tau / 66  # a slope of the mean over 66 rows
+            scale = want.abs().max() + 1 / tau / 66  # The gradient of a mean over 66 rows.
             assert (got.double() - want).abs().max() <= loose * scale
 
 
@@ -99,7 +99,7 @@ def test_cluster_loss(count, clusters):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_empty_clusters(dtype):
-    """No image in clusters 1 and 3, by logits that underflow: value and gradient stay finite."""
+    """Clusters 1 and 3 have no image, since logits underflow: value and gradient must be finite."""
     logits = torch.randn(20, 4).to(dtype)
     logits[:, [1, 3]] = -1e4
     logits.requires_grad_()

@@ -1,4 +1,4 @@
-"""The augmentations of ReSSL and SACC, drawn for each image of a batch, on the batch's device (kornia)."""
+"""The augmentations of ReSSL and SACC, drawn for each image of a batch on the batch's device (kornia)."""
 
 import warnings
 from typing import Any
@@ -8,29 +8,29 @@ from torch import Tensor, nn
 
 from relssl.methods.randaugment import RandAugment
 
-with warnings.catch_warnings():  # kornia scripts a few functions while it is imported.
+with warnings.catch_warnings():  # kornia scripts a few functions on import.
     warnings.simplefilter("ignore")
     import kornia.augmentation as ka
 
 
 class Augment(nn.Module):
-    """uint8 images [B, 3, H, W] to float crops [B, 3, size, size], augmented and standardised.
+    """Maps uint8 images [B, 3, H, W] to float crops [B, 3, size, size], augmented and normalized.
 
     Args:
         size: side of the crops in pixels.
-        standardise: the last step, a Standardise or nn.Identity.
-        crop: share of an image's area that a crop keeps, from and to; its sides are 3:4 to 4:3.
+        normalize: the last step, a Normalize or nn.Identity.
+        crop: smallest and largest share of an image's area in a crop; aspect ratios are 3:4 to 4:3.
         flip: whether half the crops are flipped horizontally.
-        jitter: of brightness, contrast, saturation and hue, for 80 % of the crops; None for no jitter.
-        grey: share of the crops that lose their colour.
+        jitter: strengths for brightness, contrast, saturation and hue, for 80 % of the crops; None for none.
+        grey: share of the crops that are converted to grey.
         blur: whether half the crops are blurred: Gaussian, sigma 0.1 to 2, its kernel a tenth of the size.
-        randaugment: operations in sequence of a RandAugment; 0 for none.
+        randaugment: number of RandAugment's operations; 0 for none.
     """
 
     def __init__(
         self,
         size: int,
-        standardise: nn.Module,
+        normalize: nn.Module,
         *,
         crop: tuple[float, float] = (0.08, 1.0),
         flip: bool = True,
@@ -52,17 +52,17 @@ class Augment(nn.Module):
             steps += [ka.RandomHorizontalFlip(p=0.5)]
         self.steps = ka.AugmentationSequential(*steps)
         self.randaugment = RandAugment(randaugment) if randaugment else nn.Identity()
-        self.standardise = standardise
+        self.normalize = normalize
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        # In float32: coordinates that autocast rounds to 8 bits would fetch other pixels.
+        # In float32: coordinates that autocast rounds to 8 bits would select other pixels.
         with torch.autocast(images.device.type, enabled=False):
-            return self.standardise(self.randaugment(self.steps(images.float() / 255)))
+            return self.normalize(self.randaugment(self.steps(images.float() / 255)))
 
 
-class Standardise(nn.Module):
-    """Images in [0, 1] less the data set's mean, over its standard deviation, by channel."""
+class Normalize(nn.Module):
+    """Subtracts the data set's mean from images in [0, 1], and divides by its standard deviation."""
 
     mean: Tensor
     std: Tensor

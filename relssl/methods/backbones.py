@@ -1,4 +1,4 @@
-"""Encoders up to the pooled features: torchvision's ResNets with a stem for small images, and Conv-4."""
+"""Encoders up to the pooled features: torchvision's models with stems for small images, and Conv-4."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,17 +7,17 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.data.torchvision_import import torchvision
+from relssl.datasets.torchvision_import import torchvision
 
 Arch = Literal["conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large", "efficientnet_b0"]
 Stem = Literal["imagenet", "small", "small-pool"]
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are taken over `splits` parts of the batch, each on its own.
+    """BatchNorm whose training statistics are computed separately over `splits` parts of the batch.
 
-    One GPU then behaves like `splits` GPUs without synchronised BatchNorm, which (with the teacher's batch
-    shuffled) keeps the parts from giving away which key belongs to which query (MoCo, He et al. 2020).
+    One GPU then behaves like `splits` GPUs without synchronised BatchNorm. With the teacher's batch shuffled,
+    the statistics then do not reveal which key belongs to which query (MoCo, He et al. 2020).
     """
 
     running_mean: Tensor
@@ -37,7 +37,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(f"a batch of {batch} does not divide into {self.splits} BatchNorm splits")
         mean, var = (b.repeat(self.splits) for b in (self.running_mean, self.running_var))
         weight, bias = (p.repeat(self.splits) for p in (self.weight, self.bias))
-        # Part s holds every splits-th image; its channels become channels of their own.
+        # Part s consists of every splits-th image; its channels become separate channels.
         parts = x.reshape(-1, channels * self.splits, *size)
         y = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
         self.running_mean.copy_(mean.view(self.splits, channels).mean(0))
@@ -47,7 +47,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def conv4(norm: Callable[[int], nn.Module], width: int = 32) -> tuple[nn.Module, int]:
-    """Four blocks of 3x3 convolution, norm, ReLU and 2x2 pooling, doubling in width, and a global mean."""
+    """Builds Conv-4: 3x3 convolutions, each with norm, ReLU and 2x2 pooling, and a global mean."""
     layers: list[nn.Module] = []
     inputs = 3
     for outputs in (width, 2 * width, 4 * width, 4 * width):
@@ -62,20 +62,20 @@ def conv4(norm: Callable[[int], nn.Module], width: int = 32) -> tuple[nn.Module,
 
 
 def build(arch: Arch, stem: Stem = "imagenet", bn_splits: int = 1) -> tuple[nn.Module, int]:
-    """An encoder of images [B, 3, H, W] to features [B, width], and that width.
+    """Builds an encoder of images [B, 3, H, W] to features [B, width]; returns it and the width.
 
     The stem "small" of a ResNet is a 3x3 convolution of stride 1 without max-pooling (CIFAR); "small-pool"
     keeps the pooling (STL-10, Tiny-ImageNet); "imagenet" is torchvision's own. MobileNetV3 and EfficientNet
-    have no pooling there: both small stems are their first convolution with stride 1.
+    have no pooling in the stem: both small stems are their first convolution with stride 1.
     """
     if arch not in get_args(Arch):
         raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}; got {arch!r}")
-    split = {"norm_layer": partial(SplitBatchNorm2d, splits=bn_splits)} if bn_splits > 1 else {}
-    if split and arch == "mobilenet_v3_large":  # Its norms as torchvision has them.
-        split["norm_layer"] = partial(split["norm_layer"], eps=1e-3, momentum=0.01)
+    options = {"norm_layer": partial(SplitBatchNorm2d, splits=bn_splits)} if bn_splits > 1 else {}
+    if options and arch == "mobilenet_v3_large":  # torchvision's settings of its norms.
+        options["norm_layer"] = partial(options["norm_layer"], eps=1e-3, momentum=0.01)
     if arch == "conv4":
-        return conv4(split.get("norm_layer", nn.BatchNorm2d))
-    net = getattr(torchvision.models, arch)(weights=None, **split)
+        return conv4(options.get("norm_layer", nn.BatchNorm2d))
+    net = getattr(torchvision.models, arch)(weights=None, **options)
     if arch.startswith("resnet"):
         width = net.fc.in_features
         net.fc = nn.Identity()

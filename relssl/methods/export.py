@@ -1,6 +1,6 @@
-"""An encoder under the names of torchvision's or timm's own model, and the Python that builds that model."""
+"""Exports an encoder to torchvision's or timm's model: tensors by its names, and code that builds it."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -8,11 +8,11 @@ from relssl.methods.backbones import Arch, Stem
 
 Library = Literal["relssl", "torchvision", "timm"]
 
-# Blocks of timm's stages; torchvision's MobileNetV3 has them all in a row.
+# Number of blocks in each of timm's stages; torchvision's models have no stages.
 STAGES = {"mobilenet_v3_large": (1, 2, 3, 4, 2, 3), "efficientnet_b0": (1, 2, 2, 3, 3, 4, 1)}
-# timm's names of what comes after the last block.
+# timm's names of the convolution and norm after the last block.
 LAST = {"mobilenet_v3_large": ("blocks.6.0.conv", "blocks.6.0.bn1"), "efficientnet_b0": ("conv_head", "bn2")}
-# Convolutions and norms of a block, by how many there are: the first block has no expansion.
+# timm's names of a block's convolutions and norms, by their number: the first block has no expansion.
 LAYERS = {
     2: (("conv_dw", "bn1"), ("conv_pw", "bn2")),
     3: (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
@@ -20,7 +20,7 @@ LAYERS = {
 
 
 def encoder_state(backbone: nn.Module, arch: Arch, library: Library) -> dict[str, Tensor]:
-    """The state_dict of an encoder (`backbones.build`), as the library's model loads it with strict=True.
+    """Returns an encoder's state_dict as the library's model loads it with strict=True.
 
     Raises:
         ValueError: the library has no model of that architecture.
@@ -36,26 +36,26 @@ def encoder_state(backbone: nn.Module, arch: Arch, library: Library) -> dict[str
 
 
 def _timm_names(backbone: nn.Module, arch: Arch) -> dict[str, str]:
-    """timm's names of the convolutions and norms of torchvision's MobileNetV3 or EfficientNet, by theirs."""
-    features: Any = backbone.features
+    """Maps the names of torchvision's MobileNetV3 or EfficientNet to timm's, for convolutions and norms."""
+    last = len(list(backbone.get_submodule("features").children())) - 1
     names = {"features.0.0": "conv_stem", "features.0.1": "bn1"}
-    names |= {f"features.{len(features) - 1}.{i}": name for i, name in enumerate(LAST[arch])}
-    places = [f"blocks.{stage}.{i}" for stage, count in enumerate(STAGES[arch]) for i in range(count)]
+    names |= {f"features.{last}.{i}": name for i, name in enumerate(LAST[arch])}
+    timm_blocks = [f"blocks.{stage}.{i}" for stage, count in enumerate(STAGES[arch]) for i in range(count)]
     blocks = [(name, block) for name, block in backbone.named_modules() if name.endswith(".block")]
-    for (block_name, block), place in zip(blocks, places, strict=True):
+    for (block_name, block), timm_block in zip(blocks, timm_blocks, strict=True):
         children = dict(block.named_children())
         squeezes = [i for i, child in children.items() if hasattr(child, "fc1")]
         layers = iter(LAYERS[len(children) - len(squeezes)])
         for i in children:
-            ours = {"fc1": "se.conv_reduce", "fc2": "se.conv_expand"}
+            parts = {"fc1": "se.conv_reduce", "fc2": "se.conv_expand"}
             if i not in squeezes:
-                ours = dict(zip("01", next(layers), strict=True))
-            names |= {f"{block_name}.{i}.{part}": f"{place}.{name}" for part, name in ours.items()}
+                parts = dict(zip("01", next(layers), strict=True))
+            names |= {f"{block_name}.{i}.{part}": f"{timm_block}.{name}" for part, name in parts.items()}
     return names
 
 
-def recipe(arch: Arch, stem: Stem, library: Library) -> str:
-    """A line of Python that builds, as `net`, the library's model of these features, without a classifier."""
+def model_code(arch: Arch, stem: Stem, library: Library) -> str:
+    """Returns a line of Python that builds `net`, the library's model of the encoder without a classifier."""
     if library == "relssl":
         return f"net, _ = relssl.methods.backbones.build({arch!r}, {stem!r})"
     resnet = arch.startswith("resnet")

@@ -1,4 +1,4 @@
-"""ReSSL: a student whose strongly augmented view relates to past embeddings as the teacher's weak view does.
+"""ReSSL: a student learns the teacher's similarities of an image to past embeddings, from a stronger view.
 
 Zheng et al., ReSSL: Relational Self-Supervised Learning with Weak Augmentation, NeurIPS 2021. The steps
 and defaults are those of the authors' code.
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.distributed import gather, rank, shared, world
+from relssl.distributed import all_gather, broadcast, rank, world_size
 from relssl.functional import info_nce, relation_loss
-from relssl.methods.augment import Augment, Standardise
+from relssl.methods.augment import Augment, Normalize
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.queue import FeatureQueue
 
-# Sides of the student's crops, as parts of the image; the crops' area is at most as large a part.
+# Sides of the student's crops, as shares of the image's; also the largest shares of its area.
 CROPS = tuple(side / 224 for side in (224, 192, 160, 128, 96))
 
 
@@ -38,27 +38,27 @@ class ReSSLConfig(TrainConfig):
     hidden: int = 2048
     """Hidden width of the projector. [ReSSL: 2048 on small data sets, 4096 on ImageNet]"""
     momentum: float = 0.99
-    """m of the teacher's moving average. [ReSSL: 0.99 CIFAR, 0.996 STL-10, 0.999 ImageNet]"""
+    """Momentum m of the teacher's moving average. [ReSSL: 0.99 CIFAR, 0.996 STL-10, 0.999 ImageNet]"""
     student_temperature: float = 0.1
     """Temperature of the student's softmax. [ReSSL]"""
     teacher_temperature: float = 0.04
     """Temperature of the teacher's softmax. [ReSSL]"""
     bn_splits: int = 8
-    """Parts of a batch that BatchNorm sees apart, on one GPU. [ReSSL: 8 on small data sets]"""
+    """Parts of a batch with separate BatchNorm statistics, on one GPU. [ReSSL: 8 on small data sets]"""
     crop_min: float = 0.2
-    """Least share of an image's area that a crop keeps, in both views. [ReSSL: 0.2; digits 0.5]"""
+    """Smallest share of an image's area in a crop, in both views. [ReSSL: 0.2; digits 0.5]"""
     flip: bool = True
     """Horizontal flips in both augmentations. [ReSSL; not for digits]"""
     crops: Literal[1, 2, 3, 4, 5] = 1
-    """Student views of falling size, 224, 192, 160, 128 and 96 parts of 224. [ReSSL: 1 or 5]"""
+    """Student views, of decreasing size: 224, 192, 160, 128 and 96 parts of 224. [ReSSL: 1 or 5]"""
     predictor: int = 0
-    """Hidden width of a predictor of the student's own, 0 for none. [ReSSL, journal version: has one]"""
+    """Hidden width of the student's predictor, 0 for none. [ReSSL, journal version: has one]"""
     info_nce_epochs: int = 0
-    """Epochs in which InfoNCE has a share of the loss. [ReSSL, journal version: warms up so]"""
+    """Epochs of the warm-up, in which InfoNCE is part of the loss. [ReSSL, journal version: has one]"""
     info_nce_weight: float = 1.0
-    """That share at the start, from 0 to 1; the relation loss has the rest. [relssl]"""
+    """Weight w of InfoNCE at the start, from 0 to 1; that of the relation loss is 1 - w. [relssl]"""
     info_nce_decay: Literal["linear", "none"] = "linear"
-    """How the share falls: linearly to zero within these epochs, or at their end. [relssl]"""
+    """How the weight decays: linearly to zero within these epochs, or at their end. [relssl]"""
     info_nce_temperature: float = 0.2
     """Temperature of InfoNCE. [MoCo v2]"""
 
@@ -78,7 +78,7 @@ PRESETS = {
         _SMALL, data="folder", image_size=224, arch="resnet50", stem="imagenet", dim=512, hidden=4096,
         queue_size=131072, momentum=0.999, lr=0.05, weight_decay=1e-4, decay_norm_and_bias=False, bn_splits=1,
     ),
-    # relssl's own, for minutes on a CPU: 1,437 small grey images.
+    # relssl's own, which takes minutes on a CPU: 1,437 small grey images.
     "digits": replace(
         _SMALL, data="digits", image_size=16, arch="conv4", hidden=512, queue_size=1024, epochs=20,
         warmup_epochs=1, batch_size=64, bn_splits=1, crop_min=0.5, flip=False,
@@ -88,11 +88,11 @@ PRESETS["imagenet"] = PRESETS["folder"]
 
 
 class ReSSL(Method):
-    """Student, momentum teacher and queue; `forward` is one training step's loss.
+    """Student, momentum teacher and queue; `forward` computes the loss of one training step.
 
     Args:
         config: see ReSSLConfig.
-        mean, std: of the training images in [0, 1], by channel, [3].
+        mean, std: statistics of the training images in [0, 1], by channel, [3].
     """
 
     queue: FeatureQueue
@@ -111,14 +111,12 @@ class ReSSL(Method):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = Predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
         self.queue = FeatureQueue(config.queue_size, config.dim, dtype=getattr(torch, config.queue_dtype))
-        self.standardise = Standardise(mean, std)
-        self.weak = Augment(
-            config.image_size, self.standardise, crop=(config.crop_min, 1.0), flip=config.flip
-        )
+        self.normalize = Normalize(mean, std)
+        self.weak = Augment(config.image_size, self.normalize, crop=(config.crop_min, 1.0), flip=config.flip)
         self.strong = nn.ModuleList(
             Augment(
                 round(config.image_size * side),
-                self.standardise,
+                self.normalize,
                 crop=(config.crop_min * side, side),
                 flip=config.flip,
                 jitter=(0.4, 0.4, 0.4, 0.1),
@@ -130,14 +128,14 @@ class ReSSL(Method):
 
     @property
     def backbone(self) -> nn.Module:
-        """The student's, without its projector."""
+        """The student's backbone, without its projector."""
         return self.student["backbone"]
 
-    def forward(self, images: Tensor, part: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of uint8 images [B, 3, H, W], the teacher's entropy and, with a warm-up, InfoNCE.
+    def forward(self, images: Tensor, pass_name: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the loss of uint8 images [B, 3, H, W], the teacher's entropy and, in the warm-up, InfoNCE.
 
-        The teacher moves before its forward pass, the loss sees the old queue, and the keys are enqueued
-        before backward. The teacher's side is computed once for all crops.
+        The teacher is updated before its forward pass, the loss is computed with the old queue, and the keys
+        are enqueued before backward. The teacher's softmax is computed once for all crops.
         """
         config, backend = self.config, self.config.backend
         views = [_embed(self.student, view(images), self.predictor) for view in self.strong]
@@ -154,14 +152,14 @@ class ReSSL(Method):
             backend=backend,
         )
         logs = {"teacher_entropy": entropy}
-        if weight := self.info_nce_share():
-            warm = info_nce(q, k, self.queue, temperature=config.info_nce_temperature, backend=backend)
-            loss, logs["info_nce"] = weight * warm + (1 - weight) * loss, warm
+        if weight := self.info_nce_weight():
+            warm_up = info_nce(q, k, self.queue, temperature=config.info_nce_temperature, backend=backend)
+            loss, logs["info_nce"] = weight * warm_up + (1 - weight) * loss, warm_up
         self.queue.enqueue(k)
         return loss, logs
 
-    def info_nce_share(self) -> float:
-        """w at the present epoch."""
+    def info_nce_weight(self) -> float:
+        """Computes InfoNCE's weight w at the current epoch."""
         config = self.config
         if self.epoch >= config.info_nce_epochs:
             return 0.0
@@ -170,25 +168,25 @@ class ReSSL(Method):
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Parameters only: the teacher's BatchNorm keeps statistics of its own, as in the authors' code."""
+        """Moves the teacher's parameters; its BatchNorm has its own statistics, as in the authors' code."""
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             teacher.lerp_(student, 1 - self.config.momentum)
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
-        """Teacher embeddings [B, D] of images that other processes' or BatchNorm's parts share out anew.
+        """Computes teacher embeddings [B, D], with images shuffled over processes and BatchNorm's parts.
 
-        So what BatchNorm sees together differs from the student's, and gives no key away (MoCo's shuffle).
+        So BatchNorm's statistics are of other images than the student's, and reveal no key (MoCo's shuffle).
         """
-        if self.config.bn_splits == 1 and world() == 1:
+        if self.config.bn_splits == 1 and world_size() == 1:
             return _embed(self.teacher, images)
-        order = shared(torch.randperm(world() * len(images), device=images.device))
-        mine = slice(rank() * len(images), (rank() + 1) * len(images))
-        keys = gather(_embed(self.teacher, gather(images)[order[mine]]))
-        return keys[order.argsort()[mine]]
+        order = broadcast(torch.randperm(world_size() * len(images), device=images.device))
+        own = slice(rank() * len(images), (rank() + 1) * len(images))
+        keys = all_gather(_embed(self.teacher, all_gather(images)[order[own]]))
+        return keys[order.argsort()[own]]
 
     def prepare(self, images: Tensor) -> Tensor:
-        return self.standardise(super().prepare(images))
+        return self.normalize(super().prepare(images))
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -196,10 +194,10 @@ class ReSSL(Method):
 
 
 class Predictor(nn.Module):
-    """z + mlp(z) of unit-norm z [B, D]: BYOL's layers, beside a path that leaves z as it is.
+    """Computes z + mlp(z) of unit-norm z [B, D]: BYOL's layers, with a residual connection.
 
-    The last layer starts at zero, so training starts as without a predictor. Without the path the teacher,
-    which has no predictor, is free to map all images to one point, and does (docs/results.md).
+    The last layer starts at zero, so training starts as without a predictor. Without the residual connection,
+    training collapses: the teacher, which has no predictor, maps all images to one point (docs/results.md).
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -215,6 +213,6 @@ class Predictor(nn.Module):
 
 
 def _embed(encoder: nn.ModuleDict, images: Tensor, predictor: nn.Module | None = None) -> Tensor:
-    """Unit-norm embeddings [B, D]."""
+    """Computes unit-norm embeddings [B, D]."""
     z = encoder["projector"](encoder["backbone"](images))
     return F.normalize(at_least_float32(predictor(z) if predictor else z), dim=1)

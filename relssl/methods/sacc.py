@@ -1,4 +1,4 @@
-"""SACC: contrastive clustering of two weak views and a strong one, by images and by clusters.
+"""SACC: contrastive clustering of two weak views and a strong one, with losses over images and clusters.
 
 Deng et al., Strongly Augmented Contrastive Clustering, 2022 (arXiv 2206.00380), on Contrastive Clustering
 (Li et al., AAAI 2021). Heads, losses, augmentations and defaults are those of the authors' code.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.data import Data, Images, Joined
-from relssl.distributed import gather_with_grad
-from relssl.methods.augment import Augment, Standardise
+from relssl.datasets import ConcatImages, Data, Images
+from relssl.distributed import all_gather_with_grad
+from relssl.methods.augment import Augment, Normalize
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.nn import ClusterLoss, NTXentLoss
@@ -29,7 +29,7 @@ class SACCConfig(TrainConfig):
     """Train SACC. In brackets: where a default comes from. The defaults shown are those of the preset."""
 
     clusters: int = 0
-    """Clusters M; 0: as many as the data set has classes, needed where it has no labels. [SACC: as many]"""
+    """Clusters M; 0: as many as the data set has classes. Needed if it has no labels. [SACC: as many]"""
     dim: int = 128
     """Width D of the instance embeddings. [SACC]"""
     sigma: float = 1.0
@@ -40,40 +40,40 @@ class SACCConfig(TrainConfig):
     """Temperature of the cluster loss. [SACC]"""
     recipe: Literal["joint", "stl10"] = "joint"
     """joint: all losses on all images. stl10: in every epoch the instance losses on the unlabelled images,
-    then instance and cluster losses on the others, of other pairs of views. [SACC: stl10 on STL-10]"""
+    then instance and cluster losses on the others, with other pairs of views. [SACC: stl10 on STL-10]"""
     test_images: bool = True
     """Train on the test images, too, without their labels. [SACC: yes; ImageNet subsets have none]"""
     crop_min: float = 0.08
-    """Least share of an image's area that a crop keeps, in all views. [SACC: 0.08; digits 0.5]"""
+    """Smallest share of an image's area in a crop, in all views. [SACC: 0.08; digits 0.5]"""
     flip: bool = True
     """Horizontal flips in all views. [SACC; not for digits]"""
     weak_jitter: float = 0.5
-    """s of the weak views' colour jitter (0.8s, 0.8s, 0.8s, 0.2s). [SACC: 0.5 on CIFAR, 1 otherwise]"""
+    """Strength s of the weak views' colour jitter (0.8s, 0.8s, 0.8s, 0.2s). [SACC: 0.5 on CIFAR, else 1]"""
     weak_blur: bool = False
     """Blur in the weak views. [SACC: on the ImageNet subsets]"""
     randaugment: int = 5
     """Operations of the strong view's RandAugment. [SACC]"""
-    standardise: Literal["strong", "all"] = "strong"
-    """strong: the strong view alone, by ImageNet's mean and deviation. all: every view, by the data set's.
+    normalize: Literal["strong", "all"] = "strong"
+    """strong: only the strong view, by ImageNet's mean and deviation. all: every view, by the data set's.
     [SACC: strong]"""
 
     def build(self, mean: Tensor, std: Tensor) -> "SACC":
         return SACC(self, mean, std)
 
-    def fit(self, data: Data) -> "SACCConfig":
+    def resolve(self, data: Data) -> "SACCConfig":
         if not self.clusters and not data.classes:
             raise ValueError(f"data {self.data!r} has no classes to count: set the number of --clusters")
         return replace(self, clusters=self.clusters or len(data.classes))
 
     def passes(self, data: Data) -> dict[str, Images]:
         test = data.test if self.test_images else None
-        everything = data.seen if test is None else Joined(data.seen, test)
+        images = data.eval_train if test is None else ConcatImages(data.eval_train, test)
         if self.recipe == "joint":
-            return {"joint": data.train if test is None else everything}
+            return {"joint": data.train if test is None else images}
         if data.unlabelled is None or data.labelled is None:
-            kind = "unlabelled" if data.unlabelled is None else "labelled"
-            raise ValueError(f"recipe stl10 needs {kind} images, which data {self.data!r} has not")
-        return {"instance": data.unlabelled, "cluster": everything}
+            missing = "unlabelled" if data.unlabelled is None else "labelled"
+            raise ValueError(f"recipe stl10 needs {missing} images, which data {self.data!r} lacks")
+        return {"instance": data.unlabelled, "cluster": images}
 
     @property
     def clusters_test_images(self) -> bool:
@@ -93,20 +93,20 @@ PRESETS = {
     "imagenet-dogs": replace(_IMAGENET, classes="imagenet-dogs"),
     "arrays": replace(_PAPER, data="arrays"),
     "folder": _IMAGENET,
-    # relssl's own, for minutes on a CPU: 1,797 small grey images.
+    # relssl's own, which takes minutes on a CPU: 1,797 small grey images.
     "digits": replace(
         _PAPER, data="digits", arch="conv4", image_size=16, epochs=60, batch_size=128, lr=1e-3,
-        schedule="cosine", crop_min=0.5, flip=False, standardise="all",
+        schedule="cosine", crop_min=0.5, flip=False, normalize="all",
     ),
 }  # fmt: skip
 
 
 class SACC(Method):
-    """A backbone with two heads, one for images and one for clusters; `forward` is one training step's loss.
+    """A backbone with an instance and a cluster head; `forward` computes the loss of one training step.
 
     Args:
         config: see SACCConfig.
-        mean, std: of the training images in [0, 1], by channel, [3].
+        mean, std: statistics of the training images in [0, 1], by channel, [3].
     """
 
     def __init__(self, config: SACCConfig, mean: Tensor, std: Tensor) -> None:
@@ -128,13 +128,13 @@ class SACC(Method):
         if config.queue_size:
             dtype = getattr(torch, config.queue_dtype)
             self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype)
-        published = config.standardise == "strong"
-        self.standardise = nn.Identity() if published else Standardise(mean, std)
-        strong = Standardise(*IMAGENET) if published else self.standardise
+        published = config.normalize == "strong"
+        self.normalize = nn.Identity() if published else Normalize(mean, std)
+        strong = Normalize(*IMAGENET) if published else self.normalize
         s = config.weak_jitter
         view = partial(Augment, config.image_size, crop=(config.crop_min, 1.0), flip=config.flip, grey=0.2)
         jitter = (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
-        self.weak = view(self.standardise, jitter=jitter, blur=config.weak_blur)
+        self.weak = view(self.normalize, jitter=jitter, blur=config.weak_blur)
         jitter = (0.4, 0.4, 0.4, 0.1)
         self.strong = view(strong, jitter=jitter, blur=True, randaugment=config.randaugment)
 
@@ -142,51 +142,52 @@ class SACC(Method):
     def backbone(self) -> nn.Module:
         return self.net
 
-    def forward(self, images: Tensor, part: str = "joint") -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of uint8 images [B, 3, H, W], and its instance and cluster shares.
+    def forward(self, images: Tensor, pass_name: str = "joint") -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the loss of uint8 images [B, 3, H, W], and its instance and cluster losses.
 
-        A part called "instance" or "cluster" is a pass of the recipe for STL-10; the former has no cluster
+        The passes "instance" and "cluster" are those of the recipe for STL-10; the former has no cluster
         loss.
         """
         views = [self.net(view(images)) for view in (self.weak, self.weak, self.strong)]
-        loss = self.instance_loss([self.embedding(v) for v in views], part)
+        loss = self.instance_losses([self.embedding(v) for v in views], pass_name)
         logs = {"instance_loss": loss}
-        if part != "instance":
-            logs["cluster_loss"] = self.clusters_loss([self.assign(v) for v in views], part)
-            loss = loss + logs["cluster_loss"] * (self.config.sigma if part == "joint" else 1.0)
+        if pass_name != "instance":
+            logs["cluster_loss"] = self.cluster_losses([self.assign(v) for v in views], pass_name)
+            loss = loss + logs["cluster_loss"] * (self.config.sigma if pass_name == "joint" else 1.0)
         return loss, logs
 
-    def instance_loss(self, views: Sequence[Tensor], part: str = "joint") -> Tensor:
-        """L_I(w1, w2) + L_I(w2, s), the latter of (w1, s) in the recipe for STL-10; then the queue moves on.
+    def instance_losses(self, views: Sequence[Tensor], pass_name: str = "joint") -> Tensor:
+        """Computes L_I(w1, w2) + L_I(w2, s), the latter of (w1, s) in the recipe for STL-10; enqueues w2.
 
         views: unit-norm embeddings [B, D] of the weak views and the strong one.
         """
-        w1, w2, s = gather_with_grad(*views)
-        loss = self.nt_xent(w1, w2, self.queue) + self.nt_xent(w2 if part == "joint" else w1, s, self.queue)
+        w1, w2, s = all_gather_with_grad(*views)
+        weak = w2 if pass_name == "joint" else w1
+        loss = self.nt_xent(w1, w2, self.queue) + self.nt_xent(weak, s, self.queue)
         if self.queue is not None:
             self.queue.enqueue(views[1].detach())
         return loss
 
-    def clusters_loss(self, views: Sequence[Tensor], part: str = "joint") -> Tensor:
-        """L_C(w1, w2) + L_C(w1, s) + L_C(w2, s), without the last in the recipe for STL-10.
+    def cluster_losses(self, views: Sequence[Tensor], pass_name: str = "joint") -> Tensor:
+        """Computes L_C(w1, w2) + L_C(w1, s) + L_C(w2, s), without the last in the recipe for STL-10.
 
-        Each L_C brings the entropy terms of its two views.
+        Each L_C includes the entropy terms of its two views.
 
         views: soft assignments [B, M] of the weak views and the strong one.
         """
-        w1, w2, s = gather_with_grad(*views)
+        w1, w2, s = all_gather_with_grad(*views)
         loss = self.cluster_loss(w1, w2) + self.cluster_loss(w1, s)
-        return loss + self.cluster_loss(w2, s) if part == "joint" else loss
+        return loss + self.cluster_loss(w2, s) if pass_name == "joint" else loss
 
     def embedding(self, features: Tensor) -> Tensor:
-        """Unit-norm instance embeddings [B, D]."""
+        """Computes unit-norm instance embeddings [B, D]."""
         return F.normalize(at_least_float32(self.instance(features)), dim=1)
 
     def assign(self, features: Tensor) -> Tensor:
         return at_least_float32(self.cluster(features)).softmax(1)
 
     def prepare(self, images: Tensor) -> Tensor:
-        return self.standardise(super().prepare(images))
+        return self.normalize(super().prepare(images))
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

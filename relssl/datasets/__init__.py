@@ -1,0 +1,18 @@
+"""Data sets by name, as uint8 images [N, 3, H, W] that are indexed a batch at a time.
+
+The methods augment the images, on the device of a batch.
+
+    images.py    sets of images
+    data.py      `Data`, the sets that a data set consists of
+    sources.py   `load`: data sets by name
+    arrays.py    the data set of an .npz file
+    folder.py    the data set of a folder of image files
+    decode.py    one image file
+    loading.py   batches, read by worker processes
+"""
+
+from relssl.datasets.data import Data
+from relssl.datasets.images import Arrays, ConcatImages, Images, IndexedSubset, Subset, evenly_spaced
+from relssl.datasets.sources import load
+
+__all__ = ["Arrays", "ConcatImages", "Data", "Images", "IndexedSubset", "Subset", "evenly_spaced", "load"]

@@ -1,0 +1,25 @@
+"""Names in the checkpoints of earlier versions of relssl, and what they are called now."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Keys of the checkpoint.
+KEYS = {"steps": "steps_per_epoch", "unjudged": "evaluation_due", "randomness": "rng_states"}
+# Settings in its config.
+SETTINGS = {"judge_every": "eval_every", "standardise": "normalize"}
+# Submodules in its names of parameters and buffers.
+MODULES = {"standardise": "normalize"}
+
+
+def replace_old_names(contents: dict[str, Any]) -> None:
+    """Renames what has an old name in the contents of a checkpoint."""
+    _rename(contents, KEYS)
+    _rename(contents["config"], SETTINGS)
+    model = contents["model"]
+    _rename(model, {name: ".".join(MODULES.get(part, part) for part in name.split(".")) for name in model})
+
+
+def _rename(values: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Renames keys in place, in their order: a state_dict has attributes that a copy would lack."""
+    for name in list(values):
+        values[names.get(name, name)] = values.pop(name)
