@@ -1,0 +1,30 @@
+"""A hook of mkdocs: adds to the site the pages and plots that stand outside of docs/.
+
+README.md is the front page. Links between pages are those that work in the repository; here they are changed
+to the places that the pages have in the site.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for source, target in PAGES.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+    for plot in sorted(ROOT.glob("bench/results/*.png")):
+        files.append(File.generated(config, str(plot.relative_to(ROOT)), abs_src_path=str(plot)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Every page with links lies at the top of the site: so does what docs/ and .. lead to."""
+    markdown = re.sub(r"\]\((docs|\.\.)/", "](", markdown)
+    for source, target in PAGES.items():
+        markdown = markdown.replace(f"]({source}", f"]({target}")
+    return markdown
