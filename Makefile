@@ -2,7 +2,8 @@
 # make test      the test suite, but for what is slow: six minutes
 # make test-slow what is slow: fifteen minutes          make check   lint, format and types
 # make bench     time everything against its peers: five minutes; ARGS=--full for the large grid
-# make figures   draw bench/results/*.json anew and write the README's tables from them
+# make figures   draw bench/results/*.json anew and write the tables of README.md and docs/ from them
+# make docs      build the documentation into out/docs; any warning or dead link is an error
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 	$(shell find relssl kernels csrc -type f -not -name '*.pyc' -not -name '* *')
 
-.PHONY: demo test test-slow check bench figures fuzz matrix sanitize clean
+.PHONY: demo test test-slow check bench figures docs fuzz matrix sanitize clean
 
 demo: .venv/installed
 	$(BIN)/python bench/demo.py --out out/demo
@@ -54,6 +55,11 @@ bench: .venv/peers
 figures: .venv/installed
 	$(BIN)/python bench/figures.py
 
+# The second command checks that a package index can render README.md.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m readme_renderer README.md -o /dev/null
+
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz.py $(ARGS)
 	$(BIN)/python tests/fuzz.py --backend cuda --calls 1000
@@ -79,6 +85,12 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) '.[train,dev,bench,triton]'
+	touch $@
+
+# API pages are made from the sources, so the package and torch need not be installed. docs = [...] is one line.
+.venv/docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	touch $@
 
 # Without what they would bring along: all need torch, and their losses nothing more.

@@ -28,6 +28,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 MODE = {"0": "0", "1": "1"}.get(os.environ.get("RELSSL_CUDA", "auto"), "auto")
@@ -261,6 +262,9 @@ TOOLKIT = toolkit()
 EXTENSIONS = extensions()
 require_build_tools()
 setup(
+    # A package index shows README.md alone: without its picture, and without links to other files.
+    long_description=re.sub(r"!\[.*?\]\(.*?\)\n\n|\[(.*?)\]\((?!https?:).*?\)", r"\1", README),
+    long_description_content_type="text/markdown",
     license="MIT",  # In pyproject.toml no one form of it suits both setuptools 76 and 77.
     packages=[*find_packages(include=["relssl", "relssl.*"]), "relssl.kernels"],
     package_dir={"relssl": "relssl", "relssl.kernels": "kernels"},

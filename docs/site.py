@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -22,8 +23,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_) -> str:
-    """Every page with links lies at the top of the site: so does what docs/ and .. lead to."""
+def on_page_markdown(markdown: str, page: Page, **_) -> str:
+    """Pages at the top of the site reach what is at the top of the repository, or in docs/, without a folder."""
+    if "/" in page.file.src_uri:
+        return markdown
     markdown = re.sub(r"\]\((docs|\.\.)/", "](", markdown)
     for source, target in PAGES.items():
         markdown = markdown.replace(f"]({source}", f"]({target}")
