@@ -34,10 +34,12 @@ def compile_all(job: Job, capability: int, processors: int) -> int:
     import checks
     import torch
     import triton
-    from launch import Idle, kernels, launches
+    from launch import Idle, backend, launches
     from oracle import evaluate
     from relssl.kernels.heuristics import Chip, version
     from triton.backends.compiler import GPUTarget
+
+    from relssl.backends import launching
 
     class Driver(Idle):
         def get_current_target(self):
@@ -45,8 +47,8 @@ def compile_all(job: Job, capability: int, processors: int) -> int:
 
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
-    kernels._chip = lambda index: Chip(capability, processors, version(triton.__version__))
-    kernels.supports = lambda *arguments: None
+    launching.chip = lambda index: Chip(capability, processors, version(triton.__version__))
+    backend.supports = lambda *arguments: None  # type: ignore[method-assign]
     checks.device = lambda backend: "cpu"
     # Nothing is computed, so nothing is compared.
     checks.agree = lambda ours, formula, inputs, cotangents, *rest: evaluate(ours, inputs, cotangents)

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from relssl import backends
+from relssl.backends import launching
 from relssl.functional import info_nce, relation_loss
 
-kernels = backends.MODULES["triton"]
+backend = backends.BACKENDS["triton"]
 launches = []
 
 
@@ -71,22 +72,23 @@ def launched(run) -> tuple[int, list[str]]:
 
         return run_counted
 
-    parts = {name: getattr(kernels, name) for name in ("relation", "info_nce", "rows", "vjp")}
-    vars(kernels).update({name: counted(part) for name, part in parts.items()})
+    parts = {name: getattr(backend, name) for name in ("relation", "info_nce", "lse_and_mean", "vjp")}
+    vars(backend).update({name: counted(part) for name, part in parts.items()})
     launches.clear()
     try:
         with own:
             run()
     finally:
-        vars(kernels).update(parts)
+        for name in parts:
+            delattr(backend, name)
     return len(launches), own.names
 
 
 def pretend() -> None:
     """From now on tensors of the CPU pass for a Hopper GPU's."""
     triton.runtime.driver.set_active(Idle())
-    kernels._chip = lambda index: Chip(90, 132)
-    kernels.supports = lambda device, dtype, dim: None
+    launching.chip = lambda index: Chip(90, 132)
+    backend.supports = lambda device, dtype, dim: None  # type: ignore[method-assign]
 
 
 def with_gradient(loss, q, k, queue, **options):
@@ -113,13 +115,13 @@ def microseconds(run, rounds: int = 300) -> float:
 def main() -> None:
     pretend()
     q, k, queue = (F.normalize(torch.randn(n, 128), dim=1).bfloat16() for n in (256, 256, 65_536))
-    scale = kernels.scales([25.0, 10.0])
+    scale = backend.kernel_scales([25.0, 10.0])
     parts = {
         "relation_loss and backward": with_gradient(relation_loss, q, k, queue),
         "info_nce and backward": with_gradient(info_nce, q, k, queue),
-        "relation": lambda: kernels.relation(q, k, queue, [10.0, 25.0], "ce", 1 / 256, True),
-        "of that, lookup": lambda: kernels.lookup(k, q, queue, scale, None, True),
-        "info_nce": lambda: kernels.info_nce(q, k, queue, [5.0], 1 / 256, True),
+        "relation": lambda: backend.relation(q, k, queue, [10.0, 25.0], "ce", 1 / 256, True),
+        "of that, forward": lambda: backend.forward(k, q, queue, scale, None, True),
+        "info_nce": lambda: backend.info_nce(q, k, queue, [5.0], 1 / 256, True),
     }
     for name, run in parts.items():
         run()

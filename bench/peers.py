@@ -114,7 +114,7 @@ def ours(p: Problem, backend: str) -> Loss:
 
 
 for _work in ("relation", "multi_crop", "info_nce", "bank", "nt_xent"):
-    for _name in backends.MODULES:
+    for _name in backends.BACKENDS:
         _traits = {"keeps": matrices} if _name == "reference" else {}
         peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
 peer("relation", "relssl triton" + GRAPH)(partial(ours, backend="triton"))

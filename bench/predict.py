@@ -263,7 +263,7 @@ def triton_kernel(capability: int, dim: int, dtype: str) -> Kernel:
     """The lookup with a gradient, of the default tables."""
     from relssl.kernels import resources
 
-    case = next(case for case in resources.cases(capability, dim, dtype) if case.name == "lookup")
+    case = next(case for case in resources.cases(capability, dim, dtype) if case.name == "forward")
     compiled = resources.compiled(case, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -1,12 +1,12 @@
 """GPU kernels written in Triton (installed as relssl.kernels).
 
-    lookup.py      forward: similarities, softmax and mean of a block of rows against a split of the queue
+    forward.py     similarities, softmax and mean of a block of rows against a split of the queue
     specialised.py the same with specialised warps, a candidate for Hopper and later
     combine.py     splits merged, and the losses as epilogues of that
-    vjp.py         backward through lse and mean
-    pieces.py      what these share
-    heuristics.py  tiles and splits: one table for each chip
-    resources.py   what the compiler makes of it all, without a GPU
+    backward.py    backward through lse and mean
+    common.py      what these share
+    tiles.py       tiles: one table for each chip
+    heuristics.py  the choice of tiles, and the splits of the queue
 
 relssl/backends/triton.py launches them.
 """

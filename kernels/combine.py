@@ -5,24 +5,24 @@ loss is the small difference of large ones, and a log-sum-exp rounded to one flo
 into every p = exp(logit - lse) of a backward pass. Hence lse is stored in two parts, whose sum it is.
 
 The last program to arrive adds up the rows' losses, which takes no launch of its own. They arrive at an int32
-behind the stats, which the lookup has set to zero: nothing is kept from call to call.
+behind the stats, which the forward pass has set to zero: nothing is kept from call to call.
 """
 
 import triton
 import triton.language as tl
-from relssl.kernels.pieces import HUGE, LN2, load_scale
+from relssl.kernels.common import HUGE, LN2, load_scale
 
 
 @triton.jit
-def merge(stats, row, rows, splits, c, S: tl.constexpr, MEAN: tl.constexpr):
+def merge(stats, row, rows, num_splits, c, S: tl.constexpr, MEAN: tl.constexpr):
     """A row's log-sum-exp in units of log 2, float64, and what to weigh its partial means with, [S]."""
     s = tl.arange(0, S)
-    inside = s < splits
+    inside = s < num_splits
     at = stats + s.to(tl.int64) * rows + row
-    plane = splits.to(tl.int64) * rows
-    reference = tl.load(at, mask=inside, other=-HUGE)
-    top = tl.max(reference, 0)
-    weight = tl.exp2((reference - top) * c)
+    plane = num_splits.to(tl.int64) * rows
+    shift = tl.load(at, mask=inside, other=-HUGE)
+    top = tl.max(shift, 0)
+    weight = tl.exp2((shift - top) * c)
     total = tl.sum(weight * tl.load(at + plane, mask=inside, other=0.0), 0)
     lse = top.to(tl.float64) * c.to(tl.float64) + tl.log2(total.to(tl.float64))
     if MEAN:
@@ -32,10 +32,10 @@ def merge(stats, row, rows, splits, c, S: tl.constexpr, MEAN: tl.constexpr):
 
 
 @triton.jit
-def load_mean(means, row, rows, splits, weight, d, S: tl.constexpr, DIM: tl.constexpr):
+def load_mean(means, row, rows, num_splits, weight, d, S: tl.constexpr, DIM: tl.constexpr):
     s = tl.arange(0, S)
     at = means + (s.to(tl.int64) * rows + row)[:, None] * DIM + d[None, :]
-    part = tl.load(at, mask=(s < splits)[:, None] & (d < DIM)[None, :], other=0.0)
+    part = tl.load(at, mask=(s < num_splits)[:, None] & (d < DIM)[None, :], other=0.0)
     return tl.sum(part * weight[:, None], 0)
 
 
@@ -50,12 +50,12 @@ def store_lse(lse, to, row, rows):
 
 
 @triton.jit
-def arrivals(stats, splits, rows):
-    return (stats + 3 * splits.to(tl.int64) * rows).to(tl.pointer_type(tl.int32), bitcast=True)
+def arrivals(stats, num_splits, rows):
+    return (stats + 3 * num_splits.to(tl.int64) * rows).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
-def store_total(loss, total, weight, arrived, BLOCK: tl.constexpr = 1024):
+def store_total(losses, loss, weight, arrived, BLOCK: tl.constexpr = 1024):
     """weight times the sum of the losses, one of each program, which have stored them: by the last to arrive.
 
     Their order does not depend on which one that is. With so many partial sums float32 loses no more than in
@@ -68,8 +68,8 @@ def store_total(loss, total, weight, arrived, BLOCK: tl.constexpr = 1024):
         for start in range(0, rows, BLOCK):
             row = start + tl.arange(0, BLOCK)
             # Other processors stored them: from the L2 cache.
-            part += tl.load(loss + row, mask=row < rows, other=0.0, cache_modifier=".cg")
-        tl.store(total, weight * tl.sum(part, 0))
+            part += tl.load(losses + row, mask=row < rows, other=0.0, cache_modifier=".cg")
+        tl.store(loss, weight * tl.sum(part, 0))
 
 
 @triton.jit
@@ -77,21 +77,23 @@ def inner(x, mean):
     return tl.sum(x.to(tl.float64) * mean.to(tl.float64), 0)
 
 
-@triton.jit(do_not_specialize=["split", "rows", "splits"])
-def combine_rows(
+@triton.jit(do_not_specialize=["num_first", "rows", "num_splits"])
+def combine_lse_and_mean(
     stats, means, scale_first, scale_second,
     lse_out, mean_out,  # [2, rows], [rows, DIM]
-    split, rows, splits,
+    num_first, rows, num_splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, MEAN: tl.constexpr, DEVICE_SCALE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    c = tl.where(row < split, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE))
-    lse, weight = merge(stats, row, rows, splits, c, S, MEAN)
+    c = tl.where(
+        row < num_first, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE)
+    )
+    lse, weight = merge(stats, row, rows, num_splits, c, S, MEAN)
     store_lse(lse, lse_out, row, rows)
     if MEAN:
         for start in range(0, DIM, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            mean = load_mean(means, row, rows, splits, weight, d, S, DIM)
+            mean = load_mean(means, row, rows, num_splits, weight, d, S, DIM)
             tl.store(mean_out + row.to(tl.int64) * DIM + d, mean, mask=d < DIM)
 
 
@@ -99,7 +101,7 @@ def combine_rows(
 def combine_relation(
     q, k, scale_s, scale_t, weight,
     stats_t, means_t, stats_s, means_s,  # may be one and the same: the teacher's rows come first
-    loss, total, entropy, grad_q, lse_out, mean_out,  # total only with TOTAL
+    losses, loss, entropy, grad_q, lse_out, mean_out,  # loss only with TOTAL
     q_stride, k_stride,
     batch, rows_t, splits_t, rows_s, splits_s,
     offset,  # of the students' rows in their stats and means
@@ -138,20 +140,20 @@ def combine_relation(
     cross = lse_s - c_s.to(tl.float64) * along_s
     if KL:
         cross -= own
-    tl.store(loss + r, (cross * LN2).to(tl.float32))
+    tl.store(losses + r, (cross * LN2).to(tl.float32))
     if r < batch:
         tl.store(entropy + b, (own * LN2).to(tl.float32))
     if TOTAL:
-        store_total(loss, total, weight, arrivals(stats_s, splits_s, rows_s))
+        store_total(losses, loss, weight, arrivals(stats_s, splits_s, rows_s))
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "splits"])
+@triton.jit(do_not_specialize=["batch", "rows", "num_splits"])
 def combine_info_nce(
     q, k, scale, weight,
     stats, means,
-    loss, total, sigma, grad_q, lse_out,  # [rows], 0-d with TOTAL, [rows], [rows, DIM], [2, rows]
+    losses, loss, sigma, grad_q, lse_out,  # [rows], 0-d with TOTAL, [rows], [rows, DIM], [2, rows]
     q_stride, k_stride,
-    batch, rows, splits,
+    batch, rows, num_splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr,
     TOTAL: tl.constexpr, GRAD: tl.constexpr, DEVICE_SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +165,7 @@ def combine_info_nce(
     r = tl.program_id(0)
     b = r % batch
     c = load_scale(scale, DEVICE_SCALE)
-    lse, share = merge(stats, r, rows, splits, c, S, GRAD)
+    lse, share = merge(stats, r, rows, num_splits, c, S, GRAD)
     along = tl.zeros([], tl.float64)
     for start in range(0, DIM, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -174,16 +176,16 @@ def combine_info_nce(
     z = LN2 * (lse - c.to(tl.float64) * along)
     small = tl.exp(-tl.abs(z))
     chance = tl.where(z > 0.0, 1.0, small) / (1.0 + small)
-    tl.store(loss + r, (tl.maximum(z, 0.0) + tl.log(1.0 + small)).to(tl.float32))
+    tl.store(losses + r, (tl.maximum(z, 0.0) + tl.log(1.0 + small)).to(tl.float32))
     tl.store(sigma + r, chance.to(tl.float32))
     store_lse(lse, lse_out, r, rows)
     if GRAD:
         factor = weight * c * LN2 * chance.to(tl.float32)
         for start in range(0, DIM, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            mean = load_mean(means, r, rows, splits, share, d, S, DIM)
+            mean = load_mean(means, r, rows, num_splits, share, d, S, DIM)
             positive = tl.load(k + b.to(tl.int64) * k_stride + d, mask=d < DIM, other=0.0)
             grad = factor * (mean - positive.to(tl.float32))
             tl.store(grad_q + r.to(tl.int64) * DIM + d, grad, mask=d < DIM)
     if TOTAL:
-        store_total(loss, total, weight, arrivals(stats, splits, rows))
+        store_total(losses, loss, weight, arrivals(stats, num_splits, rows))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from relssl.kernels import combine, heuristics, lookup, specialised, vjp
+from relssl.kernels import backward, combine, forward, heuristics, specialised
 from relssl.kernels.heuristics import AMD, Chip, Tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -63,17 +63,21 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     }
     tiles = heuristics.forward(chip, dtype, dim)
     flags = {"MEAN": True, "FIXED": dtype != "fp16", "REDO": False}
-    yield Case("lookup", lookup.lookup, dtype, dim, tiles, common | flags)
+    yield Case("forward", forward.forward, dtype, dim, tiles, common | flags)
     with suppress(ValueError):
         tiles = heuristics.variant("specialised", chip, dtype, dim)
         yield Case("specialised", specialised.specialised, dtype, dim, tiles, common | flags)
     tiles = heuristics.backward(chip, dtype, dim)
-    yield Case("vjp_x", vjp.vjp_x, dtype, dim, tiles, common | {"G_MEAN": True, "WEIGHTED": True})
+    yield Case(
+        "backward_x", backward.backward_x, dtype, dim, tiles, common | {"G_MEAN": True, "WEIGHTED": True}
+    )
     tiles = heuristics.backward_queue(chip, dtype, dim)
-    yield Case("vjp_queue", vjp.vjp_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True})
+    yield Case(
+        "backward_queue", backward.backward_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True}
+    )
     fitting, warps = heuristics.combine(chip, dim, PROCESSORS)
     tiles = Tiles(0, 0, warps, 1)
-    for name in ("rows", "relation", "info_nce"):
+    for name in ("lse_and_mean", "relation", "info_nce"):
         flags = {"MEAN": True, "KL": True, "TOTAL": True, "GRAD": True, "DEVICE_SCALE": False}
         kernel = getattr(combine, f"combine_{name}")
         yield Case(f"combine_{name}", kernel, dtype, dim, tiles, fitting | flags)

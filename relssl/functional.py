@@ -6,17 +6,68 @@ of the size batch x queue is ever needed, and the gradient costs no second pass.
 """
 
 from math import log
-from typing import Literal
+from typing import Literal, overload
+from warnings import warn
 
 import torch
 from torch import Tensor
 
-from relssl import ops
-from relssl.arguments import check_choice, check_lookup, check_pair, check_views, compute_dtype, queue_rows
-from relssl.backends.common import Temperature, cast
+from relssl import dispatch
+from relssl.autograd import reduce
+from relssl.backends.common import Temperature, to_dtype
 from relssl.queue import FeatureQueue
+from relssl.validation import (
+    check_choice,
+    check_logsumexp,
+    check_pair,
+    check_views,
+    compute_dtype,
+    queue_rows,
+)
 
+Form = Literal["kl", "ce"]
 Reduction = Literal["mean", "sum", "none"]
+
+
+@overload
+def relation_loss(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | FeatureQueue,
+    *,
+    student_temperature: Temperature = 0.1,
+    teacher_temperature: Temperature = 0.04,
+    form: Form = "kl",
+    reduction: Reduction = "mean",
+    return_entropy: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def relation_loss(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | FeatureQueue,
+    *,
+    student_temperature: Temperature = 0.1,
+    teacher_temperature: Temperature = 0.04,
+    form: Form = "kl",
+    reduction: Reduction = "mean",
+    return_entropy: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def relation_loss(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | FeatureQueue,
+    *,
+    student_temperature: Temperature = 0.1,
+    teacher_temperature: Temperature = 0.04,
+    form: Form = "kl",
+    reduction: Reduction = "mean",
+    return_entropy: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def relation_loss(
@@ -26,7 +77,7 @@ def relation_loss(
     *,
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
-    form: Literal["kl", "ce"] = "kl",
+    form: Form = "kl",
     reduction: Reduction = "mean",
     return_entropy: bool = False,
     backend: str = "auto",
@@ -42,20 +93,20 @@ def relation_loss(
     "ce" is the value that ReSSL's published code reports; for q both have the same gradient.
     (Zheng et al., ReSSL: Relational Self-Supervised Learning with Weak Augmentation, NeurIPS 2021.)
 
-    Any finite input is right; rows are not normalised here. The gradient is computed in the forward
+    Any finite input is accepted; rows are not normalised here. The gradient is computed in the forward
     pass: enqueueing before backward is safe unless the queue requires grad. Double backward recomputes
     the loss in eager code and raises RuntimeError if the queue has changed since. Activation checkpointing
     runs the forward pass again in backward: around this loss, enqueue after backward. Otherwise
-    checkpoint(..., use_reentrant=False) raises RuntimeError; use_reentrant=True notices nothing, and the
-    gradient is the changed queue's. Nothing notices it either where the queue is made inside the checkpoint,
-    as by rows.clone(), or the loss is compiled.
+    checkpoint(..., use_reentrant=False) raises RuntimeError; use_reentrant=True does not detect it, and the
+    gradient is the changed queue's. Nor is it detected where the queue is made inside the checkpoint, as by
+    rows.clone(), or where the loss is compiled.
 
     Args:
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.
-        k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher learns nothing.
+        k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher is not trained.
         queue: [K, D], or a FeatureQueue. Any strides.
         student_temperature: number or tensor of one element, which may require grad. Published: 0.1. Where it
-            changes under torch.compile, pass a tensor: every other number is compiled anew.
+            changes under torch.compile, pass a tensor: each new number is compiled anew.
         teacher_temperature: number or tensor of one element, which may require grad. Published: 0.04.
         form: "kl" or "ce".
         reduction: "mean" and "sum" over all rows, "none" for a loss of shape [B] or [V, B].
@@ -68,7 +119,7 @@ def relation_loss(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: wrong shapes, an empty queue, an unknown option, a backend that cannot, or a
+        ValueError: wrong shapes, an empty queue, an unknown option, a backend that cannot run this, or a
             temperature that is not positive and finite; where the temperature is a tensor on an
             accelerator, the loss becomes NaN instead.
         RuntimeError: tensors on different devices.
@@ -79,8 +130,8 @@ def relation_loss(
     k, (tau_s, tau_t) = check_pair(
         q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
-    loss, entropy = ops.relation(q, k, rows, tau_s, tau_t, form, reduction, backend)
-    return (loss, ops.reduce(entropy, reduction)) if return_entropy else loss
+    loss, entropy = dispatch.relation(q, k, rows, tau_s, tau_t, form, reduction, backend)
+    return (loss, reduce(entropy, reduction)) if return_entropy else loss
 
 
 def info_nce(
@@ -103,7 +154,7 @@ def info_nce(
     rows = queue_rows(queue)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     k, (tau,) = check_pair(q, k, rows, temperature=temperature)
-    return ops.info_nce(q, k, rows, tau, reduction, backend)
+    return dispatch.info_nce(q, k, rows, tau, reduction, backend)
 
 
 def nt_xent(
@@ -125,7 +176,7 @@ def nt_xent(
     adds its rows to the negatives. (Chen et al., SimCLR, ICML 2020, eq. 1; the instance loss of CC and SACC,
     with tau = 0.5.)
 
-    Any finite input is right; the papers' rows have norm 1, and are not normalised here.
+    Any finite input is accepted; the papers' rows have norm 1, and are not normalised here.
 
     Args:
         z1, z2: embeddings of the two views, [N, D]; z2 is cast to z1's dtype.
@@ -142,13 +193,13 @@ def nt_xent(
     z = torch.cat((z1, z2))
     dtype = compute_dtype(z, z if rows is None else rows)
     own = torch.arange(len(z), device=z.device)
-    lse, _ = ops.logsumexp(z, z, tau, own, dtype, False, backend)
+    lse, _ = dispatch.logsumexp(z, z, tau, own, dtype, False, backend)
     if rows is not None:
-        others, _ = ops.logsumexp(z, rows, tau, None, dtype, False, backend)
+        others, _ = dispatch.logsumexp(z, rows, tau, None, dtype, False, backend)
         lse = torch.logaddexp(lse, others)
-    x = cast(cast(z, dtype), lse.dtype)
+    x = to_dtype(to_dtype(z, dtype), lse.dtype)
     positive = (x * x.roll(len(z1), 0)).sum(1) / tau
-    return ops.reduce(lse - positive, reduction)
+    return reduce(lse - positive, reduction)
 
 
 def cluster_contrast(
@@ -156,8 +207,9 @@ def cluster_contrast(
 ) -> Tensor:
     """NT-Xent between the clusters of two views: the columns of the assignment matrices, by their cosines.
 
-    A column says which images a cluster has; its positive is the same cluster's column in the other view. The
-    mean over the 2M columns, a scalar. (Li et al., Contrastive Clustering, AAAI 2021, eq. 5; SACC; tau = 1.)
+    A column holds the images' shares in a cluster; its positive is the same cluster's column in the other
+    view. Returns the mean over the 2M columns, a scalar. (Li et al., Contrastive Clustering, AAAI 2021, eq. 5;
+    SACC; tau = 1.)
 
     Args:
         p1, p2: soft assignments of N images to M clusters in each view, [N, M]; p2 is cast to p1's dtype.
@@ -169,13 +221,13 @@ def cluster_contrast(
     wide = torch.promote_types(p1.dtype, torch.float32)
     c1, c2 = (p.mT.to(wide) for p in (p1, p2))
     n1, n2 = (c.norm(dim=1, keepdim=True) for c in (c1, c2))
-    # An empty cluster's column stays as it is: its length would make a slope that no dtype holds.
+    # An empty cluster's column stays as it is: divided by its length, it would have an infinite gradient.
     c1, c2 = (c / n.masked_fill(n < 1e-8, 1.0) for c, n in ((c1, n1), (c2, n2)))
     return nt_xent(c1, c2, temperature=tau, backend=backend)
 
 
-def cluster_entropy(p: Tensor) -> Tensor:
-    """How far a batch's assignments are from equal clusters: log M - H(P), 0 where all M have as many images.
+def cluster_entropy_penalty(p: Tensor) -> Tensor:
+    """Computes log M - H(P), by which a batch's assignments differ from M equal clusters, where it is 0.
 
     P_m = sum_n p_nm / sum_nm p_nm. Added to the cluster loss of each view, it keeps clusters from dying.
     (Li et al., Contrastive Clustering, AAAI 2021, eq. 6, and SACC, up to the constant log M.)
@@ -189,8 +241,14 @@ def cluster_entropy(p: Tensor) -> Tensor:
     check_views(p, p, None, ("p", "p"))
     wide = p.to(torch.promote_types(p.dtype, torch.float32))
     share = wide.sum(0) / wide.sum()
-    # 0 log 0 is 0, but its slope is not a number that could be passed on.
+    # 0 log 0 is 0, but its gradient is not finite.
     return log(p.shape[1]) + (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
+
+
+def cluster_entropy(p: Tensor) -> Tensor:
+    """Deprecated name of `cluster_entropy_penalty`, which falls as the entropy rises; it goes in 0.2."""
+    warn("cluster_entropy is now cluster_entropy_penalty", DeprecationWarning, stacklevel=2)
+    return cluster_entropy_penalty(p)
 
 
 def queue_logsumexp(
@@ -201,13 +259,13 @@ def queue_logsumexp(
     exclude: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The log-partition function of a queue and its gradient, the primitive under every loss here.
+    """Computes the log-partition function of a queue and its gradient, the primitive of every loss here.
 
         lse  = A(x / tau) = log sum_j exp(<x, m_j> / tau)
         mean = grad A(x / tau) = sum_j softmax_j(<x, m_j> / tau) m_j
 
-    Both are differentiable in x, queue and temperature. A backward through lse alone needs the queue no
-    more; one through mean reads it again, and raises RuntimeError if it has changed since.
+    Both are differentiable in x, queue and temperature. A backward through lse alone does not read the
+    queue; one through mean does, and raises RuntimeError if the queue has changed since.
 
     Args:
         x: [R, D].
@@ -224,5 +282,5 @@ def queue_logsumexp(
     accelerator it makes its row NaN.
     """
     rows = queue_rows(queue)
-    tau = check_lookup(x, rows, temperature, exclude)
-    return ops.logsumexp(x, rows, tau, exclude, compute_dtype(x, rows), True, backend)
+    tau = check_logsumexp(x, rows, temperature, exclude)
+    return dispatch.logsumexp(x, rows, tau, exclude, compute_dtype(x, rows), True, backend)

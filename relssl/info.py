@@ -58,8 +58,8 @@ def report() -> str:
         "",
         "backends:",
     ]
-    for name in backends.MODULES:
-        about = (backends.MODULES[name].__doc__ or "").splitlines()[0]
+    for name in backends.BACKENDS:
+        about = (backends.BACKENDS[name].__doc__ or "").splitlines()[0]
         lines.append(f"  {name:<12}{about}")
     lines += ["", f"choices of relssl tune ({tuned.path()}):"]
     for device in devices:
@@ -70,8 +70,8 @@ def report() -> str:
             chosen = backends.choose("auto", device, dtype, 128)
             refused = [
                 f"{name}: {reason}"
-                for name in backends.MODULES
-                if (reason := backends.MODULES[name].supports(device, dtype, 128) or _on_choice(name))
+                for name in backends.BACKENDS
+                if (reason := backends.BACKENDS[name].supports(device, dtype, 128) or _on_choice(name))
             ]
             kind = str(dtype).removeprefix("torch.")
             lines.append(f"  {device:<6}{kind:<10}{chosen}" + "".join(f"  ({r})" for r in refused))

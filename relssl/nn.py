@@ -1,19 +1,19 @@
 """The losses of relssl.functional as modules that hold their settings."""
 
-from typing import Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from relssl import functional
 from relssl.backends.common import Temperature
-from relssl.functional import Reduction
+from relssl.functional import Form, Reduction
 from relssl.queue import FeatureQueue
 
 
 class _Loss(nn.Module):
-    """Keyword arguments of a functional, kept; tensors among them as parameters or buffers."""
+    """Keeps the keyword arguments of a functional; tensors among them as parameters or buffers."""
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.names = tuple(settings)
         for name, value in settings.items():
@@ -22,7 +22,7 @@ class _Loss(nn.Module):
             else:
                 setattr(self, name, value)
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.names}
 
     def extra_repr(self) -> str:
@@ -40,7 +40,7 @@ class RelationLoss(_Loss):
         *,
         student_temperature: Temperature = 0.1,
         teacher_temperature: Temperature = 0.04,
-        form: Literal["kl", "ce"] = "kl",
+        form: Form = "kl",
         reduction: Reduction = "mean",
         return_entropy: bool = False,
         backend: str = "auto",
@@ -95,13 +95,13 @@ class NTXentLoss(_Loss):
 class ClusterLoss(_Loss):
     """The cluster loss of Contrastive Clustering and SACC; call it with two views' assignments (p1, p2).
 
-    `functional.cluster_contrast` plus `functional.cluster_entropy` of each view. (Li et al., Contrastive
-    Clustering, AAAI 2021, eq. 6.)
+    `functional.cluster_contrast` plus `functional.cluster_entropy_penalty` of each view. (Li et al.,
+    Contrastive Clustering, AAAI 2021, eq. 6.)
     """
 
     def __init__(self, *, temperature: Temperature = 1.0, backend: str = "auto") -> None:
         super().__init__(temperature=temperature, backend=backend)
 
     def forward(self, p1: Tensor, p2: Tensor) -> Tensor:
-        entropies = functional.cluster_entropy(p1) + functional.cluster_entropy(p2)
+        entropies = functional.cluster_entropy_penalty(p1) + functional.cluster_entropy_penalty(p2)
         return functional.cluster_contrast(p1, p2, **self.settings()) + entropies

@@ -110,10 +110,9 @@ class Trial:
 def candidates(device: str, dtype: torch.dtype, dim: int) -> list[str]:
     """The backends that take such rows on this machine, each with its variants."""
     names = []
-    for name, module in backends.MODULES.items():
-        if module.supports(device, dtype, dim) is None:
-            variants = module.variants(dtype, dim) if hasattr(module, "variants") else []
-            names += [name, *(f"{name}/{variant}" for variant in variants)]
+    for name, backend in backends.BACKENDS.items():
+        if backend.supports(device, dtype, dim) is None:
+            names += [name, *(f"{name}/{variant}" for variant in backend.variants(dtype, dim))]
     return names
 
 
@@ -125,7 +124,7 @@ def tune(
     """The entry of each shape, as tuned.py stores it; `choice` is None where every candidate was refused.
 
     Args:
-        imports: modules to import in each process first, which may add to `relssl.backends.MODULES`.
+        imports: modules to import in each process first, which may add to `relssl.backends.BACKENDS`.
         limit: seconds for a candidate to compile and be verified, for each shape, and again to be timed.
         jobs: processes that do so at a time; by default as many as there are processors, up to 16.
         report: is called with the steps done, all steps, and what is done next.
@@ -245,7 +244,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--jobs", type=int, help="processes that compile and verify at a time")
     parser.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="a module that adds a backend of your own to relssl.backends.MODULES",
+        help="a module that adds a backend of your own to relssl.backends.BACKENDS",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)

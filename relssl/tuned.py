@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from relssl._compat import constant_result, cuda_driver_version
 from relssl.version import __version__
 
 SHAPE = ("dtype", "dim", "rows", "queue")
@@ -51,7 +52,7 @@ def environment(device: str) -> str:
     if device == "cuda":
         driver = f"HIP {torch.version.hip}"
         if not torch.version.hip:
-            major, minor = divmod(torch._C._cuda_getDriverVersion(), 1000)  # type: ignore[attr-defined]
+            major, minor = divmod(cuda_driver_version(), 1000)
             driver = f"driver for CUDA {major}.{minor // 10}"
         about = f"{torch.cuda.get_device_name()}, {driver}"
     else:
@@ -133,6 +134,7 @@ def matching(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
     return tuple(choice for choice in every if choice.dtype == name)
 
 
+@constant_result
 def choices(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
     """Those that match, looked up once."""
     found = _found.get((device, dtype))
@@ -141,10 +143,6 @@ def choices(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
         if device == "cuda" and not found:
             _advise()
     return found
-
-
-# torch.compiler.assume_constant_result does this, too, after importing all of Dynamo.
-choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _advise() -> None:

@@ -1,7 +1,6 @@
 """A loss of the package against the oracle, as every test of numbers asks for it."""
 
 import os
-from functools import partial
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from oracle import (
 )
 
 from relssl import backends
-from relssl.backends import common
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import queue_logsumexp, relation_loss
 
@@ -59,7 +57,7 @@ def every(*dtypes):
     def takes(name, dtype):
         if device(name) == "cuda":
             return dtype != torch.float64
-        return backends.MODULES[name].supports("cpu", dtype, 8) is None
+        return backends.BACKENDS[name].supports("cpu", dtype, 8) is None
 
     pairs = [marked(d, b, backend=b) for b in BACKENDS for d in dtypes if takes(b, d)]
     return pytest.mark.parametrize(("dtype", "backend"), pairs, ids=str)
@@ -133,11 +131,10 @@ def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
 def check_weight(q, k, queue, backend):
     """A backend's sums and the gradients of q that go with them, against what it has for the rows."""
     q, k, queue, tensor = on(backend, q, k, queue, torch.tensor([5.0]))
-    module = backends.MODULES[backend]
-    info_nce = getattr(module, "info_nce", partial(common.info_nce, module.rows))
+    own = backends.BACKENDS[backend]
     for run in (
-        lambda *how: module.relation(q, k, queue, [10.0, 25.0], "kl", *how)[::2],
-        lambda *how: info_nce(q, k, queue, tensor, *how)[::2],
+        lambda *how: own.relation(q, k, queue, [10.0, 25.0], "kl", *how)[::2],
+        lambda *how: own.info_nce(q, k, queue, tensor, *how)[::2],
     ):
         rows, grad, *_ = run(None, True)
         assert rows.shape == q.shape[:-1] and grad.shape == q.shape
@@ -165,7 +162,7 @@ def losses(q, k, queue, backend, tau=0.2, exclude=None):
 def ask_for_hoppers_kernel(monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("a kernel for Hopper alone")
-    monkeypatch.setattr(backends.MODULES["cuda"], "_path", lambda wanted, queue: 90)
+    monkeypatch.setattr(backends.cuda, "_path", lambda wanted, queue: 90)
 
 
 def batch(views, rows, size, dim, dtype, norm=1.0):

@@ -85,11 +85,10 @@ def load(file):
 
 
 def install(module, patch, path, processors=3):
-    """Have the backend "cuda" run on CPU tensors by a module's kernels for one capability, 80 or 90."""
-    cuda = backends.MODULES["cuda"]
-    patch(cuda, "_cuda", module)
-    patch(cuda, "supports", lambda device, dtype, dim: None)
-    patch(cuda, "_chip", lambda index: Chip(path, processors))
-    patch(cuda, "_place", lambda x: (0, 0))
-    patch(cuda, "_path", lambda wanted, queue: path)
-    return cuda
+    """Has the backend "cuda" run on CPU tensors by a module's kernels for one capability, 80 or 90."""
+    patch(backends.BACKENDS["cuda"], "supports", lambda device, dtype, dim: None)
+    patch(backends.cuda, "_cuda", module)
+    patch(backends.cuda, "_chip", lambda index: Chip(path, processors))
+    patch(backends.cuda, "_place", lambda x: (0, 0))
+    patch(backends.cuda, "_path", lambda wanted, queue: path)
+    return backends.BACKENDS["cuda"]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from relssl import FeatureQueue
 from relssl.functional import (
     cluster_contrast,
-    cluster_entropy,
+    cluster_entropy_penalty,
     info_nce,
     nt_xent,
     queue_logsumexp,
@@ -388,7 +388,7 @@ def test_meta_tensors(autocast, backend):
             "views": relation_loss(torch.stack((q, q)), k, queue, teacher_temperature=tau, **b)[None],
             "info_nce": info_nce(q, k, queue, temperature=tau, reduction="none", **b),
             "nt_xent": nt_xent(q, k, queue=queue, temperature=tau, reduction="none", **b),
-            "clusters": cluster_contrast(q, k, temperature=tau, **b)[None] + cluster_entropy(q)[None],
+            "clusters": cluster_contrast(q, k, temperature=tau, **b)[None] + cluster_entropy_penalty(q)[None],
             "lse": queue_logsumexp(q, queue, tau, exclude=own, **b)[0],
             "mean": queue_logsumexp(q, queue, tau, **b)[1],
         }

@@ -171,7 +171,7 @@ def test_each_is_a_variant(instruction_set):
         torch.testing.assert_close(found, expected)
     assert _cpu.instruction_set() == instruction_set
     real = [name for name in SETS if name not in (instruction_set, "emulated")]
-    assert backends.MODULES["cpu"].variants(torch.float32, 24) == real
+    assert backends.BACKENDS["cpu"].variants(torch.float32, 24) == real
     with pytest.raises(
         ValueError, match=f"'cpu/avx9' cannot run this: .* {', '.join(SETS)} here, not 'avx9'"
     ):
@@ -329,5 +329,5 @@ def test_rows_are_read_in_place():
     """Contiguous rows at any distance need no copy; anything else is copied once."""
     base = torch.randn(6, 40)
     for view in (base[::2], base[:, 3:20], base[:1].expand(6, 40)):
-        assert common.dense(view).data_ptr() == view.data_ptr()
-    assert common.dense(base.T).data_ptr() != base.data_ptr()
+        assert common.row_contiguous(view).data_ptr() == view.data_ptr()
+    assert common.row_contiguous(base.T).data_ptr() != base.data_ptr()

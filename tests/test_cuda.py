@@ -40,7 +40,7 @@ def cuda(request, module, monkeypatch):
 def on_gpu(request, monkeypatch):
     if request.param == 90:
         checks.ask_for_hoppers_kernel(monkeypatch)
-    return backends.MODULES["cuda"]
+    return backends.BACKENDS["cuda"]
 
 
 def losses(*inputs, **options):
@@ -218,7 +218,7 @@ def test_without_gradients_the_same_values(cuda, dtype, dim):
 
 def references(cuda, x, queue, scale):
     """What similarities were measured from: 0 where the first path was exact, else a large one."""
-    (stats, means) = cuda.lookup(x, x[:0], queue, cuda.scales([scale] * 2), None, True)
+    (stats, means) = cuda.forward(x, x[:0], queue, cuda.kernel_scales([scale] * 2), None, True)
     return stats[0], means
 
 
@@ -266,8 +266,8 @@ def test_any_number_of_splits(cuda, processors, monkeypatch):
     """By their number alone results differ in rounding only."""
     inputs = batch(2, 5, 600, 64, torch.bfloat16)
     expected = with_gradients(*inputs)
-    chip = cuda._chip(0)._replace(processors=processors)
-    monkeypatch.setattr(cuda, "_chip", lambda index: chip)
+    chip = backends.cuda._chip(0)._replace(processors=processors)
+    monkeypatch.setattr(backends.cuda, "_chip", lambda index: chip)
     for got, want in zip(with_gradients(*inputs), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
 
@@ -290,7 +290,7 @@ def test_splits_are_combined(module, monkeypatch, splits, dim):
     ln2 = torch.tensor(2.0, dtype=torch.float64).log()
     got, got_mean = torch.full((2, 5), torch.nan), torch.full((5, dim), torch.nan)
     scales = (10.0, 0), (10.0, 0)
-    cuda.combine_rows(found, scales, 2, got, got_mean)
+    cuda.combine_lse_and_mean(found, scales, 2, got, got_mean)
     torch.testing.assert_close(got.double().sum(0), lse * ln2, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got_mean.double(), mean, rtol=1e-5, atol=1e-6)
 
@@ -313,7 +313,7 @@ def test_splits_are_combined(module, monkeypatch, splits, dim):
 
     found, lse, mean = partial_results(splits, 3, dim)
     sigma, lses = torch.full((3,), torch.nan), torch.full((2, 3), torch.nan)
-    cuda.combine_info_nce(q, k, scales[:1], found, 0.5, loss, None, sigma, grad, lses)
+    cuda.combine_info_nce(q, k, scales[0], found, 0.5, loss, None, sigma, grad, lses)
     z = ln2 * (lse - 10 * (q.double() * k[own].double()).sum(1))
     torch.testing.assert_close(loss.double(), torch.nn.functional.softplus(z), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sigma.double(), z.sigmoid(), rtol=1e-5, atol=1e-5)
@@ -345,10 +345,10 @@ def test_a_thread_that_never_set_a_device(cuda):
 def test_launches_go_to_the_device_they_are_told(cuda, module, monkeypatch):
     inputs = batch(None, 5, 100, 64, torch.bfloat16)
     for device in (1, 0):
-        monkeypatch.setattr(cuda, "_place", lambda x, device=device: (device, 0))
+        monkeypatch.setattr(backends.cuda, "_place", lambda x, device=device: (device, 0))
         losses(*inputs)
         assert (module.launched_on(), module.device()) == (device, 0)
-    monkeypatch.setattr(cuda, "_place", lambda x: (2, 0))
+    monkeypatch.setattr(backends.cuda, "_place", lambda x: (2, 0))
     with pytest.raises(RuntimeError, match=r"looking up 5 rows .* on device 2: invalid device ordinal"):
         losses(*inputs)
 
@@ -376,7 +376,7 @@ def test_opcheck(cuda):
     for reduction, want in (("mean", True), ("none", False)):
         check(ops.relation.default, (q, k, queue, [10.0, 25.0], None, "kl", reduction, want, want, "cuda"))
         check(ops.info_nce.default, (q, k, queue, [], torch.tensor([10.0]), reduction, want, "cuda"))
-        check(ops.rows.default, (k, queue, [10.0, 25.0], None, 3, exclude, want, "cuda"))
+        check(ops.lse_and_mean.default, (k, queue, [10.0, 25.0], None, 3, exclude, want, "cuda"))
 
 
 @pytest.mark.gpu
@@ -401,13 +401,12 @@ def test_bitwise_equal_from_run_to_run(on_gpu, dim):
     ],
 )
 def test_reasons(module, monkeypatch, device, dtype, dim, reason):
-    cuda = backends.MODULES["cuda"]
     capability = 75 if "7.5" in reason else 86
-    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(backends.cuda, "_cuda", module)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda, "_chip", lambda index: Chip(capability, 100))
-    monkeypatch.setattr(cuda, "_shared", lambda index: 101_376)
-    monkeypatch.setattr(cuda, "_missing", lambda index: None)
+    monkeypatch.setattr(backends.cuda, "_chip", lambda index: Chip(capability, 100))
+    monkeypatch.setattr(backends.cuda, "_shared", lambda index: 101_376)
+    monkeypatch.setattr(backends.cuda, "_missing", lambda index: None)
     with pytest.raises(ValueError, match=f"backend 'cuda' cannot run this: .*{reason}"):
         backends.choose("cuda", device, dtype, dim)
     if capability == 86:
@@ -426,43 +425,48 @@ def test_reasons(module, monkeypatch, device, dtype, dim, reason):
     ],
 )
 def test_info_tells_of_an_old_driver(toolkit, driver, why, monkeypatch):
-    cuda, failed = backends.MODULES["cuda"], "CUDA driver version is insufficient for CUDA runtime version"
+    failed = "CUDA driver version is insufficient for CUDA runtime version"
     found = {"toolkit": toolkit, "driver": lambda: driver, "missing": lambda index: failed}
-    monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(architectures="sm_80", **found))
-    cuda._missing.cache_clear()
+    monkeypatch.setattr(backends.cuda, "_cuda", SimpleNamespace(architectures="sm_80", **found))
+    backends.cuda._missing.cache_clear()
     reason = failed + (f": it was built with CUDA {why}" if why else "")
-    assert cuda._missing(0) == reason
+    assert backends.cuda._missing(0) == reason
     (line,) = (line for line in info.report().splitlines() if line.startswith("CUDA C++"))
-    assert line == f"CUDA C++ kernels built for sm_80 with {cuda.built_with()} (cannot run here: {reason})"
-    cuda._missing.cache_clear()
+    assert (
+        line
+        == f"CUDA C++ kernels built for sm_80 with {backends.cuda.built_with()} (cannot run here: {reason})"
+    )
+    backends.cuda._missing.cache_clear()
 
 
 def test_not_built(monkeypatch):
-    monkeypatch.setattr(backends.MODULES["cuda"], "_cuda", None)
-    monkeypatch.setattr(backends.MODULES["cuda"], "missing", "relssl._cuda is not built: no nvcc was found")
+    monkeypatch.setattr(backends.cuda, "_cuda", None)
+    monkeypatch.setattr(backends.cuda, "missing", "relssl._cuda is not built: no nvcc was found")
     with pytest.raises(ValueError, match=r"backend 'cuda' cannot run this: .*no nvcc was found"):
         backends.choose("cuda", "cuda", torch.bfloat16, 128)
 
 
 def test_auto_passes_it_by(monkeypatch):
     """No measurement favours it."""
-    monkeypatch.setattr(backends.MODULES["cuda"], "supports", lambda *arguments: None)
-    monkeypatch.setattr(backends.MODULES["triton"], "supports", lambda *arguments: None)
+    monkeypatch.setattr(backends.BACKENDS["cuda"], "supports", lambda *arguments: None)
+    monkeypatch.setattr(backends.BACKENDS["triton"], "supports", lambda *arguments: None)
     assert backends.choose("auto", "cuda", torch.bfloat16, 128) == "triton"
 
 
 def test_the_hopper_kernel_is_a_variant(module, monkeypatch):
-    cuda, queue, ran = backends.MODULES["cuda"], unit(100, 64, dtype=torch.bfloat16), []
+    cuda, queue, ran = backends.BACKENDS["cuda"], unit(100, 64, dtype=torch.bfloat16), []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     emulated.install(module, monkeypatch.setattr, 90)
-    monkeypatch.setattr(cuda, "_path", lambda wanted, queue, path=cuda._path: ran.append(wanted) or 90)
+    monkeypatch.setattr(
+        backends.cuda, "_path", lambda wanted, queue, path=backends.cuda._path: ran.append(wanted) or 90
+    )
     monkeypatch.setattr(checks, "EMULATED", True)
     check_logsumexp(queue[:9], queue, 0.1, "cuda/sm_90a")
     check_logsumexp(queue[:9], queue, 0.1, "cuda")
     assert set(ran[: len(ran) // 2]) == {90} and set(ran[len(ran) // 2 :]) == {80}
     assert cuda.variants(torch.bfloat16, 64) == ["sm_90a"]
     for capability in (80, 100):
-        monkeypatch.setattr(cuda, "_chip", lambda index, own=capability: Chip(own, 132))
+        monkeypatch.setattr(backends.cuda, "_chip", lambda index, own=capability: Chip(own, 132))
         assert cuda.variants(torch.bfloat16, 64) == []
         with pytest.raises(ValueError, match=f"needs compute capability 9.0, not {capability / 10}"):
             backends.choose("cuda/sm_90a", "cuda", torch.bfloat16, 64)
@@ -471,9 +475,9 @@ def test_the_hopper_kernel_is_a_variant(module, monkeypatch):
 
 
 def test_rows_that_overlap_are_the_older_kernels():
-    cuda, queue = backends.MODULES["cuda"], torch.zeros(10, 64)
-    assert cuda._path(90, queue) == 90
-    assert cuda._path(90, queue[:1].expand(10, 64)) == cuda._path(80, queue) == 80
+    queue = torch.zeros(10, 64)
+    assert backends.cuda._path(90, queue) == 90
+    assert backends.cuda._path(90, queue[:1].expand(10, 64)) == backends.cuda._path(80, queue) == 80
 
 
 # The arguments of a lookup, all of them good; addresses that nobody reads.

@@ -18,6 +18,7 @@ from triton import set_allocator
 from triton.runtime._allocation import _allocator
 
 from relssl import backends
+from relssl.backends import launching
 from relssl.functional import relation_loss
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -48,9 +49,11 @@ def test_compiled(capability, case):
     assert got.shared <= heuristics.SHARED[heuristics.family(capability)]
     assert got.columns <= heuristics.TENSOR_COLUMNS
     assert "F2F.BF16" not in got.sass  # one by one, and in the unit that the exponentials need
-    if case.name in ("lookup", "vjp_x") and case.dtype != "fp32":  # whose tiles go straight to registers
+    if (
+        case.name in ("forward", "backward_x") and case.dtype != "fp32"
+    ):  # whose tiles go straight to registers
         products = {90: "wgmma", 100: "tcgen05.mma", AMD: "mfma"}
-        if case.name == "vjp_x" and case.dim == 512:  # whose sums fill the registers otherwise
+        if case.name == "backward_x" and case.dim == 512:  # whose sums fill the registers otherwise
             products = {100: "tcgen05.mma"} if case.dtype == "bf16" else {}
         products[AMD] = "mfma"
         assert got.tensor == products.get(capability, "mma.sync")
@@ -75,7 +78,7 @@ SERIAL = [PRODUCTS, ("DEPBAR 0x0", 1), ("MUFU.EX2", 64), PRODUCTS]
 
 
 @pytest.mark.parametrize(
-    ("name", "loops"), [("lookup", [SERIAL]), ("specialised", [[*SERIAL, ("DEPBAR 0x0", 1)]] * 2)]
+    ("name", "loops"), [("forward", [SERIAL]), ("specialised", [[*SERIAL, ("DEPBAR 0x0", 1)]] * 2)]
 )
 def test_order_of_hoppers_instructions(name, loops):
     """As it is with the versions of Triton that are tested: another order is news, good or bad."""
@@ -165,7 +168,7 @@ def test_tiles_are_of_a_version_of_triton(table, capability, dtype, dim, tiles, 
 def test_means_of_splits_take_little_memory(rows, dim):
     for capability in resources.CAPABILITIES:
         chip = heuristics.Chip(capability, 132)
-        splits, _ = heuristics.splits(rows, 1_048_576, dim, heuristics.forward(chip, "bf16", dim), chip)
+        splits, _ = heuristics.split_queue(rows, 1_048_576, dim, heuristics.forward(chip, "bf16", dim), chip)
         assert splits == 1 or splits * rows * dim * 4 <= 32 << 20
 
 
@@ -231,19 +234,19 @@ def test_variants_refused(name, capability, dtype, dim, reason, monkeypatch):
     chip = heuristics.Chip(capability, 132)
     with pytest.raises(ValueError, match=reason):
         heuristics.variant(name, chip, dtype, dim)
-    triton = backends.MODULES["triton"]
-    monkeypatch.setattr(triton, "_current_chip", lambda: chip)
-    (torch_dtype,) = (known for known, name in triton.NAMES.items() if name == dtype)
+    triton = backends.BACKENDS["triton"]
+    monkeypatch.setattr(launching, "current_chip", lambda: chip)
+    (torch_dtype,) = (known for known, name in launching.DTYPE_NAMES.items() if name == dtype)
     assert re.search(reason, triton.unsupported_variant(name, torch_dtype, dim))
 
 
 def test_variants_are_of_a_version_of_triton(monkeypatch):
-    triton = backends.MODULES["triton"]
-    monkeypatch.setattr(triton, "_current_chip", lambda: heuristics.Chip(90, 132))
+    triton = backends.BACKENDS["triton"]
+    monkeypatch.setattr(launching, "current_chip", lambda: heuristics.Chip(90, 132))
     assert specialised.specialises
     assert triton.unsupported_variant("specialised", torch.bfloat16, 128) is None
     assert triton.variants(torch.bfloat16, 128)[0] == "specialised"
-    monkeypatch.setattr(triton._kernels(), "specialises", False)
+    monkeypatch.setattr(launching.kernels(), "specialises", False)
     assert "specialised warps" in triton.unsupported_variant("specialised", torch.bfloat16, 128)
     assert not any(name.startswith("specialised") for name in triton.variants(torch.bfloat16, 128))
     assert triton.unsupported_variant("64x64x4x3", torch.bfloat16, 128) is None
@@ -313,7 +316,7 @@ def test_a_named_backend_does_not_fall_through():
 
 
 def test_not_installed(monkeypatch):
-    monkeypatch.setattr(backends.MODULES["triton"], "_installed", False)
+    monkeypatch.setattr(backends.triton, "_installed", False)
     with pytest.raises(ValueError, match=r"pip install 'relssl\[triton\]'"):
         backends.choose("triton", "cuda", torch.float32, 128)
     assert backends.choose("auto", "cuda", torch.float32, 128) == "chunked"
@@ -325,19 +328,19 @@ def test_not_installed(monkeypatch):
 LAUNCH_TWICE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch, triton
-from launch import Chip, Idle, kernels, launches
+from launch import Chip, Idle, backend, launches, launching
 
 triton.runtime.driver.set_active(Idle())
-kernels._chip = lambda index: Chip(90, 132)
+launching.chip = lambda index: Chip(90, 132)
 q, k, queue = (torch.randn(n, 128).bfloat16() for n in (64, 64, 4096))
 shifted = torch.randn(4096 * 128 + 1).bfloat16()[1:].view(4096, 128)  # no address for the copy engine
 c = torch.tensor([10.0, 25.0]) if sys.argv[2] == "device" else [10.0, 25.0]
 for arguments in (q, k, queue), (q, k, shifted), (q.view(2, 32, 128), k[:32], queue):
     for weight, want in (0.1, True), (None, False):
         for run in (
-            lambda: kernels.relation(*arguments, c, "kl", weight, want),
-            lambda: kernels.info_nce(*arguments, c[:1], weight, want),
-            lambda: kernels.rows(arguments[1], arguments[2], c, 20, None, want),
+            lambda: backend.relation(*arguments, c, "kl", weight, want),
+            lambda: backend.info_nce(*arguments, c[:1], weight, want),
+            lambda: backend.lse_and_mean(arguments[1], arguments[2], c, 20, None, want),
         ):
             launches.clear()
             run()
@@ -361,7 +364,7 @@ for dtype, variant, expected in (
     own = [t.to(dtype) for t in (q, k, queue)]
     for _ in range(2):
         launches.clear()
-        kernels.lookup(*own, (1.0, 1.0), None, True, variant)
+        backend.variant(variant).forward(*own, (1.0, 1.0), None, True)
         assert len(launches) == expected, (dtype, variant, len(launches))
 print("alike")
 """
@@ -402,19 +405,19 @@ class Loaded:
 @pytest.fixture
 def launched(monkeypatch):
     """Of each launch the device that its function was loaded on, the current one, and Triton's allocator."""
-    triton, launches, current = backends.MODULES["triton"], [], [0]
+    launches, current = [], [0]
 
     @contextmanager
-    def on(x):
+    def device_guard(x):
         current.append(x.device.index)
         yield
         current.pop()
 
-    monkeypatch.setattr(triton, "on", on)
-    monkeypatch.setattr(triton, "_chip", lambda index: heuristics.Chip(90, 132))
-    monkeypatch.setattr(triton, "_plans", {})
-    for name in ("lookup", "combine_rows", "combine_relation", "combine_info_nce"):
-        monkeypatch.setattr(triton._kernels(), name, Loaded(launches, current))
+    monkeypatch.setattr(launching, "device_guard", device_guard)
+    monkeypatch.setattr(launching, "chip", lambda index: heuristics.Chip(90, 132))
+    monkeypatch.setattr(launching, "_cache", {})
+    for name in ("forward", "combine_lse_and_mean", "combine_relation", "combine_info_nce"):
+        monkeypatch.setattr(launching.kernels(), name, Loaded(launches, current))
     return launches
 
 
@@ -428,11 +431,11 @@ def on_device(index, *tensors):
 @pytest.mark.parametrize("scale", [[10.0, 25.0], torch.tensor([10.0, 25.0])], ids=["numbers", "device"])
 @pytest.mark.parametrize("want", [True, False])
 def test_each_device_launches_its_own_functions(launched, scale, want):
-    triton = backends.MODULES["triton"]
+    triton = backends.BACKENDS["triton"]
     for run in (
         lambda q, k, queue, scale: triton.relation(q, k, queue, scale, "kl", 0.1, want),
         lambda q, k, queue, scale: triton.info_nce(q, k, queue, scale[:1], 0.1, want),
-        lambda q, k, queue, scale: triton.rows(k, queue, scale, 5, None, want),
+        lambda q, k, queue, scale: triton.lse_and_mean(k, queue, scale, 5, None, want),
     ):
         launched.clear()
         for index in (0, 1, 0, 1):
@@ -446,13 +449,13 @@ def test_each_device_launches_its_own_functions(launched, scale, want):
 
 def test_splits_are_for_all_that_a_processor_runs(launched, monkeypatch):
     """Two programs fit in 65,536 registers and 232,448 bytes, or one."""
-    triton, (x,) = backends.MODULES["triton"], on_device(0, torch.zeros(65_536, 64).bfloat16())
+    triton, (x,) = backends.BACKENDS["triton"], on_device(0, torch.zeros(65_536, 64).bfloat16())
 
     def splits(registers, shared):
         monkeypatch.setattr(Loaded, "n_regs", registers)
         monkeypatch.setattr(Loaded, "metadata", SimpleNamespace(num_warps=8, shared=shared))
-        triton._plans.clear()
-        return triton.lookup(x[:128], x[:0], x, (1.0, 1.0), None, True)[3]
+        launching._cache.clear()
+        return triton.forward(x[:128], x[:0], x, (1.0, 1.0), None, True)[3]
 
     assert [splits(0, 0), splits(128, 100_000), splits(136, 100_000), splits(128, 120_000)] == [
         128,
@@ -464,18 +467,18 @@ def test_splits_are_for_all_that_a_processor_runs(launched, monkeypatch):
 
 def test_the_callers_allocator_is_left_alone(launched):
     """Triton's, for memory that kernels ask for: a context variable, so that each thread has its own."""
-    triton, queue = backends.MODULES["triton"], torch.randn(100, 64).bfloat16()
+    triton, queue = backends.BACKENDS["triton"], torch.randn(100, 64).bfloat16()
 
     def allocators():
         before = _allocator.get()
-        triton.rows(*on_device(0, queue, queue), [10.0, 25.0], 100, None, True)
+        triton.lse_and_mean(*on_device(0, queue, queue), [10.0, 25.0], 100, None, True)
         return before, launched[-2][2], _allocator.get()
 
     def callers(size, alignment, stream):
         raise AssertionError
 
     nobodys = Context().run(_allocator.get)
-    assert Context().run(allocators) == (nobodys, triton._scratch, triton._scratch)
+    assert Context().run(allocators) == (nobodys, launching._scratch, launching._scratch)
     context = Context()
     context.run(set_allocator, callers)
     assert context.run(allocators) == (callers, callers, callers)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import unit
 
+from relssl.backends import launching
 from relssl.functional import info_nce, relation_loss
 
 pytest.importorskip("triton")
@@ -19,22 +20,21 @@ BENCH = Path(__file__).parent.parent / "bench"
 @pytest.fixture
 def idle(monkeypatch):
     """Triton's backend takes tensors of the CPU, and its launches are counted only."""
-    kernels = launch.kernels
-    monkeypatch.setattr(kernels, "supports", lambda device, dtype, dim: None)
-    monkeypatch.setattr(kernels, "_chip", lambda index: launch.Chip(90, 132))
-    monkeypatch.setattr(kernels, "_slots", lambda chip, *rest: chip)
-    monkeypatch.setattr(kernels, "_plans", {})
+    monkeypatch.setattr(launch.backend, "supports", lambda device, dtype, dim: None)
+    monkeypatch.setattr(launching, "chip", lambda index: launch.Chip(90, 132))
+    monkeypatch.setattr(launching, "with_resident", lambda chip, *rest: chip)
+    monkeypatch.setattr(launching, "_cache", {})
 
     def count(self, *arguments):
         launch.launches.append(arguments)
 
-    monkeypatch.setattr(kernels._Launch, "__call__", count)
+    monkeypatch.setattr(launching.Launch, "__call__", count)
 
 
 @pytest.mark.parametrize("loss", [relation_loss, info_nce])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_lookup_combine_and_one_product(idle, dtype, reduction, loss):
+def test_forward_combine_and_one_product(idle, dtype, reduction, loss):
     inputs = [unit(n, 16, dtype=dtype) for n in (8, 8, 100)]
     product = "aten::mul.Tensor" if dtype == torch.float32 else "aten::mul.out"  # rounds in the same launch
     run = launch.with_gradient(loss, *inputs, reduction=reduction)
@@ -43,7 +43,7 @@ def test_lookup_combine_and_one_product(idle, dtype, reduction, loss):
 
 def test_without_a_gradient_no_operation_of_torch(idle):
     q, k, queue = (unit(n, 16) for n in (8, 8, 100))
-    # The student's mean is a quarter of the work: it is left out, by a lookup of its own.
+    # The student's mean is a quarter of the work: it is left out, in a forward pass of its own.
     for loss, expected in (relation_loss, 3), (info_nce, 2):
         assert launch.launched(lambda loss=loss: loss(q, k, queue, backend="triton")) == (expected, [])
 

@@ -1,6 +1,5 @@
 """Triton's kernels: what the grid of test_losses.py does not reach. On a GPU, or in the interpreter."""
 
-from functools import partial
 from importlib.metadata import version
 
 import checks
@@ -19,6 +18,7 @@ from checks import (
 from oracle import unit
 
 from relssl import backends
+from relssl.backends import launching
 from relssl.functional import queue_logsumexp, relation_loss
 
 if not INTERPRETED:
@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
 @pytest.fixture
 def triton():
-    return backends.MODULES["triton"]
+    return backends.BACKENDS["triton"]
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def replace(triton, monkeypatch):
 
     def replace(owner, name, value):
         monkeypatch.setattr(owner, name, value)
-        triton._plans.clear()
+        launching._cache.clear()
 
     yield replace
-    triton._plans.clear()
+    launching._cache.clear()
 
 
 @pytest.fixture
@@ -73,7 +73,9 @@ def with_gradients(*inputs, **options):
 
 def references(triton, x, queue, scale):
     """What similarities were measured from: 0 where the first path was exact, else the largest."""
-    stats, means, rows, splits = triton.lookup(x, x[:0], queue, triton.scales([scale] * 2), None, True)
+    stats, means, rows, splits = triton.forward(
+        x, x[:0], queue, triton.kernel_scales([scale] * 2), None, True
+    )
     return stats[: splits * rows].view(splits, rows), means
 
 
@@ -112,8 +114,8 @@ def test_an_overflowing_mean_is_redone(triton):
 def test_both_paths_agree(triton, dtype, replace):
     inputs = on("triton", *batch(None, 20, 600, 40, dtype))
     fixed = with_gradients(*inputs)
-    kernels = triton._kernels()
-    launch, ran = kernels.lookup, []
+    kernels = launching.kernels()
+    launch, ran = kernels.forward, []
 
     class Online:
         arg_names = launch.arg_names
@@ -126,11 +128,11 @@ def test_both_paths_agree(triton, dtype, replace):
 
             return run
 
-    replace(kernels, "lookup", Online())
+    replace(kernels, "forward", Online())
     loose = 1e-2 if dtype == torch.bfloat16 else 1e-4
     for one, other in zip(fixed, with_gradients(*inputs), strict=True):
         torch.testing.assert_close(other, one, rtol=loose, atol=loose)
-    assert ran == [True] * 4, "one lookup for each loss, and for the primitive"
+    assert ran == [True] * 4, "one forward pass for each loss, and for the primitive"
 
 
 # ------------------------------------------------------------------------------------- how it is cut
@@ -165,14 +167,14 @@ def test_any_number_of_splits(processors, replace, heuristics, triton):
     """By their number alone results differ in rounding only."""
     inputs = on("triton", *batch(2, 5, 300, 24, torch.float32))
     expected = with_gradients(*inputs)
-    chip = triton._chip(inputs[0].get_device())._replace(processors=processors)
-    scales = triton.scales([5.0, 5.0])
+    chip = launching.chip(inputs[0].get_device())._replace(processors=processors)
+    scales = triton.kernel_scales([5.0, 5.0])
 
     def splits(_, k, queue):
-        return triton.lookup(k, k[:0], queue, scales, None, True)[3]
+        return triton.forward(k, k[:0], queue, scales, None, True)[3]
 
     splits(*inputs)  # remembered, but for the replacements
-    replace(triton, "_chip", lambda index: chip)
+    replace(launching, "chip", lambda index: chip)
     if INTERPRETED:
         replace(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1))
     assert splits(*inputs) == min(processors, 10 if INTERPRETED else 5)  # tiles of 32, or of 64
@@ -184,7 +186,7 @@ def test_splits_cover_the_queue_and_fill_the_chip(heuristics):
     chip, tiles = heuristics.Chip(90, 132), heuristics.Tiles(128, 128, 8, 3)
     for rows in (1, 64, 512, 2048, 8192, 12_000):
         for size in (1, 127, 128, 65_536, 65_537, 1_048_576):
-            splits, step = heuristics.splits(rows, size, 128, tiles, chip)
+            splits, step = heuristics.split_queue(rows, size, 128, tiles, chip)
             assert step % 128 == 0 and (splits - 1) * step < size <= splits * step
             programs = -(-rows // 128) * splits
             if size >= 65_536:
@@ -197,12 +199,12 @@ def test_splits_cover_the_queue_and_fill_the_chip(heuristics):
 
 @pytest.fixture
 def specialise(triton, replace, heuristics):
-    """Has lookups made by specialised.py, and the kernels of both launches recorded."""
+    """Has forward passes made by specialised.py, and the kernels of both launches recorded."""
 
     def specialise(name="specialised"):
         if INTERPRETED:
             replace(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1))
-        kernels, launches = triton._kernels(), []
+        kernels, launches = launching.kernels(), []
 
         class Recorded:
             def __init__(self, name):
@@ -213,9 +215,9 @@ def specialise(triton, replace, heuristics):
                 launches.append((self.name, grid[0]))
                 return self.kernel[grid]
 
-        for kernel in ("lookup", "specialised"):
+        for kernel in ("forward", "specialised"):
             replace(kernels, kernel, Recorded(kernel))
-        replace(triton, "lookup", partial(triton.lookup, variant=name))
+        replace(triton, "_variant", name)
         return launches
 
     return specialise
@@ -245,7 +247,7 @@ def test_specialised_warps(dtype, views, rows, size, specialise):
     block = 16 if INTERPRETED else 128
     stacks = rows, rows * (views or 1)
     assert launches[0] == ("specialised", sum(-(-count // block) for count in stacks))
-    again = [] if dtype == torch.float16 else ["lookup"]  # float16 needs no second try
+    again = [] if dtype == torch.float16 else ["forward"]  # float16 needs no second try
     assert [name for name, _ in launches] == ["specialised", *again] * (len(launches) // (1 + len(again)))
 
 
@@ -254,7 +256,7 @@ def test_specialised_warps(dtype, views, rows, size, specialise):
 def test_specialised_warps_with_an_empty_stack(split, specialise, triton):
     specialise()
     x, queue = on("triton", unit(7, DIM, dtype=WARPS[0]), unit(50, DIM, dtype=WARPS[0]))
-    lse, mean = triton.rows(x, queue, [5.0, 10.0], split, None, True)
+    lse, mean = triton.lse_and_mean(x, queue, [5.0, 10.0], split, None, True)
     scale = torch.where(torch.arange(7, device=x.device) < split, 5.0, 10.0)
     logits = scale[:, None] * (x.double() @ queue.double().T)
     torch.testing.assert_close(lse.sum(0).double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
@@ -278,12 +280,12 @@ def test_only_what_was_not_exact_is_done_again(specialise, triton, replace):
         def __getitem__(self, grid):
             return lambda *arguments, **options: launches.append(("nothing", grid[0]))
 
-        arg_names = triton._kernels().lookup.arg_names
+        arg_names = launching.kernels().forward.arg_names
 
     (reference, means), ran = stats()
-    replace(triton._kernels(), "lookup", Nothing())
+    replace(launching.kernels(), "forward", Nothing())
     (of_one, first), ran_one = stats()
-    assert ran == ["specialised", "lookup"] and ran_one == ["specialised", "nothing"]
+    assert ran == ["specialised", "forward"] and ran_one == ["specialised", "nothing"]
     assert (of_one == 0).all() and not first[:, 2 * block + 3].isfinite().all()
     assert (reference[:, : 2 * block] == 0).all() and (reference[:, 2 * block :] != 0).all()
     assert torch.equal(means[:, : 2 * block], first[:, : 2 * block]) and means.isfinite().all()
@@ -314,13 +316,13 @@ def test_what_specialised_warps_do_not_take_the_default_does(what, specialise, t
     tensors = {name: unit(9, DIM, dtype=WARPS[0]) for name in ("first", "second", "queue")}
     exclude = on("triton", torch.arange(18) % 9) if what == "exclude" else None
     tensors = {name: on("triton", t) for name, t in tensors.items()}
-    expected = triton.lookup(*tensors.values(), (5.0, 5.0), exclude, True, variant="")
+    expected = backends.triton.Triton().forward(*tensors.values(), (5.0, 5.0), exclude, True)
     if exclude is None:  # an address that the copy engine cannot read
         shifted = tensors[what].new_empty(9 * DIM + 1)[1:].view(9, DIM)
         tensors[what] = shifted.copy_(tensors[what])
     launches.clear()
-    got = triton.lookup(*tensors.values(), (5.0, 5.0), exclude, True)
-    assert [name for name, _ in launches] == ["lookup"]
+    got = triton.forward(*tensors.values(), (5.0, 5.0), exclude, True)
+    assert [name for name, _ in launches] == ["forward"]
     for one, other in zip(got[:2], expected[:2], strict=True):
         assert torch.equal(one, other)
 
@@ -360,12 +362,12 @@ def test_opcheck(scale):
     for reduction, want in (("mean", True), ("none", False)):
         check(ops.relation.default, (q, k, queue, by_value, on_device, "kl", reduction, want, want, "triton"))
         check(ops.info_nce.default, (q, k, queue, *one, reduction, want, "triton"))
-        check(ops.rows.default, (k, queue, by_value, on_device, 3, exclude, want, "triton"))
-    lse, mean = ops.rows.default(k, queue, by_value, on_device, 5, exclude, True, "triton")
+        check(ops.lse_and_mean.default, (k, queue, by_value, on_device, 3, exclude, want, "triton"))
+    lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, exclude, True, "triton")
     g_lse, g_mean = torch.randn_like(lse[0]), torch.randn_like(mean)
     for g, row, x, bank in ((g_mean, g_mean, True, True), (None, None, False, True)):
         arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, "triton")
-        check(ops.rows_vjp.default, arguments)
+        check(ops.lse_and_mean_vjp.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
@@ -403,7 +405,7 @@ def test_bad_values_on_a_device_make_nan(triton):
     """Nobody looks at them there: a temperature, and one row's exclude."""
     x, queue = on("triton", unit(5, 16), unit(40, 16))
     scale = on("triton", torch.tensor([float("nan")] * 2))
-    lse, mean = triton.rows(x, queue, scale, 5, None, True)
+    lse, mean = triton.lse_and_mean(x, queue, scale, 5, None, True)
     assert lse.isnan().all() and mean.isnan().all()
 
 

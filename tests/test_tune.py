@@ -63,8 +63,8 @@ def test_a_loss_runs_the_choice(monkeypatch):
         ran.append("chunked")
         return own(*arguments)
 
-    own = backends.MODULES["chunked"].relation
-    monkeypatch.setattr(backends.MODULES["chunked"], "relation", relation)
+    own = backends.BACKENDS["chunked"].relation
+    monkeypatch.setattr(backends.BACKENDS["chunked"], "relation", relation)
     expected = relation_loss(*inputs)
     assert not ran
     keep(entry("chunked", rows=8, queue=64, dim=16))

@@ -7,7 +7,7 @@ import torch
 from oracle import unit
 
 import relssl
-from relssl.functional import cluster_contrast, cluster_entropy, nt_xent
+from relssl.functional import cluster_contrast, cluster_entropy, cluster_entropy_penalty, nt_xent
 
 EXACT = ["chunked", "reference"]  # those that take float64
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -105,15 +105,15 @@ def test_empty_clusters(dtype):
     logits.requires_grad_()
     p = logits.softmax(1)
     assert (p[:, 1] == 0).all()
-    value = cluster_entropy(p) + cluster_contrast(p, p.roll(1, 0))
+    value = cluster_entropy_penalty(p) + cluster_contrast(p, p.roll(1, 0))
     (gradient,) = torch.autograd.grad(value, logits)
     assert value.isfinite() and gradient.isfinite().all()
-    halves = cluster_entropy(torch.tensor([[0.5, 0, 0.5, 0]]))
+    halves = cluster_entropy_penalty(torch.tensor([[0.5, 0, 0.5, 0]]))
     assert halves == pytest.approx(math.log(2))
 
 
 def test_equal_clusters_have_no_entropy_to_gain():
-    assert float(cluster_entropy(torch.full((6, 5), 0.2))) == pytest.approx(0, abs=1e-6)
+    assert float(cluster_entropy_penalty(torch.full((6, 5), 0.2))) == pytest.approx(0, abs=1e-6)
 
 
 def test_enqueueing_before_backward():
@@ -162,4 +162,10 @@ def test_bad_assignments():
     with pytest.raises(ValueError, match="p2 must have the shape of p1"):
         cluster_contrast(torch.ones(3, 8), torch.ones(3, 7))
     with pytest.raises(TypeError, match="p must be float32"):
-        cluster_entropy(torch.ones(3, 8, dtype=torch.int64))
+        cluster_entropy_penalty(torch.ones(3, 8, dtype=torch.int64))
+
+
+def test_the_old_name_of_the_penalty_warns():
+    p = torch.rand(6, 5)
+    with pytest.warns(DeprecationWarning, match="cluster_entropy_penalty"):
+        assert torch.equal(cluster_entropy(p), cluster_entropy_penalty(p))

@@ -1,159 +1,29 @@
-"""The queue in tiles through torch.mm and torch.softmax: exact, any device, O(R·D) memory.
-
-Each tile yields a log-sum-exp and a mean of its own, and two of these merge by logaddexp; nothing of
-size R×K exists. This is the fallback of every device, and the yardstick a native kernel has to beat.
-Small problems are bound by the number of torch calls, so there are few.
-"""
-
-from collections.abc import Iterator
-from typing import Any
+"""The queue in tiles of torch.mm and torch.softmax: the fallback of every device."""
 
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Scale, accumulator, cast, total
-
-# Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
-# returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
-# columns for few rows: shorter sums, at about a tenth more time than 8,192 at 128 rows.
-TILE_CPU, TILE_GPU = 2**19, 2**23
+from relssl.backends import tiles
+from relssl.backends.base import Backend
+from relssl.backends.common import Scale, accumulator
 
 
-def supports(device: str, dtype: torch.dtype, dim: int) -> None:
-    """Anything goes."""
+class Chunked(Backend):
+    """Tiles of the queue through torch.mm and torch.softmax: exact, any device, O(R·D) memory."""
 
+    def supports(self, device: str, dtype: torch.dtype, dim: int) -> None:
+        return None
 
-def rows(
-    x: Tensor, queue: Tensor, scale: Scale, split: int, exclude: Tensor | None, want_mean: bool
-) -> tuple[Tensor, Tensor]:
-    theta = x.to(accumulator(x.dtype), copy=True)
-    theta[:split].mul_(scale[0])
-    theta[split:].mul_(scale[1])
-    return _lookup(theta, queue, exclude, want_mean)
-
-
-def relation(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor,
-    scale: Scale,
-    form: str,
-    weight: float | None,
-    want_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulator(q.dtype)
-    views, (batch, dim) = q.shape[:-1], k.shape
-    student = cast(q.reshape(-1, dim), dtype) * scale[0]
-    teacher = cast(k, dtype) * scale[1]
-    theta = torch.cat((teacher, student))
-    if want_grad:
-        lse, mean = _lookup(theta, queue, None, True)
-        mean_t = mean[:batch]
-        grad_q = mean[batch:].view(q.shape) - mean_t
-        grad_q *= scale[0] if weight is None else weight * scale[0]
-    else:  # The student's mean is a quarter of the work.
-        lse_t, mean_t = _lookup(teacher, queue, None, True)
-        lse_s, grad_q = _lookup(student, queue, None, False)
-        lse = torch.cat((lse_t, lse_s), 1)
-    # Cross-entropies with the teacher: first its own, which is its entropy, then of each student view.
-    high, low = lse.view(2, -1, batch)
-    cross = high - (theta.view(-1, batch, dim) * mean_t).sum(-1) + low
-    entropy = cross[0]
-    loss = cross[1:] - entropy if form == "kl" else cross[1:].clone()
-    loss = loss.view(views) if weight is None else total(loss, weight)
-    return loss, entropy, grad_q, lse, mean_t
-
-
-def vjp(
-    x: Tensor,
-    queue: Tensor,
-    scale: float | Tensor,
-    exclude: Tensor | None,
-    lse: Tensor,
-    mean: Tensor,  # Unread where nothing but the queue's gradient through lse is wanted.
-    g_lse: Tensor | None,
-    g_mean: Tensor | None,
-    g_row: Tensor | None,
-    want_x: bool,
-    want_queue: bool,
-) -> tuple[Tensor, Tensor]:
-    theta = (x.to(accumulator(x.dtype)) * scale).contiguous()
-    high, low = lse[:, :, None]
-    g_lse = torch.zeros_like(high) if g_lse is None else g_lse[:, None]
-    base = g_lse  # w = p (base + u)
-    if g_mean is not None:
-        base = base - (mean * g_mean).sum(1, keepdim=True)
-
-    def weights() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        for columns, tile, logits in _tiles(theta, queue, exclude):
-            p = logits.sub_(high).sub_(low).exp_()
-            if exclude is not None and len(queue) == 1:  # An empty row: exp(-inf - -inf).
-                p.masked_fill_((exclude == 0)[:, None], 0)
-            w = p * base if g_mean is None else torch.addmm(base, g_mean, tile.T).mul_(p)
-            yield columns, tile, p, w
-
-    grad_x = grad_queue = theta[:0]
-    if want_x or g_mean is not None:
-        # sum_j w_j must be g_lse. What rounding leaves, r, goes out along the mean: without it a
-        # sharp row loses every digit, since u_j - ubar nearly vanishes where p_j does not.
-        total = torch.zeros_like(base)
-        grad_x = torch.zeros_like(theta)
-        for _, tile, _, w in weights():
-            total += w.sum(1, keepdim=True)
-            grad_x.addmm_(w, tile)
-        r = total - g_lse
-        grad_x = (grad_x - r * mean) * scale if want_x else theta[:0]
-        base = base - r
-    if want_queue:
-        grad_queue = theta.new_empty(queue.shape)
-        for columns, _, p, w in weights():
-            torch.mm(w.T, theta, out=grad_queue[columns])
-            if g_row is not None:
-                grad_queue[columns].addmm_(p.T, g_row)
-    return grad_x, grad_queue
-
-
-def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (columns, queue tile [T, D], logits [R, T])."""
-    size, dtype = queue.shape[0], theta.dtype
-    budget = TILE_CPU if theta.device.type == "cpu" else TILE_GPU
-    width = max(128, min(2048, budget // theta.shape[0]))
-    for start in range(0, size, width):
-        stop = min(start + width, size)
-        tile = cast(queue if width >= size else queue[start:stop], dtype)
-        logits = torch.mm(theta, tile.T)
-        if exclude is not None:
-            own = (exclude - start)[:, None]
-            at = own.clamp(0, stop - start - 1)
-            logits.scatter_(1, at, logits.gather(1, at).masked_fill_(own == at, -torch.inf))
-        yield slice(start, stop), tile, logits
-
-
-def _lookup(theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool) -> tuple[Tensor, Tensor]:
-    """lse [2, R] and mean [R, D], or [R, 0], of scaled rows."""
-    high: Any = None  # Not one sum: see the contract.
-    low: Any = None
-    mean: Any = None
-    for columns, tile, logits in _tiles(theta, queue, exclude):
-        p = logits.softmax(1)
-        # The largest probability is exp(largest logit - lse).
-        part_high, part_low = logits.amax(1), p.amax(1).log_().neg_()
-        if exclude is not None and tile.shape[0] == 1:  # A tile of one row, and that left out.
-            empty = exclude == columns.start
-            p.masked_fill_(empty[:, None], 0)
-            part_low.masked_fill_(empty, 0)
-        part_mean = torch.mm(p, tile) if want_mean else None
-        if high is None:
-            high, low, mean = part_high, part_low, part_mean
-            continue
-        largest = torch.maximum(high, part_high)
-        low += high.sub_(largest)
-        part_low += part_high.sub_(largest)
-        high, total = largest, torch.logaddexp(low, part_low)
-        if want_mean:
-            mean.mul_(low.sub_(total).exp_()[:, None])
-            mean.addcmul_(part_mean, part_low.sub_(total).exp_()[:, None])
-        low = total
-    if mean is None:
-        mean = theta.new_empty(theta.shape[0], 0)
-    return torch.stack((high, low)), mean
+    def lse_and_mean(
+        self,
+        x: Tensor,
+        queue: Tensor,
+        scale: Scale,
+        num_first: int,
+        exclude: Tensor | None,
+        want_mean: bool,
+    ) -> tuple[Tensor, Tensor]:
+        theta = x.to(accumulator(x.dtype), copy=True)
+        theta[:num_first].mul_(scale[0])
+        theta[num_first:].mul_(scale[1])
+        return tiles.lse_and_mean(theta, queue, exclude, want_mean)

@@ -1,22 +1,25 @@
 """CUDA C++ (csrc/cuda): loss and gradient in two launches, on NVIDIA GPUs from Ampere on, for 16-bit rows.
 
 Here tensors become addresses: dtypes and shapes have been checked, and rows that are not contiguous or do not
-begin at multiples of 16 bytes are copied once. "cuda" is the kernel for sm_80 on every GPU, "cuda/sm_90a" the
-one for Hopper. No GPU has verified them yet. Gradients that read the queue again are Triton's, or chunked's
-where Triton is missing.
+begin at multiples of 16 bytes are copied once. "cuda" runs the kernel for sm_80 on every GPU, "cuda/sm_90a"
+the one for Hopper. No GPU has verified them yet. Gradients that read the queue again come from Triton, or
+from the tiles of PyTorch where Triton is missing.
 """
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from relssl.backends import chunked, common, triton, two_steps
+from relssl._compat import constant_result
+from relssl.backends.base import Cotangents
 from relssl.backends.common import Scale
+from relssl.backends.common import total as weighted_sum
+from relssl.backends.split_combine import SplitCombine
+from relssl.backends.triton import Triton
 
 missing = ""  # why there is no _cuda
 try:
@@ -34,7 +37,7 @@ WIDTHS = (64, 128, 256, 512)
 DRIVERS = {12: "525 or later", 13: "580 or later"}  # for each CUDA (CUDA Compatibility, minor versions)
 RESERVED = 1024  # bytes of shared memory that each block has beside its own
 Number = tuple[float, int]  # a scale: its value, or its address
-Found = tuple[Tensor, Tensor]  # stats, means
+Partials = tuple[Tensor, Tensor]  # stats, means
 
 
 class Kernel(NamedTuple):
@@ -43,18 +46,135 @@ class Kernel(NamedTuple):
     shared: int  # bytes
 
 
-def supports(device: str, dtype: torch.dtype, dim: int) -> str | None:
-    if device != "cuda" or torch.version.hip:
-        return f"it runs on NVIDIA GPUs, not on {'ROCm' if device == 'cuda' else device}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if dim not in WIDTHS:
-        return f"it takes rows of {', '.join(map(str, WIDTHS))}, not of {dim}"
-    if not _cuda:
-        return missing
-    return next(reason for width, reason in _unfit() if width == dim)
+HOPPER = "sm_90a"
 
 
+class Cuda(SplitCombine[Partials, Number]):
+    """CUDA C++ (csrc/cuda): the whole loss in two launches, for 16-bit rows on NVIDIA GPUs from Ampere on."""
+
+    def __init__(self, path: int = 80) -> None:
+        """The path is the compute capability that the kernel is for, times 10: 80 or 90."""
+        self._path = path
+
+    def supports(self, device: str, dtype: torch.dtype, dim: int) -> str | None:
+        if device != "cuda" or torch.version.hip:
+            return f"it runs on NVIDIA GPUs, not on {'ROCm' if device == 'cuda' else device}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        if dim not in WIDTHS:
+            return f"it takes rows of {', '.join(map(str, WIDTHS))}, not of {dim}"
+        if not _cuda:
+            return missing
+        return next(reason for width, reason in _unfit() if width == dim)
+
+    def variants(self, dtype: torch.dtype, dim: int) -> list[str]:
+        return [] if self.unsupported_variant(HOPPER, dtype, dim) else [HOPPER]
+
+    def unsupported_variant(self, variant: str, dtype: torch.dtype, dim: int) -> str | None:
+        index = torch.cuda.current_device()
+        if variant != HOPPER:
+            return f"its only variant is {HOPPER}, not {variant!r}"
+        if _chip(index).capability != 90:
+            return f"{HOPPER} needs compute capability 9.0, not {_chip(index).capability / 10}"
+        if HOPPER not in _cuda.architectures:
+            return f"it was built for {_cuda.architectures} only"
+        return None
+
+    def variant(self, name: str) -> "Cuda":
+        if name != HOPPER:
+            raise ValueError(f"the variants of cuda are {HOPPER} alone, not {name!r}")
+        return Cuda(path=90)
+
+    def kernel_layout(self, t: Tensor) -> Tensor:
+        if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0:
+            return t
+        return t.clone(memory_format=torch.contiguous_format)
+
+    def device_guard(self, x: Tensor) -> AbstractContextManager:
+        return nullcontext()
+
+    def kernel_scales(self, scale: Scale) -> tuple[Number, ...]:
+        """Numbers in units of log 2, or addresses of what lies on the device."""
+        if isinstance(scale, Tensor):
+            return tuple((0.0, scale.data_ptr() + 4 * i) for i in range(len(scale)))
+        return tuple((_heuristics().log2_scale(c), 0) for c in scale)
+
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor,
+        queue: Tensor,
+        scales: tuple[Number, Number],
+        exclude: Tensor | None,
+        want_mean: bool,
+    ) -> Partials:
+        (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
+        place = _place(queue)
+        chip = _chip(place[0])
+        path = _path(self._path, queue)
+        kernel = _kernel(dim, path)
+        fitting = (_shared(place[0]) + RESERVED) // (kernel.shared + RESERVED)
+        slots = chip._replace(processors=chip.processors * min(kernel.blocks, fitting))
+        number, step = _heuristics().split_queue(rows, size, dim, kernel.tiles, slots)
+        stats = queue.new_empty((3, number, rows), dtype=torch.float32)
+        means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)
+        _cuda.lookup(
+            place, path, _rows(first), scales[0], _rows(second), scales[1], _rows(queue), dim,
+            _is_bf16(queue), 0 if exclude is None else exclude.data_ptr(), number, step, stats.data_ptr(),
+            _wanted(means),
+        )  # fmt: skip
+        return stats, means
+
+    def combine_lse_and_mean(
+        self, partials: Partials, scales: tuple[Number, Number], num_first: int, lse: Tensor, mean: Tensor
+    ) -> None:
+        dim = mean.shape[1] or WIDTHS[0]  # of nothing
+        _cuda.combine_rows(
+            _place(lse), _partials(partials), *scales, num_first, dim, lse.data_ptr(), _wanted(mean)
+        )
+
+    def combine_relation(
+        self, q: Tensor, k: Tensor, scales: tuple[Number, Number], teacher: Partials, student: Partials,
+        offset: int, form: str, weight: float, losses: Tensor, loss: Tensor | None, entropy: Tensor, grad_q:
+        Tensor, lse: Tensor, mean_t: Tensor,
+    ) -> None:  # fmt: skip
+        _cuda.combine_relation(
+            _place(q), _partials(teacher), _partials(student, offset), _rows(q), _rows(k), *scales,
+            q.shape[1], _is_bf16(q), form == "kl", weight,
+            losses.data_ptr(), entropy.data_ptr(), _wanted(grad_q), lse.data_ptr(), mean_t.data_ptr(),
+        )  # fmt: skip
+        if loss is not None:
+            weighted_sum(losses, weight, loss)
+
+    def combine_info_nce(
+        self, q: Tensor, k: Tensor, scale: Number, partials: Partials, weight: float,
+        losses: Tensor, loss: Tensor | None, sigma: Tensor, grad_q: Tensor, lse: Tensor,
+    ) -> None:  # fmt: skip
+        _cuda.combine_info_nce(
+            _place(q), _partials(partials), _rows(q), _rows(k), scale, q.shape[1], _is_bf16(q), weight,
+            losses.data_ptr(), sigma.data_ptr(), _wanted(grad_q), lse.data_ptr(),
+        )  # fmt: skip
+        if loss is not None:
+            weighted_sum(losses, weight, loss)
+
+    def vjp(
+        self,
+        x: Tensor,
+        queue: Tensor,
+        scale: float | Tensor,
+        exclude: Tensor | None,
+        lse: Tensor,
+        mean: Tensor | None,
+        cotangents: Cotangents,
+        want_x: bool,
+        want_queue: bool,
+    ) -> tuple[Tensor, Tensor]:
+        triton = Triton()
+        borrow = super().vjp if triton.supports(x.device.type, x.dtype, x.shape[1]) else triton.vjp
+        return borrow(x, queue, scale, exclude, lse, mean, cotangents, want_x, want_queue)
+
+
+@constant_result
 def _unfit() -> list[tuple[int, str | None]]:
     """For each width the reason why the current device cannot take it, or None."""
     index = torch.cuda.current_device()
@@ -68,10 +188,6 @@ def _unfit() -> list[tuple[int, str | None]]:
         (dim, f"rows of {dim} need {n} bytes of shared memory, this GPU has {there}" if n > there else None)
         for dim, n in needed.items()
     ]
-
-
-# As torch.compiler.assume_constant_result does, after importing all of Dynamo.
-_unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -106,30 +222,6 @@ def _shared(index: int) -> int:
     return _cuda.shared_memory(index)
 
 
-HOPPER = "sm_90a"
-
-
-def variants(dtype: torch.dtype, dim: int) -> list[str]:
-    return [] if unsupported_variant(HOPPER, dtype, dim) else [HOPPER]
-
-
-def unsupported_variant(variant: str, dtype: torch.dtype, dim: int) -> str | None:
-    index = torch.cuda.current_device()
-    if variant != HOPPER:
-        return f"its only variant is {HOPPER}, not {variant!r}"
-    if _chip(index).capability != 90:
-        return f"{HOPPER} needs compute capability 9.0, not {_chip(index).capability / 10}"
-    if HOPPER not in _cuda.architectures:
-        return f"it was built for {_cuda.architectures} only"
-    return None
-
-
-def variant(name: str) -> Any:
-    if name != HOPPER:
-        raise ValueError(f"the variants of cuda are {HOPPER} alone, not {name!r}")
-    return two_steps.variant(sys.modules[__name__], partial(lookup, path=90))
-
-
 def _path(path: int, queue: Tensor) -> int:
     """The kernel to run, by the capability it is for. The copy engine takes no rows that overlap."""
     apart = queue.stride(0) >= queue.shape[1] or queue.shape[0] == 1
@@ -147,98 +239,14 @@ def _place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-def readable(t: Tensor) -> Tensor:
-    if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def on(x: Tensor) -> AbstractContextManager:
-    return nullcontext()
-
-
-def scales(scale: Scale) -> tuple[Number, ...]:
-    """In units of log 2 by value, or as they are on the device, by address."""
-    if isinstance(scale, Tensor):
-        return tuple((0.0, scale.data_ptr() + 4 * i) for i in range(len(scale)))
-    return tuple((_heuristics().log2_scale(c), 0) for c in scale)
-
-
-def lookup(
-    first: Tensor,
-    second: Tensor,
-    queue: Tensor,
-    scales: tuple[Number, Number],
-    exclude: Tensor | None,
-    want_mean: bool,
-    path: int = 80,
-) -> Found:
-    (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
-    place = _place(queue)
-    chip = _chip(place[0])
-    path = _path(path, queue)
-    kernel = _kernel(dim, path)
-    fitting = (_shared(place[0]) + RESERVED) // (kernel.shared + RESERVED)
-    slots = chip._replace(processors=chip.processors * min(kernel.blocks, fitting))
-    number, step = _heuristics().splits(rows, size, dim, kernel.tiles, slots)
-    stats = queue.new_empty((3, number, rows), dtype=torch.float32)
-    means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)
-    _cuda.lookup(
-        place, path, _rows(first), scales[0], _rows(second), scales[1], _rows(queue), dim, _is_bf16(queue),
-        0 if exclude is None else exclude.data_ptr(), number, step, stats.data_ptr(), _wanted(means),
-    )  # fmt: skip
-    return stats, means
-
-
-def combine_rows(found: Found, scales: tuple[Number, Number], split: int, lse: Tensor, mean: Tensor) -> None:
-    dim = mean.shape[1] or WIDTHS[0]  # of nothing
-    _cuda.combine_rows(_place(lse), _partials(found), *scales, split, dim, lse.data_ptr(), _wanted(mean))
-
-
-def combine_relation(
-    q: Tensor, k: Tensor, scales: tuple[Number, Number], teacher: Found, student: Found, offset: int,
-    form: str, weight: float, loss: Tensor, total: Tensor | None, entropy: Tensor, grad_q: Tensor,
-    lse: Tensor, mean_t: Tensor,
-) -> None:  # fmt: skip
-    _cuda.combine_relation(
-        _place(q), _partials(teacher), _partials(student, offset), _rows(q), _rows(k), *scales,
-        q.shape[1], _is_bf16(q), form == "kl", weight,
-        loss.data_ptr(), entropy.data_ptr(), _wanted(grad_q), lse.data_ptr(), mean_t.data_ptr(),
-    )  # fmt: skip
-    if total is not None:
-        common.total(loss, weight, total)
-
-
-def combine_info_nce(
-    q: Tensor, k: Tensor, scales: tuple[Number], found: Found, weight: float,
-    loss: Tensor, total: Tensor | None, sigma: Tensor, grad_q: Tensor, lse: Tensor,
-) -> None:  # fmt: skip
-    _cuda.combine_info_nce(
-        _place(q), _partials(found), _rows(q), _rows(k), *scales, q.shape[1], _is_bf16(q), weight,
-        loss.data_ptr(), sigma.data_ptr(), _wanted(grad_q), lse.data_ptr(),
-    )  # fmt: skip
-    if total is not None:
-        common.total(loss, weight, total)
-
-
-rows = partial(two_steps.rows, sys.modules[__name__])
-relation = partial(two_steps.relation, sys.modules[__name__])
-info_nce = partial(two_steps.info_nce, sys.modules[__name__])
-
-
-def vjp(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    borrowed = chunked if triton.supports(x.device.type, x.dtype, x.shape[1]) else triton
-    return borrowed.vjp(x, *arguments)
-
-
 def _rows(t: Tensor) -> tuple[int, int, int]:
     return t.data_ptr(), t.stride(0), t.shape[0]
 
 
-def _partials(found: Found, offset: int = 0) -> tuple[int, int, int, int, int]:
-    stats, means = found
-    _, splits, rows = stats.shape
-    return stats.data_ptr(), _wanted(means), rows, offset, splits
+def _partials(partials: Partials, offset: int = 0) -> tuple[int, int, int, int, int]:
+    stats, means = partials
+    _, num_splits, rows = stats.shape
+    return stats.data_ptr(), _wanted(means), rows, offset, num_splits
 
 
 def _is_bf16(t: Tensor) -> bool:

@@ -1,21 +1,39 @@
 """Eager PyTorch, straight from the formulas: the yardstick of correctness, in any dtype.
 
-Plain differentiable torch that materialises the similarity matrix. It serves what kernels do not:
-torch.func transforms, forward-mode and higher-order derivatives. 16-bit input is computed in float32.
+Plain differentiable torch that stores the similarity matrix. It serves what kernels do not: torch.func
+transforms, forward-mode and higher-order derivatives. 16-bit input is computed in float32.
 """
 
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Temperature, hold, without_autocast
+from relssl.backends.base import Backend
+from relssl.backends.common import Scale, Temperature, accumulator, straight_through_round, without_autocast
 
 
-def supports(device: str, dtype: torch.dtype, dim: int) -> None:
-    """Anything goes."""
+class Reference(Backend):
+    """Eager PyTorch, straight from the formulas: the yardstick of correctness, in any dtype."""
+
+    def supports(self, device: str, dtype: torch.dtype, dim: int) -> None:
+        return None
+
+    def lse_and_mean(
+        self,
+        x: Tensor,
+        queue: Tensor,
+        scale: Scale,
+        num_first: int,
+        exclude: Tensor | None,
+        want_mean: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(x), device=x.device)
+        scales = torch.where(rows < num_first, scale[0], scale[1]).to(accumulator(x.dtype))
+        lse, mean = logsumexp(x.to(scales.dtype) * scales[:, None], queue, 1.0, exclude, x.dtype)
+        return torch.stack((lse, torch.zeros_like(lse))), mean if want_mean else mean[:, :0]
 
 
 def valid(temperature: Temperature) -> Temperature:
-    """A bad temperature on a device, where nobody looks, becomes NaN."""
+    """Turns a bad temperature on a device, where it is unchecked to avoid a synchronisation, into NaN."""
     if not isinstance(temperature, Tensor):
         return temperature
     return temperature.where((temperature > 0) & temperature.isfinite(), torch.nan)
@@ -25,8 +43,8 @@ def valid(temperature: Temperature) -> Temperature:
 def logsumexp(
     x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """lse [R] = log sum_j exp(<x, m_j>/tau) and mean [R, D] = sum_j softmax_j m_j, in one dtype's values."""
-    x, queue = (hold(t, dtype) for t in (x, queue))
+    """Returns lse [R] = log sum_j exp(<x, m_j>/tau) and mean [R, D] = sum_j softmax_j m_j, in one dtype."""
+    x, queue = (straight_through_round(t, dtype) for t in (x, queue))
     logits = x @ queue.T / valid(temperature)
     if exclude is None:
         return logits.logsumexp(1), logits.softmax(1) @ queue
@@ -49,8 +67,8 @@ def relation(
     form: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """ReSSL's relation loss ([B] or [V, B]) and the teacher's entropy [B]."""
-    q, k, queue = (hold(t, dtype) for t in (q, k, queue))
+    """Returns ReSSL's relation loss ([B] or [V, B]) and the teacher's entropy [B]."""
+    q, k, queue = (straight_through_round(t, dtype) for t in (q, k, queue))
     log_p_s = (q @ queue.T / valid(student_temperature)).log_softmax(-1)
     log_p_t = (k @ queue.T / valid(teacher_temperature)).log_softmax(-1)
     p_t = log_p_t.exp()
@@ -62,8 +80,8 @@ def relation(
 
 @without_autocast
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: Temperature, dtype: torch.dtype) -> Tensor:
-    """InfoNCE with positive k and negatives queue ([B] or [V, B])."""
-    q, k, queue = (hold(t, dtype) for t in (q, k, queue))
+    """Returns InfoNCE with positive k and negatives queue ([B] or [V, B])."""
+    q, k, queue = (straight_through_round(t, dtype) for t in (q, k, queue))
     positive = (q * k).sum(-1, keepdim=True)
     positive = positive + 0 * positive  # An infinite one becomes NaN, and with it the loss.
     logits = torch.cat((positive, q @ queue.T), -1) / valid(temperature)

@@ -1,18 +1,18 @@
-"""Forward: what a block of rows finds in one split of the queue, writing nothing of size R x K.
+"""Forward: sums and mean of a block of rows over one split of the queue, writing nothing of size R x K.
 
 Flash attention with a scale per row and the queue for both keys and values: a tile is loaded once and serves
 both products. A program owns BLOCK_M rows of the stacked [first; second] and the queue rows of one split; it
 leaves, for each of its rows and that split,
 
-    reference r, sum l = sum_j 2^(c (s_j - r)), divisor l', mean O = sum_j p_j m_j
+    shift r, sum l = sum_j 2^(c (s_j - r)), divisor l', mean O = sum_j p_j m_j
 
 where s_j = <x, m_j>, p_j is 2^(c (s_j - r)) rounded to the tile's dtype and l' is the sum of those: with
 16-bit p the exact sum makes the better log-sum-exp (up to 70 times), the rounded one the better divisor of O
 (up to 3 times). combine.py merges the splits in a fixed order, so results do not change from run to run.
 
-The reference r is a similarity, subtracted before scaling: the difference of two large ones is exact. FIXED
-tries r = 0 first, which needs no maximum and no rescaling of O, and looks afterwards whether any row left the
-range in which that is exact; only then does the program start again with a running maximum (Milakov &
+The shift r is a similarity, subtracted before scaling: the difference of two large ones is exact. FIXED
+tries r = 0 first, which needs no maximum and no rescaling of O, and checks afterwards whether any row left
+the range in which that is exact; only then does the program start again with a running maximum (Milakov &
 Gimelshein 2018). float16 cannot hold 2^(c s), and starts there.
 
 specialised.py makes the first try in a launch of its own; REDO is the second to that: it ends at once where
@@ -23,7 +23,7 @@ TMA has the copy engine of Hopper and later fetch whole tiles, which frees the r
 
 import triton
 import triton.language as tl
-from relssl.kernels.pieces import HUGE, addresses, load, load_excluded, load_scale, mask, narrow, product
+from relssl.kernels.common import HUGE, addresses, load, load_excluded, load_scale, mask, narrow, product
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def sweep(
     EXCLUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     PACK: tl.constexpr, TMA: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    reference = tl.full([BLOCK_M], -HUGE if ONLINE else 0.0, tl.float32)
+    shift = tl.full([BLOCK_M], -HUGE if ONLINE else 0.0, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     divisor = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
@@ -49,11 +49,11 @@ def sweep(
         s = product(x, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
         s = mask(s, n, size, excluded, EVEN, EXCLUDE)
         if ONLINE:
-            grown = tl.maximum(reference, tl.max(s, 1))
-            factor = tl.exp2((reference - grown) * c)
-            reference = grown
+            grown = tl.maximum(shift, tl.max(s, 1))
+            factor = tl.exp2((shift - grown) * c)
+            shift = grown
             total *= factor
-            p = tl.exp2((s - reference[:, None]) * c[:, None])
+            p = tl.exp2((s - shift[:, None]) * c[:, None])
         else:
             p = tl.exp2(s * c[:, None])
         total += tl.sum(p, 1)
@@ -67,12 +67,12 @@ def sweep(
             mean = tl.dot(rounded, tile, mean, input_precision=PRECISION)
     if MEAN and x.dtype == tl.float32:
         divisor = total
-    return reference, total, divisor, mean
+    return shift, total, divisor, mean
 
 
 @triton.jit
 def is_exact(total, size):
-    """Whether sums [M] with the reference 0 are, all of them. NaN is not.
+    """Whether sums [M] with the shift 0 are, all of them. NaN is not.
 
     What sank below 2^-126 is less than an ulp of such a sum, and nothing came near infinity.
     """
@@ -80,13 +80,13 @@ def is_exact(total, size):
     return tl.min(exact.to(tl.int32), 0) == 1
 
 
-@triton.jit(do_not_specialize=["split", "rows", "size", "step"])
-def lookup(
+@triton.jit(do_not_specialize=["num_first", "rows", "size", "step"])
+def forward(
     first, second, queue, exclude, scale_first, scale_second,
-    stats,  # [3, splits, rows]: reference, sum and divisor; behind them a zero, see combine.py
-    means,  # [splits, rows, DIM]; unused without MEAN
+    stats,  # [3, num_splits, rows]: shift, sum and divisor; behind them a zero, see combine.py
+    means,  # [num_splits, rows, DIM]; unused without MEAN
     first_stride, second_stride, queue_stride,
-    split, rows, size,
+    num_first, rows, size,
     step,  # queue rows in a split: whole tiles
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, FIXED: tl.constexpr,
@@ -94,10 +94,10 @@ def lookup(
     TMA: tl.constexpr, REDO: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    own_split, splits = tl.program_id(1), tl.num_programs(1)
+    own_split, num_splits = tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK_D)
     if REDO:
-        totals = stats + (splits + own_split).to(tl.int64) * rows
+        totals = stats + (num_splits + own_split).to(tl.int64) * rows
         done = is_exact(tl.load(totals + row, mask=row < rows, other=1.0), size)
         if done:
             return
@@ -105,15 +105,19 @@ def lookup(
     # A block may hold rows of both stacks.
     inside = row < rows
     x_at = tl.where(
-        row < split, addresses(first, first_stride, row), addresses(second, second_stride, row - split)
+        row < num_first,
+        addresses(first, first_stride, row),
+        addresses(second, second_stride, row - num_first),
     )
     x = load(x_at, inside, d, DIM)
-    c = tl.where(row < split, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE))
+    c = tl.where(
+        row < num_first, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE)
+    )
     excluded = load_excluded(exclude, row, rows, EXCLUDE)
     begin = own_split * step
     end = tl.minimum(begin + step, size)
 
-    reference, total, divisor, mean = sweep(
+    shift, total, divisor, mean = sweep(
         x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
         DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, PACK, TMA, not FIXED,
     )  # fmt: skip
@@ -122,14 +126,14 @@ def lookup(
         if MEAN:
             seen += tl.sum(mean - mean)  # 0 or NaN. (Over one axis alone, sm_100 does not compile.)
         if not is_exact(seen, size):
-            reference, total, divisor, mean = sweep(
+            shift, total, divisor, mean = sweep(
                 x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
                 DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, PACK, TMA, True,
             )  # fmt: skip
 
     at = stats + own_split.to(tl.int64) * rows + row
-    plane = splits.to(tl.int64) * rows
-    tl.store(at, reference, mask=inside)
+    plane = num_splits.to(tl.int64) * rows
+    tl.store(at, shift, mask=inside)
     tl.store(at + plane, total, mask=inside)
     tl.store(stats + 3 * plane, 0.0, mask=(tl.program_id(0) == 0) & (own_split == 0))
     if MEAN:

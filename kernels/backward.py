@@ -1,10 +1,11 @@
-"""Backward of the lookup: gradients of x and of the queue from x, queue and lse, recomputing the rest.
+"""Backward: gradients of x and of the queue from x, queue and lse, recomputing the rest.
 
     u_rj = <m_j, g_mean_r>    p_rj = 2^(c <x_r, m_j> - lse_r)    w_rj = p_rj (base_r + u_rj)
 
-    reference   lse as the other two take it
-    vjp_x       total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j: a block of rows, a split of the queue
-    vjp_queue   grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the queue and
+    lse_to_log2     lse as the other two take it
+    backward_x      total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j: a block of rows, a split of the
+    queue backward_queue  grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the
+    queue and
                 passes over all rows, so nothing is added atomically
 
 Products with a gradient in them need its range: beside bfloat16 they are of bfloat16, but beside float16 of
@@ -13,7 +14,7 @@ float32 (TF32 loses no digit of a float16), since p or g may lie below the small
 
 import triton
 import triton.language as tl
-from relssl.kernels.pieces import (
+from relssl.kernels.common import (
     HUGE,
     LN2,
     LOG2E,
@@ -28,10 +29,11 @@ from relssl.kernels.pieces import (
 
 
 @triton.jit(do_not_specialize=["rows"])
-def reference(lse, scale, out, rows, BLOCK: tl.constexpr, DEVICE_SCALE: tl.constexpr):
-    """lse [2, rows], in units of log 2, as high * c + low: (s - high) c - low is exact where lse is large.
+def lse_to_log2(lse, scale, out, rows, BLOCK: tl.constexpr, DEVICE_SCALE: tl.constexpr):
+    """Writes lse [2, rows], in units of log 2, as high * c + low: (s - high) c - low is exact where lse is
+    large.
 
-    In float64, which the kernels below should not meet in their loops.
+    It computes in float64, which the loops of the kernels below avoid.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
@@ -50,12 +52,12 @@ def reference(lse, scale, out, rows, BLOCK: tl.constexpr, DEVICE_SCALE: tl.const
 
 @triton.jit
 def as_weight(x, like, PACK: tl.constexpr):
-    """x in the dtype that products with gradients have beside rows of dtype `like`."""
+    """Returns x in the dtype that products with gradients have beside rows of dtype `like`."""
     return narrow(x, tl.bfloat16 if like == tl.bfloat16 else tl.float32, PACK)
 
 
 @triton.jit(do_not_specialize=["rows", "size", "step"])
-def vjp_x(
+def backward_x(
     x, queue, exclude, scale, lse, base, g_mean,
     totals, weighted,  # [splits, rows], [splits, rows, DIM]
     x_stride, queue_stride,
@@ -81,7 +83,7 @@ def vjp_x(
     total = tl.zeros([BLOCK_M], tl.float32)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = tl.program_id(1) * step
-    # As in lookup.py.
+    # As in forward.py.
     for start in tl.range(
         begin, tl.minimum(begin + step, size), BLOCK_N, disable_licm=PACK and BLOCK_D == 512
     ):
@@ -109,7 +111,7 @@ def vjp_x(
 
 
 @triton.jit(do_not_specialize=["rows", "size"])
-def vjp_queue(
+def backward_queue(
     x, queue, exclude, scale, lse, base, g_mean, g_row,
     grad_queue,  # [size, DIM]
     x_stride, queue_stride,

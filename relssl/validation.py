@@ -1,68 +1,34 @@
-"""What callers may pass: the checks of every argument and the choice of the compute dtype.
+"""Validation: the checks of every argument, and the choice of the compute dtype.
 
-Everything here looks at shapes, dtypes, devices and Python numbers. A value in memory is read only
+The checks concern shapes, dtypes, devices and Python numbers. A value in memory is read only
 where that is free: on the CPU, outside torch.compile and torch.func.
 """
 
 import math
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from relssl.backends.common import Temperature, autocasts, cast
+from relssl._compat import in_functorch_transform
+from relssl.backends.common import Temperature, autocasts, to_dtype
 from relssl.queue import FeatureQueue
 
+T = TypeVar("T")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-try:  # Private, so guarded: tells which torch.func transform is running, if any.
-    from torch._C._functorch import peek_interpreter_stack
-except ImportError:
-    peek_interpreter_stack = None  # type: ignore[assignment]
 
-
-try:  # Private, too: tells what is_grads_batched passes to a backward.
-    from torch._C._functorch import is_legacy_batchedtensor
-except ImportError:
-    is_legacy_batchedtensor = None  # type: ignore[assignment]
-
-
-try:  # Private, too: the hooks on what autograd saves, such as activation checkpointing's.
-    from torch._C._autograd import _top_saved_tensors_default_hooks
-except ImportError:
-    _top_saved_tensors_default_hooks = None  # type: ignore[assignment]
-
-
-def saving_is_hooked() -> bool:
-    """Whether tensors that autograd saves go through somebody's hooks, as far as torch tells."""
-    return _top_saved_tensors_default_hooks is None or _top_saved_tensors_default_hooks(False) is not None
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only plain torch code supports."""
-    if torch.compiler.is_compiling():
-        return False
-    if peek_interpreter_stack is not None and peek_interpreter_stack() is not None:
-        return True
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def batched(g: Tensor) -> bool:
-    """Whether a backward runs for many cotangents at once, which out= does not take."""
-    return transformed() or is_legacy_batchedtensor is None or is_legacy_batchedtensor(g)
-
-
-def normal(t: Any) -> Any:
-    """t, or a copy of a tensor made under inference mode, which autograd would refuse to save."""
+def savable(t: T) -> T:
+    """Returns t, or a copy of a tensor made under inference mode, which autograd would refuse to save."""
     if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_inference():
-        return t.clone()
+        return t.clone()  # type: ignore[return-value]
     return t
 
 
-def _readable(t: Tensor) -> bool:
-    """Whether a value costs no wait and exists: that of a subclass, such as FakeTensor, may not."""
+def _is_readable(t: Tensor) -> bool:
+    """Whether a value exists and is free to read; a subclass, such as FakeTensor, may have none."""
     plain = type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"
-    return plain and not torch.compiler.is_compiling() and not transformed()
+    return plain and not torch.compiler.is_compiling() and not in_functorch_transform()
 
 
 def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
@@ -77,7 +43,7 @@ def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
 
 
 def _temperature(name: str, value: Temperature, device: torch.device) -> Temperature:
-    """The temperature: as it is, or a tensor's one element as a 0-d tensor."""
+    """Returns the temperature: as it is, or a tensor's one element as a 0-d tensor."""
     number = value
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
@@ -86,8 +52,8 @@ def _temperature(name: str, value: Temperature, device: torch.device) -> Tempera
             got = tuple(value.shape)
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {got}")
         _same_device(name, value, device)
-        scalar: Tensor = normal(value.reshape(()) if value.dim() else value)
-        if not _readable(scalar):
+        scalar: Tensor = savable(value.reshape(()) if value.dim() else value)
+        if not _is_readable(scalar):
             return scalar
         value, number = scalar, scalar.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -108,7 +74,7 @@ def queue_rows(queue: Tensor | FeatureQueue) -> Tensor:
 
 
 def check_queue(name: str, x: Tensor, queue: Tensor, shapes: dict[int, str]) -> None:
-    """x (called `name`) against a queue [K, D]. Raises TypeError, ValueError or RuntimeError."""
+    """Checks x (called `name`) against a queue [K, D]. Raises TypeError, ValueError or RuntimeError."""
     _rows(name, x, shapes)
     _rows("queue", queue, {2: "[K, D]"})
     _same_device("queue", queue, x.device)
@@ -119,7 +85,8 @@ def check_queue(name: str, x: Tensor, queue: Tensor, shapes: dict[int, str]) -> 
 def check_pair(
     q: Tensor, k: Tensor, queue: Tensor, **temperatures: Temperature
 ) -> tuple[Tensor, list[Temperature]]:
-    """Check a query batch q, its keys k and a queue; return k in q's dtype, and the temperatures as scalars.
+    """Checks a query batch q, its keys k and a queue; returns k in q's dtype, and the temperatures as
+    scalars.
 
     Raises TypeError, ValueError or RuntimeError.
     """
@@ -128,13 +95,13 @@ def check_pair(
     _same_device("k", k, q.device)
     if k.shape != q.shape[-2:]:
         raise ValueError(f"k must have the last two dimensions of q {tuple(q.shape)}, got {tuple(k.shape)}")
-    return cast(k, q.dtype), [_temperature(name, t, q.device) for name, t in temperatures.items()]
+    return to_dtype(k, q.dtype), [_temperature(name, t, q.device) for name, t in temperatures.items()]
 
 
 def check_views(
     z1: Tensor, z2: Tensor, queue: Tensor | None, names: tuple[str, str], **temperatures: Temperature
 ) -> tuple[Tensor, list[Temperature]]:
-    """Check two views of a batch, called `names`, and perhaps a queue; return z2 in z1's dtype, and the
+    """Checks two named views of a batch, and a queue unless it is None; returns z2 in z1's dtype, and the
     temperatures as scalars.
 
     Raises TypeError, ValueError or RuntimeError.
@@ -147,11 +114,13 @@ def check_views(
         raise ValueError(f"{second} must have the shape of {first} {tuple(z1.shape)}, got {tuple(z2.shape)}")
     if queue is not None:
         check_queue(first, z1, queue, {2: "[N, D]"})
-    return cast(z2, z1.dtype), [_temperature(name, t, z1.device) for name, t in temperatures.items()]
+    return to_dtype(z2, z1.dtype), [_temperature(name, t, z1.device) for name, t in temperatures.items()]
 
 
-def check_lookup(x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None) -> Temperature:
-    """Check the arguments of queue_logsumexp; return the temperature as a scalar.
+def check_logsumexp(
+    x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None
+) -> Temperature:
+    """Checks the arguments of queue_logsumexp; returns the temperature as a scalar.
 
     Raises TypeError, ValueError or RuntimeError.
     """
@@ -165,7 +134,7 @@ def check_lookup(x: Tensor, queue: Tensor, temperature: Temperature, exclude: Te
     if exclude.shape != x.shape[:1]:
         raise ValueError(f"exclude must be [R] = [{len(x)}], got shape {tuple(exclude.shape)}")
     _same_device("exclude", exclude, x.device)
-    if _readable(exclude):
+    if _is_readable(exclude):
         low, high = (int(v) for v in exclude.aminmax())
         if low < -1 or high >= len(queue):
             raise ValueError(f"exclude must lie in [-1, {len(queue)}), got values from {low} to {high}")
@@ -178,7 +147,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def compute_dtype(x: Tensor, queue: Tensor) -> torch.dtype:
-    """The queue's dtype if that is 16-bit; else, under autocast, the autocast dtype; else x's.
+    """Returns the queue's dtype if that is 16-bit; else, under autocast, the autocast dtype; else x's.
 
     Like torch's own autocast, float64 input is left alone.
     """

@@ -18,7 +18,7 @@ TINY = tl.constexpr(heuristics.TINY)
 
 @triton.jit
 def load_scale(scale, ON_DEVICE: tl.constexpr):
-    """c of a number, which the host has made one, or of 1 / temperature where that lies on the device."""
+    """Returns c: the number itself, or from 1 / temperature where that lies on the device."""
     if ON_DEVICE:
         c = tl.load(scale) * LOG2E
         c = tl.where(c < TINY, TINY, c)  # A left-out entry has the similarity -inf, and 0 * inf is NaN.
@@ -29,13 +29,13 @@ def load_scale(scale, ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def addresses(start, stride, row):
-    """Of rows [M]."""
+    """Returns those of rows [M]."""
     return start + row.to(tl.int64) * stride
 
 
 @triton.jit
 def load(at, valid, d, DIM: tl.constexpr, EVEN: tl.constexpr = False):
-    """Rows [M, D] at addresses [M]; zeros beyond DIM and where not `valid`. EVEN: all are."""
+    """Loads rows [M, D] at addresses [M]; zeros beyond DIM and where not `valid`. EVEN: all are."""
     at = at[:, None] + d[None, :]
     if EVEN and d.shape[0] == DIM:
         rows = tl.load(at)
@@ -48,7 +48,8 @@ def load(at, valid, d, DIM: tl.constexpr, EVEN: tl.constexpr = False):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr, PACK: tl.constexpr):
-    """x in a matrix product's dtype. PACK: NVIDIA's instruction rounds two numbers to bfloat16 at a time.
+    """Returns x in a matrix product's dtype. PACK: NVIDIA's instruction rounds two numbers to bfloat16 at a
+    time.
 
     Where the rounded value is also summed, ptxas converts one by one, in the unit that the exponentials need.
     """
@@ -64,7 +65,7 @@ def product(
     x, x_at, x_valid, tile, tile_at, tile_valid,
     DIM: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """x tile^T, [M, N], of x [M, D] and a tile [N, D], which lie where the addresses say.
+    """Computes x tile^T, [M, N], for x [M, D] and a tile [N, D], which lie where the addresses say.
 
     Products of float32 take both sides apart in registers. Wide rows would overflow these, and are read
     again, CHUNK columns at a time.
@@ -83,7 +84,7 @@ def product(
 
 @triton.jit
 def mask(s, n, size, excluded, EVEN: tl.constexpr, EXCLUDE: tl.constexpr):
-    """Similarities s [M, N]: -inf beyond the queue and where a row leaves an entry out."""
+    """Returns similarities s [M, N] with -inf beyond the queue and where a row leaves an entry out."""
     if not EVEN:
         s = tl.where((n < size)[None, :], s, float("-inf"))
     if EXCLUDE:
@@ -93,7 +94,7 @@ def mask(s, n, size, excluded, EVEN: tl.constexpr, EXCLUDE: tl.constexpr):
 
 @triton.jit
 def load_excluded(exclude, row, rows, EXCLUDE: tl.constexpr):
-    """exclude [M] as int32: a queue has fewer rows than 2^31. Unread where nothing is left out."""
+    """Loads exclude [M] as int32: a queue has fewer rows than 2^31. Without EXCLUDE it is not read."""
     if EXCLUDE:
         return tl.load(exclude + row, mask=row < rows, other=-1).to(tl.int32)
     return row

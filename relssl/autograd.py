@@ -1,0 +1,305 @@
+"""The autograd.Functions around the ops.
+
+Gradients come from the op that makes the loss; saving.py has what backward gets besides. Double backward
+recomputes the result with the reference, which can be differentiated any number of times.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from relssl import ops
+from relssl._compat import is_batched
+from relssl.backends import reference
+from relssl.backends.base import Cotangents
+from relssl.backends.common import Scale, Temperature, accumulator, to_dtype
+from relssl.saving import save, snapshots
+
+
+class Settings(NamedTuple):
+    """What a Function is given besides tensors."""
+
+    dtype: torch.dtype
+    backend: str
+    reduction: str = "mean"
+    form: str = "kl"
+
+
+def scales(temperatures: Sequence[Temperature], x: Tensor) -> Scale:
+    """Returns 1/temperature; where one is a tensor, all become one tensor, in which a bad one is NaN."""
+    numbers = [1 / t for t in temperatures if not isinstance(t, Tensor)]
+    if len(numbers) == len(temperatures):
+        return numbers
+    dtype, device = accumulator(x.dtype), x.device
+    tau = torch.stack(
+        [
+            t.to(device, dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=device)
+            for t in temperatures
+        ]
+    )
+    return tau.reciprocal().masked_fill_(~((tau > 0) & tau.isfinite()), torch.nan)
+
+
+def _recompute(
+    run: Callable, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Returns gradients of run(*inputs) that can be differentiated again, None where not needed."""
+    needs = needs[: len(inputs)]
+    with torch.enable_grad():
+        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(run(*inputs), wanted, grads, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _differentiable_backward() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class Relation(torch.autograd.Function):
+    """The reduced loss and the teacher's entropy. Forward computes the gradients of q, k and temperatures."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        queue: Tensor,
+        tau_s: Temperature,
+        tau_t: Temperature,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor]:
+        dtype, backend, reduction, form = settings
+        _, needs_k, needs_queue, needs_s, needs_t, _ = ctx.needs_input_grad
+        if torch.compiler.is_compiling():
+            reads_q, reads_k = (q, needs_s or needs_queue), (k, needs_t or needs_queue)
+            q, k, queue, tau_s, tau_t = snapshots(
+                reads_q, reads_k, (queue, needs_queue), (tau_s, True), (tau_t, True)
+            )
+        inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
+        scale = ops.scale_arguments(scales((tau_s, tau_t), q))
+        want_k = needs_k or needs_t
+        loss, entropy, grad_q, lse, mean_t = ops.relation(
+            *inputs, *scale, form, reduction, True, want_k, backend
+        )
+        grad_q, grad_k = grad_q if want_k else (grad_q, None)
+        kept = (lse, mean_t) if needs_queue else (None, None)
+        save(ctx, queue, needs_queue, q, k, _tensor(tau_s), _tensor(tau_t), grad_q, grad_k, *kept)
+        ctx.numbers = _number(tau_s), _number(tau_t)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # zeros for the entropy would be a launch
+        return loss, entropy
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        queue, q, k, tau_s, tau_t, grad_q, grad_k, lse, mean_t, *_ = ctx.saved_tensors
+        needs_q, needs_k, needs_queue, needs_s, needs_t, _ = needs = ctx.needs_input_grad
+        if g is None:
+            return (None,) * 6
+        dtype, backend, reduction, form = ctx.settings
+        tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
+        if _differentiable_backward():
+            queue = ctx.queue_guard.get() if queue is None else queue
+
+            def run(
+                q: Tensor, k: Tensor, queue: Tensor, tau_s: Temperature, tau_t: Temperature
+            ) -> list[Tensor]:
+                return [reduce(reference.relation(q, k, queue, tau_s, tau_t, form, dtype)[0], reduction)]
+
+            return *_recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
+
+        g = g[..., None] if reduction == "none" else g
+        of_q = _scaled(grad_q, g, q) if needs_q else None
+        if not any(needs[1:]):
+            return of_q, None, None, None, None, None
+
+        c_s, c_t = scale = scales((tau_s, tau_t), q)
+        of_k = of_queue = of_s = of_t = None
+        if needs_s:
+            of_s = (q.to(dtype) * (grad_q * g)).sum() * -c_s
+        g = g * (ops.row_weight(q, reduction) or 1)
+        if grad_k is not None:
+            grad_k = (grad_k * g).sum_to_size(k.shape)
+            of_k = grad_k.to(k.dtype) if needs_k else None
+            of_t = (k.to(dtype) * grad_k).sum() * -c_t if needs_t else None
+        if needs_queue:  # Row j: sum_b (p_s - p_t) theta_s + p_t (u - ubar) theta_t, over all views.
+            x_q, x_k, x_queue = q.to(dtype), k.to(dtype), queue.to(dtype)
+            g_mean = (ops.relation_g_mean(x_q, x_k, scale, form, mean_t.dtype) * g).sum_to_size(k.shape)
+            g_row = (to_dtype(x_q, mean_t.dtype) * (g * -c_s)).sum_to_size(k.shape)
+            g = g.expand(*q.shape[:-1], 1).flatten()
+            x_q, (lse_t, lse_s) = x_q.flatten(0, -2), lse.split((k.shape[0], g.shape[0]), 1)
+            of_student, of_teacher = Cotangents(g), Cotangents(None, g_mean, g_row)
+            by_student = _queue_gradient(x_q, x_queue, scale[:1], lse_s, of_student, backend)
+            by_teacher = _queue_gradient(x_k, x_queue, scale[1:], lse_t, of_teacher, backend, mean_t)
+            of_queue = (by_student + by_teacher).to(queue.dtype)
+        return of_q, of_k, of_queue, of_s, of_t, None
+
+
+def _queue_gradient(
+    x: Tensor,
+    queue: Tensor,
+    scale: Scale,
+    lse: Tensor,
+    cotangents: Cotangents,
+    backend: str,
+    mean: Tensor | None = None,
+) -> Tensor:
+    return ops.vjp(
+        x, queue, scale, lse, cotangents, mean=mean, want_x=False, want_queue=True, backend=backend
+    )[1]
+
+
+def _tensor(value: Temperature) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _number(value: Temperature) -> float | None:
+    return None if isinstance(value, Tensor) else value
+
+
+def _scaled(grad_q: Tensor, g: Tensor, q: Tensor) -> Tensor:
+    """Returns grad_q g in q's dtype, rounded once."""
+    if grad_q.dtype == q.dtype or torch.compiler.is_compiling() or is_batched(g):
+        return to_dtype(grad_q * g, q.dtype)
+    return torch.mul(grad_q, g, out=torch.empty_like(q))  # one launch
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.mean() if reduction == "mean" else rows.sum()
+
+
+class InfoNCE(torch.autograd.Function):
+    """The reduced loss. sigma, the negatives' share, gives every gradient but the queue's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, settings: Settings
+    ) -> Tensor:
+        dtype, backend, reduction, _ = settings
+        _, needs_k, needs_queue, needs_tau, _ = ctx.needs_input_grad
+        if torch.compiler.is_compiling():
+            reads_q = q, needs_k or needs_queue or needs_tau
+            q, queue, tau = snapshots(reads_q, (queue, needs_queue), (tau, True))
+        inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
+        scale = ops.scale_arguments(scales((tau,), q))
+        loss, sigma, grad_q, lse = ops.info_nce(*inputs, *scale, reduction, True, backend)
+        save(ctx, queue, needs_queue, q, k, _tensor(tau), sigma, grad_q, lse)
+        ctx.number = _number(tau)
+        ctx.settings = settings
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        queue, q, k, tau, sigma, grad_q, lse, *_ = ctx.saved_tensors
+        needs_q, needs_k, needs_queue, needs_tau, _ = needs = ctx.needs_input_grad
+        dtype, backend, reduction, _ = ctx.settings
+        tau = ctx.number or tau
+        if _differentiable_backward():
+            queue = ctx.queue_guard.get() if queue is None else queue
+
+            def run(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
+                return [reduce(reference.info_nce(q, k, queue, tau, dtype), reduction)]
+
+            return *_recompute(run, (q, k, queue, tau), needs, (g,)), None
+
+        g = g[..., None] if reduction == "none" else g
+        of_q = _scaled(grad_q, g, q) if needs_q else None
+        if not any(needs[1:]):
+            return of_q, None, None, None, None
+
+        (c,) = scale = scales((tau,), q)
+        of_k = of_queue = of_tau = None
+        if needs_tau:
+            of_tau = (to_dtype(q, dtype) * (grad_q * g)).sum() * -c
+        if needs_k or needs_queue:
+            g = sigma[..., None] * (g * (ops.row_weight(q, reduction) or 1))  # of each row's log-sum-exp
+        if needs_k:
+            of_k = (to_dtype(q, dtype) * (g * -c)).sum_to_size(k.shape).to(k.dtype)
+        if needs_queue:
+            x, x_queue = to_dtype(q, dtype).flatten(0, -2), to_dtype(queue, dtype)
+            of_queue = _queue_gradient(x, x_queue, scale, lse, Cotangents(g.flatten()), backend)
+            of_queue = to_dtype(of_queue, queue.dtype)
+        return of_q, of_k, of_queue, of_tau, None
+
+
+class LogSumExp(torch.autograd.Function):
+    """lse alone, whose gradient is the mean from forward; or lse and mean, whose backward needs vjp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        queue: Tensor,
+        tau: Temperature,
+        exclude: Tensor | None,
+        want_mean: bool,
+        settings: Settings,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        dtype, backend, _, _ = settings
+        _, needs_queue, needs_tau, *_ = ctx.needs_input_grad
+        if torch.compiler.is_compiling():
+            read = needs_queue or want_mean
+            x, queue, tau, exclude = snapshots(
+                (x, read or needs_tau), (queue, read), (tau, True), (exclude, read)
+            )
+        inputs = to_dtype(x, dtype), to_dtype(queue, dtype)
+        scale = ops.scale_arguments(scales((tau, tau), x))
+        lse, mean = ops.lse_and_mean(*inputs, *scale, len(x), exclude, True, backend)
+        # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there
+        # a copy is saved.
+        keep = needs_queue or (want_mean and (torch.compiler.is_compiling() or queue.is_inference()))
+        save(ctx, queue, keep, x, _tensor(tau), exclude, lse, mean)
+        ctx.number = _number(tau)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        lse = lse.sum(0)
+        return (lse, mean) if want_mean else lse
+
+    @staticmethod
+    def backward(ctx: Any, g_lse: Tensor | None, g_mean: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        queue, x, tau, exclude, lse, mean, *_ = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        dtype, backend, _, _ = ctx.settings
+        if g_lse is None and g_mean is None:
+            return (None,) * 6
+        tau = ctx.number or tau
+        if _differentiable_backward():
+            queue = ctx.queue_guard.get() if queue is None else queue
+            given = {i: g for i, g in enumerate((g_lse, g_mean)) if g is not None}
+
+            def run(x: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
+                both = reference.logsumexp(x, queue, tau, exclude, dtype)
+                return [both[i] for i in given]
+
+            grads = list(given.values())
+            return *_recompute(run, (x, queue, tau), needs, grads), None, None, None
+
+        scale = scales((tau,), x)
+        grad_queue = None
+        if g_lse is not None and g_mean is None and not needs[1]:
+            grad_x = mean * g_lse[:, None] * scale[0]
+        else:
+            queue = ctx.queue_guard.get() if queue is None else queue
+            grad_x, grad_queue = ops.vjp(
+                x.to(dtype),
+                queue.to(dtype),
+                scale,
+                lse,
+                Cotangents(g_lse, g_mean, g_row=g_mean),
+                exclude=exclude,
+                mean=mean,
+                want_x=needs[0] or needs[2],
+                want_queue=needs[1],
+                backend=backend,
+            )
+        return (
+            to_dtype(grad_x, x.dtype) if needs[0] else None,
+            to_dtype(grad_queue, queue.dtype) if grad_queue is not None and needs[1] else None,
+            (x.to(dtype) * grad_x).sum() * -scale[0] if needs[2] else None,
+            *(None,) * 3,
+        )

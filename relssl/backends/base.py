@@ -1,0 +1,174 @@
+"""The contract of a backend, and what a backend inherits where it has no faster way.
+
+With theta_r = c_r x_r and the queue rows m_j, everything rests on one primitive and its vector-Jacobian
+product:
+
+    lse_r  = log sum_j exp<theta_r, m_j>        the log-partition function A(theta_r)
+    mean_r = sum_j p_rj m_j                     its gradient, where p_rj = exp(<theta_r, m_j> - lse_r)
+
+x [R, D] and queue [K, D] have one dtype and any strides. A scale consists of Python floats, or is a tensor
+where a temperature lives on the device. exclude is int64 [R] or None. Everything else is float32 (float64 for
+float64 input), and so are results. lse comes in two parts, [2, R], whose sum it is: rounded to one float, a
+large one would carry its rounding into every p. An empty row (its only queue row is excluded) has lse = -inf
+and mean = 0.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from relssl.backends import tiles
+from relssl.backends.common import Scale, to_dtype, total
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """The gradients that a loss has with respect to lse [R] and mean [R, D]. None stands for zero.
+
+    g_row [R, D] is g_mean for the vjp of the primitive; a loss whose terms cancel on paper passes what is
+    left.
+    """
+
+    g_lse: Tensor | None = None
+    g_mean: Tensor | None = None
+    g_row: Tensor | None = None
+
+
+class Backend(ABC):
+    """A way to compute the losses. Shapes, dtypes and devices have been checked when a method is called.
+
+    A backend with several kernels has variants: its name alone stands for the default kernel, and
+    "NAME/VARIANT" for each other. `relssl tune` measures them.
+    """
+
+    @abstractmethod
+    def supports(self, device: str, dtype: torch.dtype, dim: int) -> str | None:
+        """Returns None, or the reason why rows of this width and dtype cannot be taken on this device."""
+
+    @abstractmethod
+    def lse_and_mean(
+        self,
+        x: Tensor,
+        queue: Tensor,
+        scale: Scale,
+        num_first: int,
+        exclude: Tensor | None,
+        want_mean: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns lse [2, R] and mean [R, D], or [R, 0] without want_mean.
+
+        c_r is scale[0] for r < num_first and scale[1] from there on; row r leaves out queue row exclude[r].
+        """
+
+    def vjp(
+        self,
+        x: Tensor,
+        queue: Tensor,
+        scale: float | Tensor,
+        exclude: Tensor | None,
+        lse: Tensor,
+        mean: Tensor | None,
+        cotangents: Cotangents,
+        want_x: bool,
+        want_queue: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns grad_x [R, D] and grad_queue [K, D]; [0, D] where one is not wanted.
+
+        With one scale c for all rows, u_rj = <m_j, g_mean_r>, ubar_r = <mean_r, g_mean_r> and
+        w_rj = p_rj (g_lse_r + u_rj - ubar_r):
+
+            grad_x_r     = c sum_j w_rj m_j
+            grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r
+
+        mean may be None where g_mean is None and want_x is false.
+        """
+        g = cotangents
+        return tiles.vjp(x, queue, scale, exclude, lse, mean, g.g_lse, g.g_mean, g.g_row, want_x, want_queue)
+
+    def relation(
+        self,
+        q: Tensor,
+        k: Tensor,
+        queue: Tensor,
+        scale: Scale,
+        form: str,
+        weight: float | None,
+        want_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Computes functional.relation_loss of q [B, D] or [V, B, D], k [B, D] and the scales (student,
+        teacher).
+
+        Returns:
+            loss: weight times the sum of the rows' losses, 0-d; these themselves, [B] or [V, B], if weight
+            is None. entropy: that of the teacher's rows, [B].
+            grad_q: weight scale[0] (mean_s - mean_t) in q's shape, where None weighs 1; [V*B, 0] without
+            want_grad. lse: that of the rows of k and then of q, [2, B + V*B].
+            mean_t: the teacher's means, [B, D].
+        """
+        (batch, dim), views = k.shape, q.shape[:-1]
+        rows = q.reshape(-1, dim)
+        if want_grad:
+            both = scale.flip(0) if isinstance(scale, Tensor) else scale[::-1]
+            lse, mean = self.lse_and_mean(torch.cat((k, rows)), queue, both, batch, None, True)
+            mean_t = mean[:batch]
+            grad_q = mean[batch:].view(q.shape) - mean_t
+            grad_q *= scale[0] if weight is None else weight * scale[0]
+        else:  # The student's mean is a quarter of the work.
+            lse_t, mean_t = self.lse_and_mean(k, queue, twice(scale[1:]), batch, None, True)
+            lse_s, grad_q = self.lse_and_mean(rows, queue, twice(scale[:1]), len(rows), None, False)
+            lse = torch.cat((lse_t, lse_s), 1)
+        # Cross-entropies with the teacher: first its own, which is its entropy, then that of each student
+        # view.
+        theta = torch.cat((to_dtype(k, lse.dtype) * scale[1], to_dtype(rows, lse.dtype) * scale[0]))
+        high, low = lse.view(2, -1, batch)
+        cross = high - (theta.view(-1, batch, dim) * mean_t).sum(-1) + low
+        entropy = cross[0]
+        losses = (cross[1:] - entropy if form == "kl" else cross[1:].clone()).view(views)
+        return losses if weight is None else total(losses, weight), entropy, grad_q, lse, mean_t
+
+    def info_nce(
+        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes functional.info_nce of q [B, D] or [V, B, D] and k [B, D], with one scale.
+
+        With z = A(theta) - <theta, k>, a row's loss is log(1 + exp z) and its sigma 1 / (1 + exp -z).
+
+        Returns:
+            loss: as in `relation`.
+            sigma: [B] or [V, B].
+            grad_q: weight scale[0] sigma (mean - k) in q's shape; [V*B, 0] without want_grad.
+            lse: [2, V*B].
+        """
+        x = q.flatten(0, -2)
+        lse, mean = self.lse_and_mean(x, queue, twice(scale), x.shape[0], None, want_grad)
+        positive = (to_dtype(q, lse.dtype) * to_dtype(k, lse.dtype)).sum(-1) * scale[0]
+        # With 0 times itself: an infinite one becomes NaN, as in a softmax with it.
+        positive = torch.add(positive, positive, alpha=0)
+        high, low = lse.view(2, *positive.shape)
+        z = high - positive + low
+        sigma, grad_q = z.sigmoid(), mean
+        if want_grad:
+            c = scale[0] if weight is None else weight * scale[0]
+            grad_q = (mean.view(q.shape) - k).mul_((sigma * c)[..., None])
+        loss = F.softplus(z, threshold=40)
+        return loss if weight is None else total(loss, weight), sigma, grad_q, lse
+
+    def variants(self, dtype: torch.dtype, dim: int) -> list[str]:
+        """Returns those worth a measurement here, for a dtype and width that `supports` accepts."""
+        return []
+
+    def unsupported_variant(self, variant: str, dtype: torch.dtype, dim: int) -> str | None:
+        """Returns None, or the reason why this machine cannot run a variant, which may be any text."""
+        return "it has no variants"
+
+    def variant(self, name: str) -> "Backend":
+        """Returns the backend that runs a variant. Raises ValueError, here or later, if it cannot run."""
+        raise ValueError(self.unsupported_variant(name, torch.float32, 1))
+
+
+def twice(scale: Scale) -> Scale:
+    """One scale as the pair that the primitive takes."""
+    return scale.expand(2) if isinstance(scale, Tensor) else [*scale, *scale]

@@ -1,0 +1,112 @@
+"""lse, mean and their vector-Jacobian product through torch.mm, one tile of the queue after the other.
+
+Each tile yields a log-sum-exp and a mean of its own, and two of these merge by logaddexp; nothing of
+size R×K exists. Small problems are bound by the number of torch calls, so there are few.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from relssl.backends.common import accumulator, to_dtype
+
+# Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
+# returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
+# columns for few rows: shorter sums, at about a tenth more time than 8,192 at 128 rows.
+TILE_CPU, TILE_GPU = 2**19, 2**23
+
+
+def lse_and_mean(
+    theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns lse [2, R] and mean [R, D], or [R, 0], of scaled rows."""
+    high = low = mean = theta.new_empty(theta.shape[0], 0)
+    for columns, tile, logits in _tiles(theta, queue, exclude):
+        p = logits.softmax(1)
+        # The largest probability is exp(largest logit - lse).
+        part_high, part_low = logits.amax(1), p.amax(1).log_().neg_()
+        if exclude is not None and tile.shape[0] == 1:  # A tile of one row, and that left out.
+            empty = exclude == columns.start
+            p.masked_fill_(empty[:, None], 0)
+            part_low.masked_fill_(empty, 0)
+        part_mean = torch.mm(p, tile) if want_mean else mean
+        if columns.start == 0:
+            high, low, mean = part_high, part_low, part_mean
+            continue
+        largest = torch.maximum(high, part_high)
+        low += high.sub_(largest)
+        part_low += part_high.sub_(largest)
+        high, total = largest, torch.logaddexp(low, part_low)
+        if want_mean:
+            mean.mul_(low.sub_(total).exp_()[:, None])
+            mean.addcmul_(part_mean, part_low.sub_(total).exp_()[:, None])
+        low = total
+    return torch.stack((high, low)), mean
+
+
+def vjp(
+    x: Tensor,
+    queue: Tensor,
+    scale: float | Tensor,
+    exclude: Tensor | None,
+    lse: Tensor,
+    mean: Tensor | None,
+    g_lse: Tensor | None,
+    g_mean: Tensor | None,
+    g_row: Tensor | None,
+    want_x: bool,
+    want_queue: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes what Backend.vjp says."""
+    theta = (x.to(accumulator(x.dtype)) * scale).contiguous()
+    high, low = lse[:, :, None]
+    g_lse = torch.zeros_like(high) if g_lse is None else g_lse[:, None]
+    base = g_lse  # w = p (base + u)
+    mean = theta[:0] if mean is None else mean  # It is not read then.
+    if g_mean is not None:
+        base = base - (mean * g_mean).sum(1, keepdim=True)
+
+    def weights() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        for columns, tile, logits in _tiles(theta, queue, exclude):
+            p = logits.sub_(high).sub_(low).exp_()
+            if exclude is not None and len(queue) == 1:  # An empty row: exp(-inf - -inf).
+                p.masked_fill_((exclude == 0)[:, None], 0)
+            w = p * base if g_mean is None else torch.addmm(base, g_mean, tile.T).mul_(p)
+            yield columns, tile, p, w
+
+    grad_x = grad_queue = theta[:0]
+    if want_x or g_mean is not None:
+        # sum_j w_j must be g_lse. What rounding leaves, r, goes out along the mean: without it a
+        # sharp row loses every digit, since u_j - ubar nearly vanishes where p_j does not.
+        total = torch.zeros_like(base)
+        grad_x = torch.zeros_like(theta)
+        for _, tile, _, w in weights():
+            total += w.sum(1, keepdim=True)
+            grad_x.addmm_(w, tile)
+        r = total - g_lse
+        grad_x = (grad_x - r * mean) * scale if want_x else theta[:0]
+        base = base - r
+    if want_queue:
+        grad_queue = theta.new_empty(queue.shape)
+        for columns, _, p, w in weights():
+            torch.mm(w.T, theta, out=grad_queue[columns])
+            if g_row is not None:
+                grad_queue[columns].addmm_(p.T, g_row)
+    return grad_x, grad_queue
+
+
+def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields (columns, queue tile [T, D], logits [R, T])."""
+    size, dtype = queue.shape[0], theta.dtype
+    budget = TILE_CPU if theta.device.type == "cpu" else TILE_GPU
+    width = max(128, min(2048, budget // theta.shape[0]))
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        tile = to_dtype(queue if width >= size else queue[start:stop], dtype)
+        logits = torch.mm(theta, tile.T)
+        if exclude is not None:
+            own = (exclude - start)[:, None]
+            at = own.clamp(0, stop - start - 1)
+            logits.scatter_(1, at, logits.gather(1, at).masked_fill_(own == at, -torch.inf))
+        yield slice(start, stop), tile, logits

@@ -1,0 +1,89 @@
+"""The choice of a backend for a call with checked arguments, and of the code that runs it.
+
+The reference serves torch.func and forward-mode AD, an autograd.Function serves calls that need a gradient,
+and the op alone serves all others.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relssl import backends, ops
+from relssl._compat import in_functorch_transform
+from relssl.autograd import InfoNCE, LogSumExp, Relation, Settings, reduce, scales
+from relssl.backends import reference
+from relssl.backends.common import Temperature, to_dtype
+from relssl.saving import distinct, unaliased, with_version
+from relssl.validation import compute_dtype, savable
+
+
+def _wants_grad(*inputs: Any) -> bool:
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if isinstance(t, Tensor) and t.requires_grad:
+                return True
+    return False
+
+
+def relation(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    tau_s: Temperature,
+    tau_t: Temperature,
+    form: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns the reduced relation loss and the rows [B] of the teacher's entropy, of checked arguments."""
+    dtype = compute_dtype(q, queue)
+    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1], (q, k), queue)
+    if backend == "reference" or in_functorch_transform():
+        q, k = savable(q), savable(k)
+        loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype)
+        return with_version(reduce(loss, reduction), queue), entropy.detach()
+    if _wants_grad(q, k, queue, tau_s, tau_t):
+        settings = Settings(dtype, backend, reduction, form)
+        return Relation.apply(*distinct(q, k, queue, tau_s, tau_t), settings)
+    scale = ops.scale_arguments(scales((tau_s, tau_t), q))
+    q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
+    return ops.relation(q, k, queue, *scale, form, reduction, False, False, backend)[:2]
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: str, backend: str) -> Tensor:
+    """Returns the reduced InfoNCE of checked arguments."""
+    dtype = compute_dtype(q, queue)
+    backend = backends.choose(backend, q.device.type, dtype, q.shape[-1], (q,), queue)
+    if backend == "reference" or in_functorch_transform():
+        q, k = savable(q), savable(k)
+        return with_version(reduce(reference.info_nce(q, k, unaliased(queue), tau, dtype), reduction), queue)
+    if _wants_grad(q, k, queue, tau):
+        return InfoNCE.apply(*distinct(q, k, queue, tau), Settings(dtype, backend, reduction))
+    scale = ops.scale_arguments(scales((tau,), q))
+    q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
+    return ops.info_nce(q, k, queue, *scale, reduction, False, backend)[0]
+
+
+def logsumexp(
+    x: Tensor,
+    queue: Tensor,
+    tau: Temperature,
+    exclude: Tensor | None,
+    dtype: torch.dtype,
+    want_mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns lse [R] and, if wanted, mean [R, D], computed in one dtype, of checked arguments."""
+    backend = backends.choose(backend, x.device.type, dtype, x.shape[-1], (x,), queue)
+    if backend == "reference" or in_functorch_transform():
+        x, exclude = savable(x), savable(exclude)
+        lse, mean = reference.logsumexp(x, unaliased(queue), tau, exclude, dtype)
+        return with_version(lse, queue), with_version(mean, queue)
+    if _wants_grad(x, queue, tau):
+        inputs = distinct(x, queue, tau)
+        found = LogSumExp.apply(*inputs, exclude, want_mean, Settings(dtype, backend))
+        return found if want_mean else (found, found[:0])
+    scale = ops.scale_arguments(scales((tau, tau), x))
+    lse, mean = ops.lse_and_mean(x.to(dtype), queue.to(dtype), *scale, len(x), exclude, want_mean, backend)
+    return lse.sum(0), mean

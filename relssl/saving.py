@@ -1,0 +1,118 @@
+"""What backward gets from forward: saved tensors, and a queue that may have changed in between.
+
+Gradients are computed in forward, so the queue may change before backward: a plain reference to it is kept,
+and a backward that must read the queue again raises if it has changed.
+
+torch.compile moves operations that only backward uses behind the rest of the graph, such as an enqueue, and
+checks no versions. There what backward reads of the inputs are snapshots, which the loss reads too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relssl import ops
+from relssl._compat import in_functorch_transform, saving_is_hooked, version
+from relssl.validation import savable
+
+
+class _QueueGuard:
+    """A plain reference to a queue, which raises when it is read after the queue has changed.
+
+    Saved by autograd, the queue could not change before backward even where backward never reads it.
+    """
+
+    def __init__(self, queue: Tensor) -> None:
+        self.queue = queue
+        self.version = version(queue)  # None: changes are not counted.
+
+    def get(self) -> Tensor:
+        if self.version is None:
+            raise RuntimeError(
+                "this backward must read the queue again (double backward), but the queue was made under"
+                " torch.inference_mode(), where changes are not counted: pass a clone"
+            )
+        if version(self.queue) != self.version:
+            raise RuntimeError(
+                "this backward must read the queue again (double backward, or the gradient of a mean),"
+                " but the queue has changed since the forward pass: enqueue after backward, or pass a clone"
+            )
+        return self.queue
+
+
+def _version_tensor(queue: Tensor) -> Tensor:
+    """Returns a small tensor whose shape encodes the queue's version modulo 1,024, for autograd to save.
+
+    Activation checkpointing runs forward again for backward and raises where the two runs save other shapes:
+    so it raises where the queue has moved in between, and the gradient would be another queue's.
+    """
+    count = version(queue) or 0
+    return queue.new_zeros((1 + count % 32, 1 + count // 32 % 32))
+
+
+def save(ctx: Any, queue: Tensor, keep: bool, *tensors: Tensor | None) -> None:
+    """Saves the tensors for backward, and before them the queue, or None: then ctx.queue_guard refers to it.
+
+    Where hooks process what autograd saves, the queue's version is saved behind them.
+    """
+    saved = (queue if keep else None, *tensors)
+    if torch.compiler.is_compiling():  # A compiled graph cannot hold a plain reference.
+        ctx.queue_guard = None
+    else:
+        ctx.queue_guard = None if keep else _QueueGuard(queue)
+        for t in saved:
+            if t is not None and t.is_inference():
+                saved = tuple(map(savable, saved))
+                break
+        if saving_is_hooked():
+            saved = *saved, _version_tensor(queue)
+    ctx.save_for_backward(*saved)
+
+
+def snapshots(*inputs: tuple[Any, bool]) -> list[Any]:
+    """Returns the inputs of a compiled graph, with snapshots of the tensors that backward will read."""
+    return [ops.snapshot(t) if read and isinstance(t, Tensor) else t for t, read in inputs]
+
+
+def distinct(*inputs: Any) -> Sequence[Any]:
+    """Returns the inputs of an autograd.Function as torch.compile takes them: a view where a tensor recurs.
+
+    Dynamo merges a tensor in two places into one: torch 2.11 then returns wrong gradients, and 2.13 refuses.
+    """
+    if not torch.compiler.is_compiling():
+        return inputs
+    twice = [isinstance(t, Tensor) and any(t is u for u in inputs[:i]) for i, t in enumerate(inputs)]
+    return [t.view_as(t) if again else t for t, again in zip(inputs, twice, strict=True)]
+
+
+class _WithVersion(torch.autograd.Function):
+    """Returns a copy of a tensor, and saves the version of a queue with it."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, queue: Tensor) -> Tensor:
+        save(ctx, queue, False)
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors  # which is where checkpointing compares
+        return g, None
+
+
+def with_version(result: Tensor, queue: Tensor) -> Tensor:
+    """Has the backward of a result of the reference compare the queue's version, as `save` does."""
+    if (
+        not result.requires_grad
+        or torch.compiler.is_compiling()
+        or in_functorch_transform()
+        or not saving_is_hooked()
+    ):
+        return result
+    return _WithVersion.apply(result, queue)
+
+
+def unaliased(queue: Tensor) -> Tensor:
+    """Returns the queue as eager code may save it for backward: enqueueing must not change it."""
+    return queue if queue.requires_grad else queue.clone()
