@@ -2,7 +2,7 @@
 # make test      the test suite, but for what is slow: six minutes
 # make test-slow what is slow: fifteen minutes          make check   lint, format and types
 # make bench     time everything against its peers: five minutes; ARGS=--full for the large grid
-# make figures   draw bench/results/*.json anew and write the tables of README.md and docs/ from them
+# make figures   draw the plots, and write the tables of README.md and docs/, from bench/results/*.json
 # make docs      build the documentation into out/docs; any warning or dead link is an error
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
