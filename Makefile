@@ -3,9 +3,9 @@
 # make test-slow what is slow: fifteen minutes          make check   lint, format and types
 # make bench     time everything against its peers: five minutes; ARGS=--full for the large grid
 # make figures   draw the plots, and write the tables of README.md and docs/, from bench/results/*.json
-# make docs      build the documentation into out/docs; any warning or dead link is an error
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
+# make docs      build the documentation into out/docs; any warning or dead link is an error
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
 # Each makes its own .venv with the versions in constraints.txt; nothing need be there before.
