@@ -5,6 +5,7 @@
 # make figures   draw the plots, and write the tables of README.md and docs/, from bench/results/*.json
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
+# make docs      build the documentation into out/docs; any warning or dead link is an error
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
 # make wheel     a manylinux wheel in dist/ with the C++ kernels; RELSSL_CUDA=1 adds the CUDA kernels: one minute
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 	$(shell find relssl kernels csrc -type f -not -name '*.pyc' -not -name '* *')
 
-.PHONY: demo test test-slow check bench figures fuzz matrix sanitize wheel clean
+.PHONY: demo test test-slow check bench figures docs fuzz matrix sanitize wheel clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py --out out/demo
@@ -54,6 +55,11 @@ bench: .venv/peers
 
 figures: .venv/installed
 	$(BIN)/python bench/figures.py
+
+# The second command checks that a package index can render README.md.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m readme_renderer README.md -o /dev/null
 
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz.py $(ARGS)
@@ -89,6 +95,12 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) '.[train,dev,bench,triton]'
+	touch $@
+
+# API pages are made from the sources, so the package and torch need not be installed. docs = [...] is one line.
+.venv/docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	touch $@
 
 # Without what they would bring along: all need torch, and their losses nothing more.

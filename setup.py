@@ -28,6 +28,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 MODE = os.environ.get("RELSSL_CUDA") or "auto"
@@ -265,6 +266,9 @@ TOOLKIT = toolkit()
 EXTENSIONS = extensions()
 require_build_tools()
 setup(
+    # A package index shows README.md alone: without its picture, and without links to other files.
+    long_description=re.sub(r"!\[.*?\]\(.*?\)\n\n|\[(.*?)\]\((?!https?:).*?\)", r"\1", README),
+    long_description_content_type="text/markdown",
     license="MIT",  # No form of it in pyproject.toml works with both setuptools 76 and 77.
     packages=[*find_packages(include=["relssl", "relssl.*"]), "relssl.kernels"],
     package_dir={"relssl": "relssl", "relssl.kernels": "kernels"},

@@ -1,4 +1,4 @@
-"""Draw docs/idea.png: a queue on the circle, two queries, and what the relation loss compares."""
+"""Draws docs/idea.png: a queue on the circle, two queries, and what the relation loss compares."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def main() -> None:
         mean = p @ queue
         left.plot(*mean, marker="x", color=color, ms=9, mew=2)
     left.set(
-        title="queue rows $m_j$ (dots) and\ntheir two means $\\nabla A$ (crosses)",
+        title="queue rows $m_j$ (dots) and\ntheir two weighted means $\\nabla A$ (crosses)",
         xlim=(-1.4, 1.6),
         ylim=(-1.2, 1.4),
     )
@@ -40,7 +40,7 @@ def main() -> None:
     right.bar(at, p_t[order], color=BLUE, alpha=0.6, label="teacher $p_t$, temperature 0.04")
     right.bar(at, p_s[order], color=ORANGE, alpha=0.6, label="student $p_s$, temperature 0.1")
     right.set(xlabel="queue row, by angle", ylabel="probability")
-    right.set_title("loss = KL$(p_t\\,\\|\\,p_s)$\ngradient of q = (orange cross less blue cross) / 0.1")
+    right.set_title("loss = KL$(p_t\\,\\|\\,p_s)$\ngradient of q = (orange cross minus blue cross) / 0.1")
     right.legend(frameon=False, loc="upper left")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
 

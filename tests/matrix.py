@@ -31,13 +31,14 @@ INTERPRETED = ["-k", "triton", "-m", "not slow", "tests/test_losses.py", "tests/
 NEEDS = ["hypothesis", "ninja", "numpy", "psutil", "pybind11", "pytest", "pytest-xdist", "setuptools"]
 HEAD = """# Compatibility
 
-`make matrix` installs relssl beside each version of torch, with the Triton that it brings. It runs the tests
-of ops, autograd, torch.compile, queue and errors, those that compile Triton's kernels for every chip, and
-those that run the same kernels in Triton's interpreter. No GPU takes part: tests that need one are among the
-skipped. pyproject.toml excludes no version from 2.9 on.
+`make matrix` installs relssl with each version of torch and the version of Triton that torch requires. It
+runs the tests of ops, autograd, torch.compile, the queue and errors, the tests that compile the Triton
+kernels for every chip, and the tests that run these kernels in Triton's interpreter. None of it uses a GPU:
+the tests that need one are skipped. pyproject.toml excludes no version of torch from 2.9 on.
 
-Beside Triton 3.5 and 3.6, numpy is older than 2.4: their interpreter, not what they compile, fails with a
-newer one ("only 0-dimensional arrays can be converted to Python scalars").
+With Triton 3.5 and 3.6 the matrix uses a version of numpy before 2.4: the interpreter of these versions,
+not the compiled kernels, fails with a later one ("only 0-dimensional arrays can be converted to Python
+scalars").
 
 | Python | torch | Triton | passed | failed | skipped | commit | date |
 |---|---|---|---|---|---|---|---|
