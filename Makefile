@@ -47,6 +47,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	mkdir -p out && cd out && ../$(BIN)/mypy --config-file ../pyproject.toml -p relssl  # as installed
 
 # To keep a result: make bench RECORD=bench/results, then make figures.
 RECORD ?= out/bench
