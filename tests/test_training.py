@@ -61,13 +61,13 @@ def assert_same(ours, theirs):
 @pytest.mark.slow
 @pytest.mark.alone  # With one thread, rounding differs, and so does the result of such a short run.
 def test_learns_beyond_its_initial_features():
-    config = replace(PRESETS["digits"], epochs=8, out=TINY.out / "learns")
+    config = replace(PRESETS["digits"], epochs=16, out=TINY.out / "learns")
     method = train(config)
     untrained = config.build_on_device(torch.full((3,), 0.3), torch.full((3,), 0.3))
     gain = evaluate(method, config)["knn"] - evaluate(untrained, config)["knn"]
-    assert gain > 0.02
+    assert gain > 0.04  # It was 0.1; after 8 epochs 0.017, within what rounding changes.
     saved = json.loads((config.out / "metrics.json").read_text())
-    assert [entry["epoch"] for entry in saved["epochs"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [entry["epoch"] for entry in saved["epochs"]] == list(range(1, 17))
     assert {"loss", "teacher_entropy", "lr", "images_per_second"} <= saved["epochs"][0].keys()
     assert list((config.out / "tensorboard").iterdir())
 
