@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+# Python must release a group last: DistributedDataParallel, written in C++, releases it while it holds the GIL
+# and waits for Gloo's threads, of which one may wait for the GIL to free a tensor. Python's own reference
+# gives the GIL up first.
+_last_group: list[dist.ProcessGroup | None] = []
+
 
 def rank() -> int:
     return dist.get_rank() if _is_distributed() else 0
@@ -46,6 +51,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _last_group[:] = [dist.group.WORLD]
     try:
         yield
     finally:

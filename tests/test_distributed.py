@@ -75,6 +75,32 @@ def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
     assert not (folder / "bad/checkpoint.pt").exists()
 
 
+ENDINGS = """
+import os, sys, torch
+import torch.distributed as dist
+from relssl.distributed import process_group
+
+begin = dist.init_process_group
+dist.init_process_group = lambda name: begin(name, store=dist.HashStore(), rank=0, world_size=1)
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+sys.setswitchinterval(60)  # Gloo's threads get the GIL only from a thread that releases it.
+for _ in range(100):
+    with process_group(torch.device("cpu")):
+        module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        module(torch.ones(2, 4)).sum().backward()
+        for _ in range(20):
+            dist.all_gather([torch.empty(1000)], torch.ones(1000))
+    del module
+print("ended")
+"""
+
+
+def test_a_process_ends_after_ddp():
+    """DistributedDataParallel's end does not wait for a thread of Gloo that waits for the GIL."""
+    run = subprocess.run([sys.executable, "-c", ENDINGS], capture_output=True, text=True, timeout=100)
+    assert run.stdout == "ended\n", run.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_torchrun(tmp_path):
