@@ -13,8 +13,7 @@ from torch import Tensor
 from relssl import ops
 from relssl._compat import is_batched
 from relssl.backends import reference
-from relssl.backends.base import Cotangents
-from relssl.backends.common import Scale, Temperature, accumulator, to_dtype
+from relssl.backends.common import Cotangents, Scale, Temperature, accumulator, to_dtype
 from relssl.saving import save, snapshots
 
 

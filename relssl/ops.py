@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from relssl import backends
-from relssl.backends.base import Cotangents
-from relssl.backends.common import Scale, accumulator, without_autocast
+from relssl.backends.common import Cotangents, Saved, Scale, accumulator, without_autocast
 
 _library = torch.library.Library("relssl", "FRAGMENT")
 
@@ -93,8 +92,8 @@ def _vjp(
     want_x: bool, want_queue: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return backends.get(backend).vjp(
-        x, queue, _scale(scale, device_scale)[0], exclude, lse, mean, Cotangents(g_lse, g_mean, g_row),
-        want_x, want_queue,
+        Saved(x, queue, _scale(scale, device_scale)[0], exclude, lse, mean),
+        Cotangents(g_lse, g_mean, g_row), want_x, want_queue,
     )  # fmt: skip
 
 

@@ -14,27 +14,13 @@ and mean = 0.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from relssl.backends import tiles
-from relssl.backends.common import Scale, to_dtype, total
-
-
-@dataclass(frozen=True)
-class Cotangents:
-    """The gradients that a loss has with respect to lse [R] and mean [R, D]. None stands for zero.
-
-    g_row [R, D] is g_mean for the vjp of the primitive; a loss whose terms cancel on paper passes what is
-    left.
-    """
-
-    g_lse: Tensor | None = None
-    g_mean: Tensor | None = None
-    g_row: Tensor | None = None
+from relssl.backends.common import Cotangents, Saved, Scale, to_dtype, total
 
 
 class Backend(ABC):
@@ -50,13 +36,7 @@ class Backend(ABC):
 
     @abstractmethod
     def lse_and_mean(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        num_first: int,
-        exclude: Tensor | None,
-        want_mean: bool,
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns lse [2, R] and mean [R, D], or [R, 0] without want_mean.
 
@@ -64,40 +44,24 @@ class Backend(ABC):
         """
 
     def vjp(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: float | Tensor,
-        exclude: Tensor | None,
-        lse: Tensor,
-        mean: Tensor | None,
-        cotangents: Cotangents,
-        want_x: bool,
-        want_queue: bool,
+        self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns grad_x [R, D] and grad_queue [K, D]; [0, D] where one is not wanted.
 
-        With one scale c for all rows, u_rj = <m_j, g_mean_r>, ubar_r = <mean_r, g_mean_r> and
+        With u_rj = <m_j, g_mean_r>, ubar_r = <mean_r, g_mean_r> and
         w_rj = p_rj (g_lse_r + u_rj - ubar_r):
 
             grad_x_r     = c sum_j w_rj m_j
             grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r
 
-        mean may be None where g_mean is None and want_x is false.
+        saved.mean may be None where g_mean is None and want_x is false.
         """
-        g = cotangents
-        return tiles.vjp(x, queue, scale, exclude, lse, mean, g.g_lse, g.g_mean, g.g_row, want_x, want_queue)
+        return tiles.vjp(saved, cotangents, want_x, want_queue)
 
     def relation(
-        self,
-        q: Tensor,
-        k: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        form: str,
-        weight: float | None,
+        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
         want_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Computes functional.relation_loss of q [B, D] or [V, B, D], k [B, D] and the scales (student,
         teacher).
 

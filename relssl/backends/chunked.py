@@ -15,13 +15,7 @@ class Chunked(Backend):
         return None
 
     def lse_and_mean(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        num_first: int,
-        exclude: Tensor | None,
-        want_mean: bool,
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         theta = x.to(accumulator(x.dtype), copy=True)
         theta[:num_first].mul_(scale[0])
@@ -29,15 +23,9 @@ class Chunked(Backend):
         return tiles.lse_and_mean(theta, queue, exclude, want_mean)
 
     def relation(
-        self,
-        q: Tensor,
-        k: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        form: str,
-        weight: float | None,
+        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
         want_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The inherited method with each row scaled once: small problems are bound by the number of calls."""
         batch, dtype = k.shape[0], accumulator(q.dtype)
         student = to_dtype(q.reshape(-1, q.shape[-1]), dtype) * scale[0]

@@ -1,8 +1,9 @@
 """Helpers of all backends: the types of their arguments, dtypes and layouts."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,30 @@ from torch import Tensor
 Temperature = float | Tensor
 Scale = list[float] | Tensor  # 1/temperature: by value, or on the device
 F = TypeVar("F", bound=Callable)
+
+
+class Saved(NamedTuple):
+    """What Backend.lse_and_mean was given, with one scale for all rows, and what it returned."""
+
+    x: Tensor
+    queue: Tensor
+    scale: float | Tensor
+    exclude: Tensor | None
+    lse: Tensor
+    mean: Tensor | None
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """The gradients that a loss has with respect to lse [R] and mean [R, D]. None stands for zero.
+
+    g_row [R, D] is g_mean for the vjp of the primitive; a loss whose terms cancel on paper passes what is
+    left.
+    """
+
+    g_lse: Tensor | None = None
+    g_mean: Tensor | None = None
+    g_row: Tensor | None = None
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

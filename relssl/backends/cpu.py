@@ -10,8 +10,8 @@ import os
 import torch
 from torch import Tensor
 
-from relssl.backends.base import Backend, Cotangents
-from relssl.backends.common import Scale, flat, row_contiguous
+from relssl.backends.base import Backend
+from relssl.backends.common import Cotangents, Saved, Scale, flat, row_contiguous
 
 try:
     from relssl import _cpu  # type: ignore[attr-defined]
@@ -50,13 +50,7 @@ class Cpu(Backend):
         return Cpu(name)
 
     def lse_and_mean(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        num_first: int,
-        exclude: Tensor | None,
-        want_mean: bool,
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         x, queue = row_contiguous(x), row_contiguous(queue)
         count, dim = x.shape
@@ -81,15 +75,9 @@ class Cpu(Backend):
         return lse, mean
 
     def relation(
-        self,
-        q: Tensor,
-        k: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        form: str,
-        weight: float | None,
+        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
         want_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, dim = k.shape
         shape, dtype = q.shape, torch.float32
         q, k, queue = flat(q), row_contiguous(k), row_contiguous(queue)
@@ -116,27 +104,19 @@ class Cpu(Backend):
         return loss, entropy, grad_q, lse, mean_t
 
     def vjp(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: float | Tensor,
-        exclude: Tensor | None,
-        lse: Tensor,
-        mean: Tensor | None,
-        cotangents: Cotangents,
-        want_x: bool,
-        want_queue: bool,
+        self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
-        x, queue = row_contiguous(x), row_contiguous(queue)
+        x, queue = row_contiguous(saved.x), row_contiguous(saved.queue)
         grad_x, grad_queue = (
             t.new_empty(t.shape[0] if wanted else 0, t.shape[1], dtype=torch.float32)
             for t, wanted in ((x, want_x), (queue, want_queue))
         )
         # Kept by name, so that a copy made here lives as long as its address is in use.
         g = cotangents
-        given = [t if t is None else t.contiguous() for t in (exclude, lse, mean, g.g_lse, g.g_mean, g.g_row)]
+        optional = saved.exclude, saved.lse, saved.mean, g.g_lse, g.g_mean, g.g_row
+        given = [t if t is None else t.contiguous() for t in optional]
         _cpu.vjp(
-            _stack(x, scale),
+            _stack(x, saved.scale),
             *_queue(queue),
             *(_address(t) for t in given),
             grad_x.data_ptr() if want_x else 0,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from relssl._compat import constant_result
-from relssl.backends.base import Cotangents
-from relssl.backends.common import Scale
+from relssl.backends.common import Cotangents, Saved, Scale
 from relssl.backends.common import total as weighted_sum
 from relssl.backends.split_combine import SplitCombine
 from relssl.backends.triton import Triton
@@ -47,6 +46,8 @@ class Kernel(NamedTuple):
 
 
 HOPPER = "sm_90a"
+
+TRITON = Triton()
 
 
 class Cuda(SplitCombine[Partials, Number]):
@@ -100,14 +101,9 @@ class Cuda(SplitCombine[Partials, Number]):
         return tuple((_heuristics().log2_scale(c), 0) for c in scale)
 
     def forward(
-        self,
-        first: Tensor,
-        second: Tensor,
-        queue: Tensor,
-        scales: tuple[Number, Number],
-        exclude: Tensor | None,
-        want_mean: bool,
-    ) -> Partials:
+        self, first: Tensor, second: Tensor, queue: Tensor, scales: tuple[Number, Number],
+        exclude: Tensor | None, want_mean: bool,
+    ) -> Partials:  # fmt: skip
         (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
         place = _place(queue)
         chip = _chip(place[0])
@@ -158,20 +154,12 @@ class Cuda(SplitCombine[Partials, Number]):
             weighted_sum(losses, weight, loss)
 
     def vjp(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: float | Tensor,
-        exclude: Tensor | None,
-        lse: Tensor,
-        mean: Tensor | None,
-        cotangents: Cotangents,
-        want_x: bool,
-        want_queue: bool,
+        self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
-        triton = Triton()
-        borrow = super().vjp if triton.supports(x.device.type, x.dtype, x.shape[1]) else triton.vjp
-        return borrow(x, queue, scale, exclude, lse, mean, cotangents, want_x, want_queue)
+        x = saved.x
+        refused = TRITON.supports(x.device.type, x.dtype, x.shape[1])
+        borrow = super().vjp if refused else TRITON.vjp
+        return borrow(saved, cotangents, want_x, want_queue)
 
 
 @constant_result

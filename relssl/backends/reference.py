@@ -18,13 +18,7 @@ class Reference(Backend):
         return None
 
     def lse_and_mean(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        num_first: int,
-        exclude: Tensor | None,
-        want_mean: bool,
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(x), device=x.device)
         scales = torch.where(rows < num_first, scale[0], scale[1]).to(accumulator(x.dtype))

@@ -35,14 +35,9 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
 
     @abstractmethod
     def forward(
-        self,
-        first: Tensor,
-        second: Tensor,
-        queue: Tensor,
-        scales: tuple[KernelScale, KernelScale],
-        exclude: Tensor | None,
-        want_mean: bool,
-    ) -> Partials:
+        self, first: Tensor, second: Tensor, queue: Tensor, scales: tuple[KernelScale, KernelScale],
+        exclude: Tensor | None, want_mean: bool,
+    ) -> Partials:  # fmt: skip
         """Returns the partials of the rows of `first` [., D], then of `second`, which have a scale each."""
 
     @abstractmethod
@@ -97,13 +92,7 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         """Writes what Backend.info_nce returns to the last arguments, as combine_relation does."""
 
     def lse_and_mean(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        num_first: int,
-        exclude: Tensor | None,
-        want_mean: bool,
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         x, queue, scale = self.kernel_layout(x), self.kernel_layout(queue), _kept(scale)
         exclude = exclude if exclude is None else exclude.contiguous()
@@ -117,15 +106,9 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         return lse, mean
 
     def relation(
-        self,
-        q: Tensor,
-        k: Tensor,
-        queue: Tensor,
-        scale: Scale,
-        form: str,
-        weight: float | None,
+        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
         want_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, dim = k.shape
         views = q.shape[:-1]
         q, k, queue = self.kernel_layout(flat(q)), self.kernel_layout(k), self.kernel_layout(queue)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from relssl.backends.common import accumulator, to_dtype
+from relssl.backends.common import Cotangents, Saved, accumulator, to_dtype
 
 # Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
 # returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
@@ -47,23 +47,13 @@ def lse_and_mean(
     return torch.stack((high, low)), mean
 
 
-def vjp(
-    x: Tensor,
-    queue: Tensor,
-    scale: float | Tensor,
-    exclude: Tensor | None,
-    lse: Tensor,
-    mean: Tensor | None,
-    g_lse: Tensor | None,
-    g_mean: Tensor | None,
-    g_row: Tensor | None,
-    want_x: bool,
-    want_queue: bool,
-) -> tuple[Tensor, Tensor]:
+def vjp(saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool) -> tuple[Tensor, Tensor]:
     """Computes Backend.vjp."""
+    x, queue, scale, exclude, lse, mean = saved
+    g_mean, g_row = cotangents.g_mean, cotangents.g_row
     theta = (x.to(accumulator(x.dtype)) * scale).contiguous()
     high, low = lse[:, :, None]
-    g_lse = torch.zeros_like(high) if g_lse is None else g_lse[:, None]
+    g_lse = torch.zeros_like(high) if cotangents.g_lse is None else cotangents.g_lse[:, None]
     base = g_lse  # w = p (base + u)
     mean = theta[:0] if mean is None else mean  # It is not read then.
     if g_mean is not None:

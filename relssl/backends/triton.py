@@ -1,6 +1,6 @@
-"""Triton (kernels/): the whole loss in two launching, on NVIDIA GPUs from Ampere on and on AMD's.
+"""Triton (kernels/): the whole loss in two launches, on NVIDIA GPUs from Ampere on and on AMD's.
 
-Here tensors become launching: dtypes and shapes have been checked, and what has no contiguous rows is copied
+Here tensors become launches: dtypes and shapes have been checked, and what has no contiguous rows is copied
 once. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly, for tests.
 """
 
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from relssl._compat import constant_result
 from relssl.backends import launching
-from relssl.backends.base import Cotangents
-from relssl.backends.common import Scale, row_contiguous
+from relssl.backends.common import Cotangents, Saved, Scale, row_contiguous
 from relssl.backends.split_combine import SplitCombine
 
 WIDEST = 1024
@@ -24,7 +23,7 @@ Partials = tuple[Tensor, Tensor, int, int]  # stats, with a counter of arrivals 
 
 
 class Triton(SplitCombine[Partials, Any]):
-    """Triton (kernels/): the whole loss in two launching, on NVIDIA GPUs from Ampere on and on AMD's."""
+    """Triton (kernels/): the whole loss in two launches, on NVIDIA GPUs from Ampere on and on AMD's."""
 
     def __init__(self, variant: str = "") -> None:
         """The variant is one of heuristics.variant; "" is the default."""
@@ -75,14 +74,9 @@ class Triton(SplitCombine[Partials, Any]):
         return tuple(launching.kernels().heuristics.log2_scale(c) for c in scale)
 
     def forward(
-        self,
-        first: Tensor,
-        second: Tensor,
-        queue: Tensor,
-        scales: tuple[Any, Any],
-        exclude: Tensor | None,
-        want_mean: bool,
-    ) -> Partials:
+        self, first: Tensor, second: Tensor, queue: Tensor, scales: tuple[Any, Any],
+        exclude: Tensor | None, want_mean: bool,
+    ) -> Partials:  # fmt: skip
         """What a kernel of specialised warps cannot take, the default kernel does."""
         device_scales = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
         allowed = queue.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
@@ -130,17 +124,9 @@ class Triton(SplitCombine[Partials, Any]):
         )  # fmt: skip
 
     def vjp(
-        self,
-        x: Tensor,
-        queue: Tensor,
-        scale: float | Tensor,
-        exclude: Tensor | None,
-        lse: Tensor,
-        mean: Tensor | None,
-        cotangents: Cotangents,
-        want_x: bool,
-        want_queue: bool,
+        self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
+        x, queue, scale, exclude, lse, mean = saved
         x, queue = row_contiguous(x), row_contiguous(queue)
         (rows, dim), size, lse = x.shape, queue.shape[0], lse.contiguous()
         exclude, g_lse, g_mean, g_row = (
@@ -175,17 +161,9 @@ class Triton(SplitCombine[Partials, Any]):
                 }  # fmt: skip
                 like = c if isinstance(c, Tensor) else 1.0
                 num_splits, step = launching.cached_launch(
-                    _backward_x_splits,
-                    device,
-                    x,
-                    queue,
-                    exclude,
-                    like,
-                    lse,
-                    g_mean,
-                    tuple(options.items()),
-                    tiles,
-                )
+                    _backward_x_splits, device, x, queue, exclude, like, lse, g_mean,
+                    tuple(options.items()), tiles,
+                )  # fmt: skip
                 totals = lse.new_empty(num_splits, rows)
                 weighted = lse.new_empty((num_splits, rows, dim) if want_x else 0)
                 kernels.backward_x[(-(-rows // tiles.block_m), num_splits)](
@@ -237,12 +215,7 @@ def _describable(t: Tensor) -> bool:
 
 
 def _forward_launch(
-    device: int,
-    first: Tensor,
-    second: Tensor,
-    queue: Tensor,
-    exclude: Tensor | None,
-    *rest: Any,
+    device: int, first: Tensor, second: Tensor, queue: Tensor, exclude: Tensor | None, *rest: Any
 ) -> Any:
     *device_scales, want_mean, _, variant = rest
     kernels, chip = launching.kernels(), launching.chip(device)
