@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# Python must release a group last: DistributedDataParallel, written in C++, releases it while it holds the GIL
-# and waits for Gloo's threads, of which one may wait for the GIL to free a tensor. Python's own reference
-# gives the GIL up first.
+# Python must release a group last. DistributedDataParallel's C++ releases it holding the GIL and joins Gloo's
+# threads, of which one may wait for the GIL to free a tensor; Python's own reference gives the GIL up first.
 _last_group: list[dist.ProcessGroup | None] = []
 
 
