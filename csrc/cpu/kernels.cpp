@@ -411,12 +411,12 @@ struct Packed {
   }
 };
 
-struct VjpXMemory {
+struct BackwardXMemory {
   Arena arena;
   Packed packed;
   float *weighted, *s, *u, *space;
   double* total;
-  VjpXMemory(const Inputs& in, const Cotangents& g, int64_t rows, char* base)
+  BackwardXMemory(const Inputs& in, const Cotangents& g, int64_t rows, char* base)
       : arena{base}, packed(in, g, rows, arena) {
     const int64_t lanes = round_up(rows, kPanel), height = tile_height(in.dim);
     weighted = arena.take<float>(lanes * in.dim);
@@ -427,12 +427,13 @@ struct VjpXMemory {
   }
 };
 
-int64_t vjp_x_scratch(const Inputs& in, const Cotangents& g, int64_t rows) {
-  return VjpXMemory(in, g, rows, nullptr).arena.used;
+int64_t backward_x_scratch(const Inputs& in, const Cotangents& g, int64_t rows) {
+  return BackwardXMemory(in, g, rows, nullptr).arena.used;
 }
 
-void vjp_x(const Inputs& in, const Cotangents& g, const Block& block, double* total, float* weighted, char* scratch) {
-  const VjpXMemory memory(in, g, block.rows, scratch);
+void backward_x(const Inputs& in, const Cotangents& g, const Block& block, double* total, float* weighted,
+                char* scratch) {
+  const BackwardXMemory memory(in, g, block.rows, scratch);
   const int64_t dim = in.dim, height = tile_height(dim), lanes = round_up(block.rows, kPanel);
   memory.packed.fill(in, g, block.row, block.rows);
   for (int64_t i = 0; i < lanes * dim; ++i) memory.weighted[i] = 0;
@@ -466,22 +467,24 @@ void vjp_x(const Inputs& in, const Cotangents& g, const Block& block, double* to
 }
 
 // All rows, packed once for the queue's gradient: as panels, and as padded rows, which the weights multiply.
-struct VjpQueueShared {
+struct BackwardQueueShared {
   Arena arena;
   Packed packed;
   int64_t width;       // of a row, padded
   float *theta, *row;  // [rows, width]
-  VjpQueueShared(const Inputs& in, const Cotangents& g, char* base)
+  BackwardQueueShared(const Inputs& in, const Cotangents& g, char* base)
       : arena{base}, packed(in, g, all_rows(in), arena), width(round_up(in.dim, kLanes)) {
     theta = arena.take<float>(all_rows(in) * width);
     row = g.g_row ? arena.take<float>(all_rows(in) * width) : nullptr;
   }
 };
 
-int64_t vjp_queue_shared(const Inputs& in, const Cotangents& g) { return VjpQueueShared(in, g, nullptr).arena.used; }
+int64_t backward_queue_shared(const Inputs& in, const Cotangents& g) {
+  return BackwardQueueShared(in, g, nullptr).arena.used;
+}
 
-void vjp_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
-  const VjpQueueShared shared(in, g, memory);
+void backward_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
+  const BackwardQueueShared shared(in, g, memory);
   const int64_t rows = all_rows(in);
   shared.packed.fill(in, g, 0, rows);
   for (int64_t r = 0; r < rows; ++r) {
@@ -494,10 +497,10 @@ void vjp_queue_pack(const Inputs& in, const Cotangents& g, char* memory) {
   }
 }
 
-struct VjpQueueMemory {
+struct BackwardQueueMemory {
   Arena arena;
   float *w, *p, *u, *sum, *space;
-  VjpQueueMemory(const Inputs& in, char* base) : arena{base} {
+  BackwardQueueMemory(const Inputs& in, char* base) : arena{base} {
     const int64_t height = tile_height(in.dim);
     w = arena.take<float>(height * kGroup * kPanel);
     p = arena.take<float>(height * kGroup * kPanel);
@@ -507,7 +510,7 @@ struct VjpQueueMemory {
   }
 };
 
-int64_t vjp_queue_scratch(const Inputs& in) { return VjpQueueMemory(in, nullptr).arena.used; }
+int64_t backward_queue_scratch(const Inputs& in) { return BackwardQueueMemory(in, nullptr).arena.used; }
 
 // sum[j][d] (+)= sum_r weights[j][r] rows[r][d]
 void add_weighted_rows(const float* weights, int64_t count, const float* rows, int64_t width, int64_t depth, float* sum,
@@ -521,10 +524,10 @@ void add_weighted_rows(const float* weights, int64_t count, const float* rows, i
   }
 }
 
-void vjp_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_t end, const char* packed, float* grad_queue,
-               char* scratch) {
-  const VjpQueueShared shared(in, g, const_cast<char*>(packed));
-  const VjpQueueMemory memory(in, scratch);
+void backward_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_t end, const char* packed,
+                    float* grad_queue, char* scratch) {
+  const BackwardQueueShared shared(in, g, const_cast<char*>(packed));
+  const BackwardQueueMemory memory(in, scratch);
   const int64_t height = tile_height(in.dim), rows = all_rows(in), group = kGroup * kPanel;
   for (int64_t first = begin; first < end; first += height) {
     const int64_t count = min(height, end - first);
@@ -579,8 +582,8 @@ namespace relssl {
 #define RELSSL_NAME(isa) RELSSL_TEXT(isa)
 
 extern const Kernels RELSSL_TABLE(RELSSL_ISA) = {
-    RELSSL_NAME(RELSSL_ISA), kPanel,         forward_scratch,   forward,   vjp_x_scratch, vjp_x,
-    vjp_queue_shared,        vjp_queue_pack, vjp_queue_scratch, vjp_queue, exp2_all,      peak,
+    RELSSL_NAME(RELSSL_ISA), kPanel, forward_scratch, forward, backward_x_scratch, backward_x,
+    backward_queue_shared, backward_queue_pack, backward_queue_scratch, backward_queue, exp2_all, peak,
 };
 
 }  // namespace relssl

@@ -84,16 +84,16 @@ struct Kernels {
   void (*forward)(const Inputs&, const Block&, const Partial&, char* scratch);
 
   // Computes total_r = sum_j w_rj [rows] and weighted_r = sum_j w_rj m_j [rows, dim] for the rows of the block.
-  int64_t (*vjp_x_scratch)(const Inputs&, const Cotangents&, int64_t rows);
-  void (*vjp_x)(const Inputs&, const Cotangents&, const Block&, double* total, float* weighted, char* scratch);
+  int64_t (*backward_x_scratch)(const Inputs&, const Cotangents&, int64_t rows);
+  void (*backward_x)(const Inputs&, const Cotangents&, const Block&, double* total, float* weighted, char* scratch);
 
-  // Computes grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r [size, dim] for a range of the queue. vjp_queue_pack
+  // Computes grad_queue_j = sum_r w_rj theta_r + p_rj g_row_r [size, dim] for a range of the queue. backward_queue_pack
   // packs all rows of x once, before, into memory that all ranges read.
-  int64_t (*vjp_queue_shared)(const Inputs&, const Cotangents&);
-  void (*vjp_queue_pack)(const Inputs&, const Cotangents&, char* shared);
-  int64_t (*vjp_queue_scratch)(const Inputs&);
-  void (*vjp_queue)(const Inputs&, const Cotangents&, int64_t first, int64_t last, const char* shared,
-                    float* grad_queue, char* scratch);
+  int64_t (*backward_queue_shared)(const Inputs&, const Cotangents&);
+  void (*backward_queue_pack)(const Inputs&, const Cotangents&, char* shared);
+  int64_t (*backward_queue_scratch)(const Inputs&);
+  void (*backward_queue)(const Inputs&, const Cotangents&, int64_t first, int64_t last, const char* shared,
+                         float* grad_queue, char* scratch);
 
   void (*exp2)(const float* x, float* y, int64_t n);  // for tests
   double (*peak)(int64_t repeats);  // runs rounds of multiply-adds in registers and returns their flop, for benchmarks

@@ -171,14 +171,14 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
   if (grad_x || g_mean) {
     const Grid grid(in, kernels.panel, threads);
     const int team = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
-    const int64_t scratch = aligned(kernels.vjp_x_scratch(in, g, grid.block));
+    const int64_t scratch = aligned(kernels.backward_x_scratch(in, g, grid.block));
     const Memory memory = allocate(scratch * team), partial = allocate(grid.num_splits * count * dim * 4);
     float* const weighted = reinterpret_cast<float*>(partial.get());
     std::vector<double> total(grid.num_splits * count);
     parallel(team, grid.tasks(), [&](int64_t task, int slot) {
       const Block block = grid.at(task);
       const int64_t at = grid.split(task) * count + block.row;
-      kernels.vjp_x(in, g, block, &total[at], weighted + at * dim, memory.get() + slot * scratch);
+      kernels.backward_x(in, g, block, &total[at], weighted + at * dim, memory.get() + slot * scratch);
     });
     // sum_j w_j must be g_lse. The rest, which is due to rounding, is subtracted along the mean: otherwise a sharp
     // row would lose every digit, because u_j - ubar nearly vanishes where p_j does not.
@@ -197,14 +197,14 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
   }
 
   if (grad_queue) {
-    const Memory shared = allocate(kernels.vjp_queue_shared(in, g));
-    kernels.vjp_queue_pack(in, g, shared.get());
+    const Memory shared = allocate(kernels.backward_queue_shared(in, g));
+    kernels.backward_queue_pack(in, g, shared.get());
     const int64_t tasks = std::clamp<int64_t>(num_tasks(threads, 16, 6.0 * count * in.size * dim), 1, in.size);
     const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
-    const int64_t scratch = aligned(kernels.vjp_queue_scratch(in));
+    const int64_t scratch = aligned(kernels.backward_queue_scratch(in));
     const Memory memory = allocate(scratch * team);
     parallel(team, tasks, [&](int64_t task, int slot) {
-      kernels.vjp_queue(in, g, in.size * task / tasks, in.size * (task + 1) / tasks, shared.get(), grad_queue,
+      kernels.backward_queue(in, g, in.size * task / tasks, in.size * (task + 1) / tasks, shared.get(), grad_queue,
                         memory.get() + slot * scratch);
     });
   }

@@ -169,11 +169,12 @@ RELSSL_DEFINE(RELSSL_MODULE) {
                       [&](const DeviceStream& on) { run_forward(in, path, dim, bf16, means, num_splits, on); });
   });
 
-  m.def("combine_rows", [](const StreamArg& stream, const PartialsArg& parts, const ScaleArg& scale_first,
-                           const ScaleArg& scale_second, int64_t num_first, int64_t dim, Address lse, Address mean) {
-    const CombineRows in{partials(parts, mean), scale(scale_first), scale(scale_second),
-                         count(num_first, "num_first", 0), width(dim), pointer<float>(lse, "lse"),
-                         optional<float>(mean)};
+  m.def("combine_lse_and_mean", [](const StreamArg& stream, const PartialsArg& parts, const ScaleArg& scale_first,
+                                   const ScaleArg& scale_second, int64_t num_first, int64_t dim, Address lse,
+                                   Address mean) {
+    const CombineLseAndMean in{partials(parts, mean), scale(scale_first), scale(scale_second),
+                               count(num_first, "num_first", 0), width(dim), pointer<float>(lse, "lse"),
+                               optional<float>(mean)};
     check_32_bits(2 * int64_t{in.partials.rows}, "lse");
     launch_or_explain(stream, "combine", in.partials.rows, dim, 0, [&](const DeviceStream& on) { combine(in, on); });
   });

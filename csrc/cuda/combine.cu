@@ -167,7 +167,7 @@ __device__ void store_lse(double lse, float* to, int row, int rows) {
   to[rows + row] = high == -INFINITY ? 0 : static_cast<float>(natural - high);
 }
 
-__global__ void __launch_bounds__(MAX_DIM) combine_rows(const __grid_constant__ CombineRows in) {
+__global__ void __launch_bounds__(MAX_DIM) combine_lse_and_mean(const __grid_constant__ CombineLseAndMean in) {
   Shared& shared = shared_object<Shared>();
   const int row = blockIdx.x, d = threadIdx.x;
   const Row rows[] = {{in.partials, row, load_scale(row < in.num_first ? in.scale_first : in.scale_second)}};
@@ -239,10 +239,10 @@ __global__ void __launch_bounds__(MAX_DIM) combine_info_nce(const __grid_constan
 
 }  // namespace
 
-void probe(int device) { require(reinterpret_cast<const void*>(combine_rows), device); }
+void probe(int device) { require(reinterpret_cast<const void*>(combine_lse_and_mean), device); }
 
-void combine(const CombineRows& in, const DeviceStream& on) {
-  launch(combine_rows, dim3(in.partials.rows), in.dim, shared_bytes(in.dim), on, in);
+void combine(const CombineLseAndMean& in, const DeviceStream& on) {
+  launch(combine_lse_and_mean, dim3(in.partials.rows), in.dim, shared_bytes(in.dim), on, in);
 }
 
 void combine(const CombineRelation& in, const DeviceStream& on) {

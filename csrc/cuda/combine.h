@@ -18,7 +18,7 @@ struct Partials {
 };
 
 // lse [2, rows] is the sum of two parts; mean [rows, dim] may be null. The first `num_first` rows have the first scale.
-struct CombineRows {
+struct CombineLseAndMean {
   Partials partials;
   Scale scale_first, scale_second;
   int num_first, dim;
@@ -55,7 +55,7 @@ struct CombineInfoNCE {
 // Throws an error with the reason if these kernels cannot run on a device.
 void probe(int device);
 
-void combine(const CombineRows&, const DeviceStream&);
+void combine(const CombineLseAndMean&, const DeviceStream&);
 void combine(const CombineRelation&, const DeviceStream&);
 void combine(const CombineInfoNCE&, const DeviceStream&);
 

@@ -125,7 +125,7 @@ class Cuda(SplitCombine[Partials, Number]):
         self, partials: Partials, scales: tuple[Number, Number], num_first: int, lse: Tensor, mean: Tensor
     ) -> None:
         dim = mean.shape[1] or WIDTHS[0]  # of nothing
-        _cuda.combine_rows(
+        _cuda.combine_lse_and_mean(
             _place(lse), _partials(partials), *scales, num_first, dim, lse.data_ptr(), _wanted(mean)
         )
 
