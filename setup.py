@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -182,6 +183,14 @@ def compiled(objects: dict[str, Object], rules: dict[str, list[str]], folder: Pa
     return subprocess.run([command, "-C", str(folder), *jobs]).returncode == 0
 
 
+class CleanBuild(build):
+    """Removes what earlier builds left, which setuptools would install beside today's files."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "relssl", ignore_errors=True)
+        super().run()
+
+
 class NinjaBuildExt(build_ext):
     """Compiles with ninja, links with setuptools. CUDA kernels that fail do not stop the others."""
 
@@ -220,9 +229,7 @@ class NinjaBuildExt(build_ext):
                     print(f"relssl: left out the CUDA kernels: {note}", file=sys.stderr)
                     continue
             extension.extra_objects = [str(folder / name) for name in objects]
-            extension.depends = (
-                extension.extra_objects
-            )  # Otherwise an existing library would not be linked again.
+            extension.depends = extension.extra_objects  # or an existing library would not be linked again
             kept.append(extension)
         self.extensions = kept
         super().build_extensions()
@@ -274,5 +281,5 @@ setup(
     package_dir={"relssl": "relssl", "relssl.kernels": "kernels"},
     package_data={"relssl": ["py.typed"]},
     ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": NinjaBuildExt},
+    cmdclass={"build": CleanBuild, "build_ext": NinjaBuildExt},
 )

@@ -24,8 +24,8 @@ def quick(tmp_path_factory):
     return {"temp": folder / "temp", "CXX": str(script), "CXXFLAGS": "-O0"}
 
 
-def build(tmp_path, temp=None, **environment):
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(temp or tmp_path / "temp")]
+def build(tmp_path, temp=None, command="build_ext", **environment):
+    command = [sys.executable, "setup.py", "-q", command, "--build-temp", str(temp or tmp_path / "temp")]
     return subprocess.run(
         [*command, "--build-lib", str(tmp_path / "lib")],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
@@ -43,6 +43,15 @@ def test_left_out(tmp_path):
     run = build(tmp_path, CXX="no-such-compiler", RELSSL_CPU="0")
     assert run.returncode == 0, run.stderr
     assert not list(tmp_path.rglob("_cpu*"))
+
+
+def test_a_build_leaves_out_earlier_files(tmp_path):
+    library, module = (tmp_path / "lib/relssl" / name for name in ("_cuda.so", "removed.py"))
+    library.parent.mkdir(parents=True)
+    library.touch(), module.touch()
+    run = build(tmp_path, command="build", RELSSL_CPU="0", RELSSL_CUDA="0")
+    assert run.returncode == 0, run.stderr
+    assert not library.exists() and not module.exists() and (tmp_path / "lib/relssl/nn.py").exists()
 
 
 # ------------------------------------------------------------------- without build isolation
