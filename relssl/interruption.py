@@ -74,7 +74,7 @@ def interruption() -> Iterator[Stop]:
                 raise _Interrupted
         elif time.monotonic() - received > ignored_seconds:
             set_handlers(defaults)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     def set_handlers(handlers: dict[signal.Signals, Handler]) -> None:
         for number, handler in handlers.items():

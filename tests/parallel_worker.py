@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +104,7 @@ def at_step(step, act):
 
 
 def terminated(loss):
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     return loss
 
 

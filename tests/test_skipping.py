@@ -1,7 +1,6 @@
 """--skip-unreadable: what replaces a file that cannot be read, and how it is reported."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -134,7 +133,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pets, tmp_path, monkeypatch):
         assert len(images) == 8
         calls.append(0)
         if len(calls) == 7:  # the second step of the second epoch
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return forward(self, images, part)
 
     with monkeypatch.context() as patch:

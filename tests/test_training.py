@@ -119,7 +119,7 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, st
     part = replace(config, out=config.out / "part")
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        interrupt = after(stop_at, lambda: os.kill(os.getpid(), signal.SIGINT), method)
+        interrupt = after(stop_at, lambda: signal.raise_signal(signal.SIGINT), method)
         patch.setattr(method, "forward", interrupt)
         stopped = train(part)  # Returns instead of raising KeyboardInterrupt.
     steps_an_epoch = {"ressl": 5, "ressl whole": 5, "sacc, stl10": 12}.get(case, 7)
@@ -154,7 +154,7 @@ def test_run_of_an_earlier_version_resumes_bitwise_equal(monkeypatch, few, case,
     config = replace(config, batch_size=64, image_size=8, out=config.out / "part")
     whole = state(train(replace(config, out=config.out.parent / "whole")))
     with monkeypatch.context() as patch:
-        patch.setattr(method, "forward", after(8, lambda: os.kill(os.getpid(), signal.SIGINT), method))
+        patch.setattr(method, "forward", after(8, lambda: signal.raise_signal(signal.SIGINT), method))
         train(config)
     path = config.out / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
@@ -240,7 +240,7 @@ def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
     handlers = []
 
     def interrupt():
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         handlers.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
 
     before = signal.getsignal(number)
@@ -258,7 +258,7 @@ def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
 
 @ENDING
 def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, number):
-    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stop:
         train(FEW)
     assert stop.value.code == 143 and not FEW.out.exists()
@@ -274,7 +274,7 @@ def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(
                 "relssl.train.evaluate_during_training",
-                lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"knn": 9},
+                lambda *_: signal.raise_signal(signal.SIGTERM) or {"knn": 9},
             )
             train(replace(config, resume=resume))
         assert stop.value.code == 143
@@ -355,7 +355,7 @@ def test_a_checkpoint_of_spoilt_weights_leaves_the_one_before(few, monkeypatch, 
     path = config.out / "checkpoint.pt"
     if again:
         with monkeypatch.context() as patch:
-            patch.setattr(ReSSL, "forward", after(10, lambda: os.kill(os.getpid(), signal.SIGINT), ReSSL))
+            patch.setattr(ReSSL, "forward", after(10, lambda: signal.raise_signal(signal.SIGINT), ReSSL))
             train(config)
     with monkeypatch.context() as patch:
         spoilt(1 if again else 11, patch, lambda loss, _: loss * math.nan)
@@ -425,7 +425,7 @@ def test_other_rates_take_effect_on_resuming(few, rates, capsys):
     whole = rates.copy()
     rates.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReSSL, "forward", after(8, lambda: os.kill(os.getpid(), signal.SIGINT), ReSSL))
+        patch.setattr(ReSSL, "forward", after(8, lambda: signal.raise_signal(signal.SIGINT), ReSSL))
         train(first)
     capsys.readouterr()
     changed = replace(first, lr=0.03, weight_decay=0.0, sgd_momentum=0.5, momentum=0.9, resume=True)
