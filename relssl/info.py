@@ -14,7 +14,11 @@ def _instruction_sets() -> str:
     if cpu._cpu is None:
         return cpu._missing
     others = [name for name in cpu._cpu.instruction_sets() if name != cpu._cpu.instruction_set()]
-    return f"C++ kernels for {cpu._cpu.instruction_set()} (RELSSL_CPU_ISA could choose {', '.join(others)})"
+    threads = {"openmp": "torch's OpenMP threads", "own": "a pool of their own"}[cpu._cpu.threads()]
+    return (
+        f"C++ kernels for {cpu._cpu.instruction_set()} (RELSSL_CPU_ISA could choose {', '.join(others)})"
+        f" on {threads}"
+    )
 
 
 def _cuda_kernels() -> str:

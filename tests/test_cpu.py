@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from ctypes import c_float
+from ctypes import CDLL, CFUNCTYPE, c_float, c_void_p
 
 import numpy as np
 import pytest
@@ -220,16 +220,62 @@ def test_bitwise_equal_from_run_to_run(threads, count, rows):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.fixture(params=["own", "openmp"])
+def provider(request):
+    """Runs the kernels on the pool of threads, then on torch's."""
+    _cpu.use_threads(request.param)
+    yield request.param
+    _cpu.use_threads("auto")
+
+
+def test_the_threads_are_torchs_own():
+    assert _cpu.threads() == "openmp"
+    with pytest.raises(ValueError, match="threads must be auto, own or openmp; got 'tbb'"):
+        _cpu.use_threads("tbb")
+
+
+@pytest.mark.alone
+def test_no_thread_is_started_beside_torchs(tmp_path):
+    """The pool would start one for each of torch's."""
+    code = """
+import os, torch
+from torch.nn.functional import normalize
+from relssl.functional import relation_loss
+torch.set_num_threads(2)
+q, k, queue = (normalize(torch.randn(n, 64), dim=1) for n in (64, 64, 20_000))
+q @ queue.T
+before = len(os.listdir("/proc/self/task"))
+relation_loss(q, k, queue, backend="cpu")
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    for name, expected in (("openmp", "0"), ("own", "1")):
+        env = {**os.environ, "RELSSL_THREADS": name, "RELSSL_TUNE": "0", "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert run.stdout.strip() == expected, run.stderr
+
+
+@pytest.mark.alone
+def test_both_kinds_of_threads_find_the_same(threads):
+    threads(2)
+    inputs, found = [unit(n, 64) for n in (50, 50, 20_000)], []
+    for name in ("own", "openmp"):
+        _cpu.use_threads(name)
+        found.append(everything(*inputs))
+    _cpu.use_threads("auto")
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("count", [2, 3, 16])
-def test_any_number_of_threads(threads, count):
+def test_any_number_of_threads(threads, provider, count):
     threads(count)
     check_relation(*batch(None, 70, 9001, 40, torch.float32), 0.1, 0.04, "kl", "cpu")
 
 
 @pytest.mark.alone
-def test_callers_at_the_same_time():
-    """The pool serves one of them; the others do their work alone, and all get the same."""
+def test_callers_at_the_same_time(provider):
+    """The threads serve one of them; the others do their work alone, and all get the same."""
     inputs = [unit(n, 64) for n in (50, 50, 20_000)]
     expected = everything(*inputs)
     found = [None] * 4
@@ -244,6 +290,19 @@ def test_callers_at_the_same_time():
         caller.join()
     for results in found:
         assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+
+
+@pytest.mark.alone
+def test_inside_a_parallel_region(threads, provider):
+    """Threads of the region could not wait for those of another loop; the caller does all the work."""
+    threads(2)
+    torch_cpu = CDLL("libtorch_cpu.so", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+    inputs, found = [unit(n, 64) for n in (50, 50, 20_000)], []
+    run = CFUNCTYPE(None, c_void_p)(lambda _: found.append(everything(*inputs)))
+    torch_cpu.GOMP_parallel(run, None, 2, 0)
+    for results in found:
+        assert all(torch.equal(a, b) for a, b in zip(everything(*inputs), results, strict=True))
+    assert len(found) == 2
 
 
 class Losses(Dataset):
@@ -264,7 +323,7 @@ class Losses(Dataset):
 
 
 @pytest.mark.alone
-def test_in_a_forked_worker(threads):
+def test_in_a_forked_worker(threads, provider):
     threads(2)
     direct = torch.stack([Losses()[i] for i in range(4)])  # our threads are there when the fork comes
     workers = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)

@@ -108,6 +108,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("use", [](const std::string& name) { selected = &kernels(name); });
 
+  m.def("threads", [] { return threads_in_use() == Threads::openmp ? "openmp" : "own"; });
+  m.def("use_threads", [](const std::string& name) {
+    const Threads choice = name == "own" ? Threads::own : name == "openmp" ? Threads::openmp : Threads::automatic;
+    if (choice == Threads::automatic && name != "auto")
+      throw py::value_error("threads must be auto, own or openmp; got '" + name + "'");
+    if (!use_threads(choice)) throw py::value_error("torch has no OpenMP threads that could be used");
+  });
+
   m.def("lse_and_mean", [](const StackArg& first, const StackArg& second, Address queue, int64_t queue_stride,
                            int64_t size, int64_t dim, bool bf16, Address exclude, Address lse, Address mean0,
                            Address mean1, int threads, const std::string& isa) {

@@ -80,9 +80,8 @@ double exact_scale(double scale) { return log2_scale(scale) * kLn2; }
 void lse_and_mean(const Kernels& kernels, const Inputs& in, float* lse, float* const mean[2], int threads) {
   const Grid grid(in, kernels.panel, threads);
   const int64_t count = all_rows(in), dim = in.dim, num_splits = grid.num_splits;
-  threads = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
   const int64_t scratch = aligned(kernels.forward_scratch(in, grid.block));
-  const Memory memory = allocate(scratch * threads);
+  const Memory memory = allocate(scratch * std::min<int64_t>(threads, grid.tasks()));
   std::vector<double> shift(num_splits * count), sum(num_splits * count);
   // With a single range, the kernels write the means directly to the result.
   const Memory means = allocate(num_splits > 1 ? num_splits * count * dim * 4 : 0);
@@ -170,12 +169,12 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
 
   if (grad_x || g_mean) {
     const Grid grid(in, kernels.panel, threads);
-    const int team = static_cast<int>(std::min<int64_t>(threads, grid.tasks()));
     const int64_t scratch = aligned(kernels.backward_x_scratch(in, g, grid.block));
-    const Memory memory = allocate(scratch * team), partial = allocate(grid.num_splits * count * dim * 4);
+    const Memory memory = allocate(scratch * std::min<int64_t>(threads, grid.tasks()));
+    const Memory partial = allocate(grid.num_splits * count * dim * 4);
     float* const weighted = reinterpret_cast<float*>(partial.get());
     std::vector<double> total(grid.num_splits * count);
-    parallel(team, grid.tasks(), [&](int64_t task, int slot) {
+    parallel(threads, grid.tasks(), [&](int64_t task, int slot) {
       const Block block = grid.at(task);
       const int64_t at = grid.split(task) * count + block.row;
       kernels.backward_x(in, g, block, &total[at], weighted + at * dim, memory.get() + slot * scratch);
@@ -200,10 +199,9 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
     const Memory shared = allocate(kernels.backward_queue_shared(in, g));
     kernels.backward_queue_pack(in, g, shared.get());
     const int64_t tasks = std::clamp<int64_t>(num_tasks(threads, 16, 6.0 * count * in.size * dim), 1, in.size);
-    const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
     const int64_t scratch = aligned(kernels.backward_queue_scratch(in));
-    const Memory memory = allocate(scratch * team);
-    parallel(team, tasks, [&](int64_t task, int slot) {
+    const Memory memory = allocate(scratch * std::min<int64_t>(threads, tasks));
+    parallel(threads, tasks, [&](int64_t task, int slot) {
       kernels.backward_queue(in, g, in.size * task / tasks, in.size * (task + 1) / tasks, shared.get(), grad_queue,
                         memory.get() + slot * scratch);
     });

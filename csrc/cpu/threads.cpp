@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -72,15 +73,74 @@ class Pool {
   uint64_t job_ = 0;
 };
 
+// The functions that compilers call for `#pragma omp parallel`, and two of OpenMP's. libgomp has them, and so have the
+// OpenMP libraries of LLVM and Intel on Linux.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*in_parallel)() = nullptr;
+
+  // Those of the library that libtorch_cpu was linked to: the process may have another one that torch does not use.
+  OpenMp() {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (!torch) return;
+    find("GOMP_parallel", torch, parallel);
+    find("omp_get_thread_num", torch, thread_num);
+    find("omp_in_parallel", torch, in_parallel);
+  }
+  explicit operator bool() const { return parallel && thread_num && in_parallel; }
+
+ private:
+  template <typename F>
+  static void find(const char* name, void* library, F*& function) {
+    function = reinterpret_cast<F*>(dlsym(library, name));
+  }
+};
+
+// Found at the first call, when torch has been loaded.
+const OpenMp& openmp() {
+  static const OpenMp found;
+  return found;
+}
+
+Threads selected = Threads::automatic;
+std::atomic_flag openmp_in_use = ATOMIC_FLAG_INIT;
+
+struct Loop {
+  const std::function<void(int64_t, int)>& run;
+  const int64_t tasks;
+  const int slots;
+  std::atomic<int64_t> next{0};
+
+  static void body(void* data) noexcept {
+    Loop& loop = *static_cast<Loop*>(data);
+    const int slot = openmp().thread_num();
+    if (slot >= loop.slots) return;
+    for (int64_t task; (task = loop.next.fetch_add(1)) < loop.tasks;) loop.run(task, slot);
+  }
+};
+
+// Returns false without running anything if another caller is using OpenMP's threads.
+bool run_on_openmp(int threads, int64_t tasks, const std::function<void(int64_t, int)>& run) {
+  if (openmp().in_parallel() || openmp_in_use.test_and_set()) return false;
+  Loop loop{run, tasks, static_cast<int>(std::min<int64_t>(threads, tasks))};
+  openmp().parallel(Loop::body, &loop, threads, 0);
+  openmp_in_use.clear();
+  return true;
+}
+
 // The pool is never destroyed, because its threads may outlive static destructors. A forked child has a copy of the
 // pool without its threads and maybe with a locked mutex: it does not use that copy, and creates a new pool.
 std::atomic<Pool*> pool{nullptr};
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  pool.store(nullptr);
+  forked.store(true);
+});
 
 Pool& shared_pool() {
   Pool* found = pool.load();
   if (!found) {
-    static const int once = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-    (void)once;
     Pool* created = new Pool;
     if (!pool.compare_exchange_strong(found, created))
       delete created;
@@ -93,9 +153,23 @@ Pool& shared_pool() {
 }  // namespace
 
 void parallel(int threads, int64_t tasks, const std::function<void(int64_t, int)>& run) {
-  threads = static_cast<int>(std::min<int64_t>(threads, tasks));
-  if (threads > 1 && shared_pool().run(threads, tasks, run)) return;
+  if (threads > 1 && tasks > 1) {
+    const bool done = threads_in_use() == Threads::openmp
+                          ? run_on_openmp(threads, tasks, run)
+                          : shared_pool().run(static_cast<int>(std::min<int64_t>(threads, tasks)), tasks, run);
+    if (done) return;
+  }
   for (int64_t task = 0; task < tasks; ++task) run(task, 0);
+}
+
+bool use_threads(Threads choice) {
+  if (choice == Threads::openmp && !openmp()) return false;
+  selected = choice;
+  return true;
+}
+
+Threads threads_in_use() {
+  return selected != Threads::own && !forked && openmp() ? Threads::openmp : Threads::own;
 }
 
 }  // namespace relssl

@@ -1,8 +1,9 @@
 """SIMD C++ (csrc/cpu): the whole loss in one native call, on all of torch's threads.
 
 The instruction set is chosen at run time: "cpu" takes the best of the machine, or the one that RELSSL_CPU_ISA
-names; "cpu/avx2", for example, takes AVX2. Here tensors become addresses: dtypes and shapes have been
-checked, and rows that are not contiguous are copied once.
+names; "cpu/avx2", for example, takes AVX2. RELSSL_THREADS=own selects a pool of threads instead of torch's
+OpenMP threads. Here tensors become addresses: dtypes and shapes have been checked, and rows that are not
+contiguous are copied once.
 """
 
 import os
@@ -21,6 +22,8 @@ except ImportError as error:
 else:
     if os.environ.get("RELSSL_CPU_ISA"):
         _cpu.use(os.environ["RELSSL_CPU_ISA"])
+    if os.environ.get("RELSSL_THREADS"):
+        _cpu.use_threads(os.environ["RELSSL_THREADS"])
 
 
 class Cpu(Backend):
