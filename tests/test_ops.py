@@ -1,4 +1,4 @@
-"""The registered ops under PyTorch's own checks, under torch.compile, and bit for bit from run to run."""
+"""Tests the registered ops with torch's opcheck, under torch.compile, and for equal bits in every run."""
 
 from itertools import product
 

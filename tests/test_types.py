@@ -1,4 +1,4 @@
-"""What mypy accepts and refuses of code that uses the installed package."""
+"""Tests what mypy accepts and refuses of code that uses the installed package."""
 
 import re
 import subprocess

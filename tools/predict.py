@@ -223,7 +223,7 @@ def barrier(text: str, turns: bool) -> str:
     threads = re.search(r"BAR\.SYNC.*, 0x([0-9a-f]+)", text)
     if "BAR.SYNC" not in text or (threads and int(threads[1], 16) < 256):
         return ""
-    return "take" if turns and threads else "meet"
+    return "take" if turns and threads else "barrier"
 
 
 class Prediction(NamedTuple):
