@@ -89,7 +89,7 @@ def needs_gpu(p: Problem, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ relssl
 
 
-def fitting(p: Problem, backend: str) -> str:
+def check_backend(p: Problem, backend: str) -> str:
     if backend != "auto":
         why = backends.unsupported(backend, p.device, p.q.dtype, p.case.dim)
         if why is not None:
@@ -99,7 +99,7 @@ def fitting(p: Problem, backend: str) -> str:
 
 def ours(p: Problem, backend: str) -> Loss:
     """Returns relssl's loss by one of its backends; "auto" is the default."""
-    name, case = fitting(p, backend), p.case
+    name, case = check_backend(p, backend), p.case
     if case.work == "nt_xent":
         return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
     if case.work == "info_nce":

@@ -89,7 +89,7 @@ def test_exact_results(case, monkeypatch):
     assert problem.error(loss, [g * 0.999 for g in grads]) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_gradient_without_the_queue_is_noticed():
+def test_a_gradient_without_the_queue_is_detected():
     """At the benchmark's size, where a peer might skip every small probability of InfoNCE."""
     problem = work.Problem(work.Case("in_queue", 32, 65_536, 128), "cpu")
     loss = torch.tensor(problem.exact[0]["ce"])

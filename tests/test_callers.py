@@ -91,7 +91,7 @@ def close(name, got, want, tolerance=1e-5):
     assert error <= tolerance * max(float(want.norm()), 1), f"{name}: {error:.1e} of {want.norm():.1e}"
 
 
-def holds(name, value, leaves):
+def check_gradients(name, value, leaves):
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     for got, want in zip((value, *grads), exact(name), strict=True):
         close(name, got, want)
@@ -103,7 +103,7 @@ def test_aliased(name, backend):
     leaves = inputs(torch.float32)
     value = ALIASED[name](*leaves, backend)
     value.backward()
-    holds(name, value, leaves)
+    check_gradients(name, value, leaves)
 
 
 MODULES = [name for name in ALIASED if name.endswith("Loss")]
@@ -121,7 +121,7 @@ def test_aliased_and_compiled(name, parameter):
     torch.compiler.reset()
     value = torch.compile(ALIASED[name], fullgraph=True, backend="aot_eager")(*leaves, "auto")
     value.backward()
-    holds(name, value, leaves)
+    check_gradients(name, value, leaves)
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_aliased_and_compiled_by_inductor():
     values = torch.compile(everything, fullgraph=True)(leaves)
     sum(values.values()).backward()
     for name, value in values.items():
-        holds(name, value, leaves[name])
+        check_gradients(name, value, leaves[name])
 
 
 # ------------------------------------------------------------------ inputs that change behind the loss
@@ -178,7 +178,7 @@ def moved(name, learner, dtype=torch.float32):
     return tensors, ring
 
 
-def holds_when_moved(name, learner, value, tensors):
+def check_step(name, learner, value, tensors):
     exact, _ = moved(name, learner, torch.float64)
     want = BEFORE_ENQUEUE[name](*exact)
     close(name, value, want.detach())
@@ -202,7 +202,7 @@ def test_enqueueing_behind_a_compiled_loss(name, learner):
     value = step(name, (x, y, t), ring)
     if value.requires_grad:
         value.backward()
-    holds_when_moved(name, learner, value, tensors)
+    check_step(name, learner, value, tensors)
     assert int(ring.pointer) == B
 
 
@@ -221,7 +221,7 @@ def test_enqueueing_behind_losses_compiled_by_inductor():
     values = torch.compile(everything, fullgraph=True)(cases)
     sum(values.values()).backward()
     for (name, learner), value in values.items():
-        holds_when_moved(name, learner, value, cases[name, learner][0])
+        check_step(name, learner, value, cases[name, learner][0])
 
 
 # --------------------------------------------------------------------------------------- inference mode
@@ -414,7 +414,7 @@ def test_values_of_fake_tensors_are_not_read():
         assert queue_logsumexp(q, queue, tau, exclude=own)[1].shape == (B, D)
 
 
-# ------------------------------------------------------------------- what is refused elsewhere without need
+# --------------------------------------------------------------------------- temperatures and dtypes of k
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)

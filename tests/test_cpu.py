@@ -274,7 +274,7 @@ def test_in_a_forked_worker(threads):
 # ------------------------------------------------------------------------------ raw addresses
 
 
-def call_lse_and_mean(x, queue, **changes):
+def call_lse_and_mean(x, queue, /, **changes):
     lse, mean = torch.empty(2, len(x)), torch.empty(x.shape)
     arguments = {
         "first": (x.data_ptr(), x.stride(0), len(x), 1.0), "second": (0, 0, 0, 1.0),

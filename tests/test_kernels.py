@@ -334,7 +334,7 @@ from launch import Chip, Idle, backend, launches, launching
 triton.runtime.driver.set_active(Idle())
 launching.chip = lambda index: Chip(90, 132)
 q, k, queue = (torch.randn(n, 128).bfloat16() for n in (64, 64, 4096))
-shifted = torch.randn(4096 * 128 + 1).bfloat16()[1:].view(4096, 128)  # no address for the copy engine
+shifted = torch.randn(4096 * 128 + 1).bfloat16()[1:].view(4096, 128)  # an address that TMA cannot use
 c = torch.tensor([10.0, 25.0]) if sys.argv[2] == "device" else [10.0, 25.0]
 for arguments in (q, k, queue), (q, k, shifted), (q.view(2, 32, 128), k[:32], queue):
     for weight, want in (0.1, True), (None, False):

@@ -50,9 +50,9 @@ def test_without_a_gradient_no_operation_of_torch(idle):
 
 DRIVEN = """
 import sys; sys.path.insert(0, sys.argv[1])
-from launch import launched, pretend, relation_loss, torch, with_gradient
+from launch import launched, use_idle_driver, relation_loss, torch, with_gradient
 
-pretend()
+use_idle_driver()
 inputs = (torch.randn(n, 128).bfloat16() for n in (64, 64, 4096))
 print(launched(with_gradient(relation_loss, *inputs)))
 """

@@ -317,7 +317,7 @@ def test_unsupported_inputs_use_the_default_kernel(what, specialise, triton):
     exclude = to_device("triton", torch.arange(18) % 9) if what == "exclude" else None
     tensors = {name: to_device("triton", t) for name, t in tensors.items()}
     expected = backends.triton.Triton().forward(*tensors.values(), (5.0, 5.0), exclude, True)
-    if exclude is None:  # an address that the copy engine cannot read
+    if exclude is None:  # an address that TMA cannot use
         shifted = tensors[what].new_empty(9 * DIM + 1)[1:].view(9, DIM)
         tensors[what] = shifted.copy_(tensors[what])
     launches.clear()

@@ -34,7 +34,7 @@ class Block:
         self.groups = [Group(begin) for _ in range(groups)]
         self.turn = 0
 
-    def go_on(self, i: int, program: list[Step]) -> bool:
+    def advance(self, i: int, program: list[Step]) -> bool:
         """Moves group i to its next step, and returns whether it could."""
         group = self.groups[i]
         step = program[group.at]
@@ -79,6 +79,6 @@ def run(program: list[Step], resident: list[Block]) -> float:
         for group in every:
             rest = {pipe: left - passed / users[pipe] for pipe, left in group.work.items()}
             group.work = {pipe: left for pipe, left in rest.items() if left > DONE}
-        while any([block.go_on(i, program) for block in resident for i in range(len(block.groups))]):
+        while any([block.advance(i, program) for block in resident for i in range(len(block.groups))]):
             pass
     return (time - middle[0]) / (done - middle[1])
