@@ -29,14 +29,14 @@ def log_uniform(low, high):
 
 def strided(t):
     """Returns the same values at other strides."""
-    kind = random.randrange(4)
-    if kind == 0:
+    layout = random.randrange(4)
+    if layout == 0:
         return t
-    if kind == 1:
+    if layout == 1:
         return t.mT.contiguous().mT
     larger = t.new_full([n + random.randrange(3) for n in t.shape], torch.nan)
     view = larger[tuple(slice(0, n) for n in t.shape)]
-    if kind == 2:
+    if layout == 2:
         larger = t.new_full([2 * n for n in t.shape], torch.nan)
         view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)

@@ -111,16 +111,11 @@ def tried(folder: Path) -> tuple[dict[str, str], list[str]]:
             environ = os.environ | {"OMP_NUM_THREADS": "1"} | more
             subprocess.run([*command, f"--junitxml={report}", *arguments], cwd=ROOT, env=environ, stdout=log)
         for case in ElementTree.parse(report).iter("testcase"):
-            outcome = {child.tag for child in case}
-            kind = (
-                "failed"
-                if outcome & {"failure", "error"}
-                else "skipped"
-                if "skipped" in outcome
-                else "passed"
-            )
-            counts[kind] += 1
-            if kind == "failed":
+            tags = {child.tag for child in case}
+            bad = tags & {"failure", "error"}
+            outcome = "failed" if bad else "skipped" if "skipped" in tags else "passed"
+            counts[outcome] += 1
+            if outcome == "failed":
                 failures.append(f"{name}: {case.get('classname')}::{case.get('name')}")
     versions = "import json, torch, triton; print(json.dumps([torch.__version__, triton.__version__]))"
     torch, triton = json.loads(call(folder / "bin/python", "-c", versions))

@@ -365,8 +365,8 @@ def test_opcheck(scale):
         check(ops.lse_and_mean.default, (k, queue, by_value, on_device, 3, exclude, want, "triton"))
     lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, exclude, True, "triton")
     g_lse, g_mean = torch.randn_like(lse[0]), torch.randn_like(mean)
-    for g, row, x, bank in ((g_mean, g_mean, True, True), (None, None, False, True)):
-        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, "triton")
+    for g, g_row, want_x, want_queue in ((g_mean, g_mean, True, True), (None, None, False, True)):
+        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, g_row, want_x, want_queue, "triton")
         check(ops.lse_and_mean_vjp.default, arguments)
 
 

@@ -54,7 +54,7 @@ Incomplete()
 """
 
 
-def test_what_mypy_says(tmp_path):
+def test_mypy_results(tmp_path):
     for name, code in ("user", USER), ("wrong_user", WRONG_USER), ("wrong_backend", WRONG_BACKEND):
         (tmp_path / f"{name}.py").write_text(code)
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "."]
