@@ -315,9 +315,8 @@ def test_exclude_own_row(backend):
 
 @backends_of(*BACKENDS)
 def test_empty_row(backend):
-    x, queue, tau = to_device(backend, unit(3, 8), unit(1, 8), torch.tensor(0.1))
-    for t in (x, queue, tau):
-        t.requires_grad_()
+    inputs = to_device(backend, unit(3, 8), unit(1, 8), torch.tensor(0.1))
+    x, queue, tau = (t.requires_grad_() for t in inputs)
     exclude = to_device(backend, torch.tensor([0, -1, 0]))
     lse, mean = queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend)
     assert lse[0] == lse[2] == -torch.inf
