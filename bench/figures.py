@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from report import cells, groups, number, own
+from report import cells, groups, is_relssl, number
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -110,7 +110,7 @@ def section(path: Path, document: dict, folder: Path) -> str:
         if "ms" in e:
             name, ms, slowdown, spread, *rest = cells(e)
             row = [name, ms, f"{slowdown} ({spread})", *rest]
-            rows.append([f"**{cell}**" for cell in row] if own(e["peer"]) else row)
+            rows.append([f"**{cell}**" for cell in row] if is_relssl(e["peer"]) else row)
     first = markdown(["peer", "ms", "slowdown", "error", "MiB", "of torch.mm's rate"], rows)
     plots = "".join(plot(path, name, folder) for name in ALT)
     return f"{device(document)} {title}\n\n{first}\n\n{comparisons(others)}{plots}"
@@ -123,7 +123,7 @@ def comparisons(cases: list[tuple[str, list[dict]]]) -> str:
         others = [e for e in entries if "ms" in e and not e["peer"].startswith("relssl")]
         if others:
             best = min(others, key=lambda e: e["slowdown"][0])
-            timed = [e["ms"][0] for e in entries if "ms" in e and own(e["peer"])]
+            timed = [e["ms"][0] for e in entries if "ms" in e and is_relssl(e["peer"])]
             ours = timed[0] if timed else best["ms"][0] / best["slowdown"][0]
             eager = [f"{e['slowdown'][0]:.2f}" for e in others if e["peer"] == "eager"] or [""]
             rows.append([title, number(ours), eager[0], f"{best['slowdown'][0]:.2f}", best["peer"]])
@@ -134,7 +134,7 @@ def comparisons(cases: list[tuple[str, list[dict]]]) -> str:
 def limits(path: Path, document: dict, folder: Path) -> str:
     """Returns the device's rates, and the time that each permits for the first case."""
     title, entries = groups(document)[0]
-    ours = next(e for e in entries if "ms" in e and own(e["peer"]))
+    ours = next(e for e in entries if "ms" in e and is_relssl(e["peer"]))
     pairs = ours["rows"] * ours["size"]
     queue = ours["size"] * ours["dim"] * (4 if ours["dtype"] == "float32" else 2)
     needed = {
@@ -172,7 +172,7 @@ def growth(path: Path, document: dict, folder: Path) -> str:
     cells_of: dict[tuple[int, int], dict[str, str]] = {}
     for e in sorted((e for e in document["results"] if "bytes" in e), key=lambda e: -e["ms"][0]):
         if all(e[name] == first[name] for name in ("work", "grad", "dim", "dtype")):
-            peer = "relssl" if own(e["peer"]) else e["peer"]  # the fastest one, which comes last
+            peer = "relssl" if is_relssl(e["peer"]) else e["peer"]  # the fastest one, which comes last
             cell = f"{number(e['ms'][0])} ms, {number(e['bytes'] / 2**20)} MiB"
             cells_of.setdefault((e["rows"], e["size"]), {})[peer] = cell
     sizes = Counter(rows for rows, _ in cells_of)

@@ -35,7 +35,7 @@ class Peer:
     make: Callable[[Problem], Loss]
     form: str = "ce"  # of the relation loss
     normalises: bool = False  # it normalises its rows, so gradients are orthogonal to them
-    keeps: Callable[[Case], int] = lambda case: 0  # bytes that must fit into memory, roughly
+    memory: Callable[[Case], int] = lambda case: 0  # bytes, roughly
 
 
 PEERS: dict[str, dict[str, Peer]] = {}
@@ -63,7 +63,7 @@ def package(name: str, module: str) -> ModuleType:
         raise Unsupported(f"{name}: {missing}") from missing
 
 
-def solo(module: str) -> ModuleType:
+def solo_learn(module: str) -> ModuleType:
     """Imports a file of solo-learn's losses, which needs torch alone; the package would import Lightning."""
     found = importlib.util.find_spec("solo")
     if found is None or not found.submodule_search_locations:
@@ -89,7 +89,7 @@ def needs_gpu(p: Problem, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ relssl
 
 
-def fitting(p: Problem, backend: str) -> str:
+def check_backend(p: Problem, backend: str) -> str:
     if backend != "auto":
         why = backends.unsupported(backend, p.device, p.q.dtype, p.case.dim)
         if why is not None:
@@ -99,7 +99,7 @@ def fitting(p: Problem, backend: str) -> str:
 
 def ours(p: Problem, backend: str) -> Loss:
     """Returns relssl's loss by one of its backends; "auto" is the default."""
-    name, case = fitting(p, backend), p.case
+    name, case = check_backend(p, backend), p.case
     if case.work == "nt_xent":
         return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
     if case.work == "info_nce":
@@ -116,7 +116,7 @@ def ours(p: Problem, backend: str) -> Loss:
 
 for _work in ("relation", "multi_crop", "info_nce", "in_queue", "nt_xent"):
     for _name in backends.BACKENDS:
-        _traits = {"keeps": matrices} if _name == "reference" else {}
+        _traits = {"memory": matrices} if _name == "reference" else {}
         peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
 peer("relation", "relssl triton" + GRAPH)(partial(ours, backend="triton"))
 peer("relation", "relssl cuda/sm_90a")(partial(ours, backend="cuda/sm_90a"))
@@ -190,8 +190,8 @@ def compiled(p: Problem) -> Loss:
 
 
 for _work in EAGER:
-    peer(_work, "eager", keeps=matrices)(plain)
-    peer(_work, "torch.compile", keeps=matrices)(compiled)
+    peer(_work, "eager", memory=matrices)(plain)
+    peer(_work, "torch.compile", memory=matrices)(compiled)
 
 
 class _Attention(torch.autograd.Function):
@@ -286,7 +286,7 @@ def _(p: Problem) -> Loss:
 # ------------------------------------------------------------------------------------------------ packages
 
 
-@peer("relation", "liger-kernel", form="kl", keeps=lambda case: 40 * min(case.rows, 1024) * case.size)
+@peer("relation", "liger-kernel", form="kl", memory=lambda case: 40 * min(case.rows, 1024) * case.size)
 def _(p: Problem) -> Loss:
     """Distils a linear head in PyTorch, 1,024 rows at a time; it computes the head's gradient, too."""
     jsd = package("liger-kernel", "liger_kernel.chunked_loss.jsd_loss")
@@ -326,26 +326,26 @@ def _(p: Problem) -> Loss:
     return lambda: loss(p.q, p.queue, p.targets, 1 / INFO_NCE, head).mean()
 
 
-@peer("relation", "solo-learn", keeps=matrices)
+@peer("relation", "solo-learn", memory=matrices)
 def _(p: Problem) -> Loss:
     """Clones the queue, as its training step does before enqueueing."""
-    loss = solo("ressl").ressl_loss_func
+    loss = solo_learn("ressl").ressl_loss_func
     return lambda: loss(p.q, p.k, p.queue.clone().detach(), STUDENT, TEACHER)
 
 
-@peer("info_nce", "solo-learn", keeps=matrices)
+@peer("info_nce", "solo-learn", memory=matrices)
 def _(p: Problem) -> Loss:
-    loss = solo("moco").moco_loss_func
+    loss = solo_learn("moco").moco_loss_func
     return lambda: loss(p.q, p.k, p.columns.clone().detach(), INFO_NCE)
 
 
-@peer("nt_xent", "solo-learn", normalises=True, keeps=matrices)
+@peer("nt_xent", "solo-learn", normalises=True, memory=matrices)
 def _(p: Problem) -> Loss:
-    loss = solo("simclr").simclr_loss_func
+    loss = solo_learn("simclr").simclr_loss_func
     return lambda: loss(p.q, p.k, NT_XENT)
 
 
-@peer("info_nce", "lightly", normalises=True, keeps=matrices)
+@peer("info_nce", "lightly", normalises=True, memory=matrices)
 def _(p: Problem) -> Loss:
     """Clones its memory bank for every batch and enqueues: both are in its time."""
     module = lightly("lightly.loss.ntx_ent_loss")
@@ -354,7 +354,7 @@ def _(p: Problem) -> Loss:
     return lambda: loss(p.q, p.k)
 
 
-@peer("nt_xent", "lightly", normalises=True, keeps=matrices)
+@peer("nt_xent", "lightly", normalises=True, memory=matrices)
 def _(p: Problem) -> Loss:
     loss = lightly("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=NT_XENT)
     return lambda: loss(p.q, p.k)
@@ -364,7 +364,7 @@ def _(p: Problem) -> Loss:
     "nt_xent",
     "pytorch-metric-learning",
     normalises=True,
-    keeps=lambda case: 24 * case.pairs * 2 * case.rows,  # each positive with all pairs of the batch
+    memory=lambda case: 24 * case.pairs * 2 * case.rows,  # each positive with all pairs of the batch
 )
 def _(p: Problem) -> Loss:
     losses = package("pytorch-metric-learning", "pytorch_metric_learning.losses")

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from report import own
+from report import is_relssl
 
 OURS, GREY = "#1f5fa8", "#8a8a8a"
 COLOURS = {
@@ -52,7 +52,7 @@ def digest(path: Path) -> str:
 
 
 def colour(name: str) -> str:
-    return COLOURS.get(name, OURS if own(name) else GREY)
+    return COLOURS.get(name, OURS if is_relssl(name) else GREY)
 
 
 def timed(document: dict, work: str) -> list[dict]:
@@ -72,9 +72,9 @@ def by_size(document: dict) -> Figure | None:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.6), layout="constrained")
     names = list(dict.fromkeys(e["peer"] for e in entries))
-    for name in sorted(names, key=own):  # Ours last, above the others.
+    for name in sorted(names, key=is_relssl):  # relssl is last, above the others.
         line = {"color": colour(name), "marker": "o", "markersize": 3.5}
-        line |= {"linewidth": 2.6, "zorder": 5} if own(name) else {"linewidth": 1.4}
+        line |= {"linewidth": 2.6, "zorder": 5} if is_relssl(name) else {"linewidth": 1.4}
         mine = [e for e in entries if e["peer"] == name and (e["rows"], e["dim"], e["dtype"]) == batch]
         if not mine:
             continue
@@ -107,7 +107,7 @@ def rates(document: dict) -> Figure | None:
     figure, axis = plt.subplots(figsize=(8.4, 0.6 + 0.34 * len(entries) + 0.8), layout="constrained")
     parts = [e["flop_rate"] / e["matmul_rate"] for e in entries]
     names = [e["peer"] for e in entries]
-    bars = axis.barh(names, parts, color=[OURS if own(n) else GREY for n in names], height=0.68)
+    bars = axis.barh(names, parts, color=[OURS if is_relssl(n) else GREY for n in names], height=0.68)
     axis.bar_label(bars, [f"{p:.2f}" for p in parts], padding=3)
     axis.axvline(1.0, color="black", linewidth=1, linestyle="--")
     axis.text(
@@ -130,7 +130,7 @@ def roofline(document: dict) -> Figure | None:
     entries = [
         e
         for e in timed(document, "relation")
-        if e["grad"] and own(e["peer"]) and e["size"] >= 65_536 and e["dtype"] == dtype
+        if e["grad"] and is_relssl(e["peer"]) and e["size"] >= 65_536 and e["dtype"] == dtype
     ]
     if not entries:
         return None

@@ -120,7 +120,7 @@ def show(document: dict, width: int) -> None:
             if "of_fma_rate" in entry:
                 rate = f"{entry['of_fma_rate']:.2f} of the rate of multiply-adds in registers"
                 console.print(f"  {entry['peer']}: {rate}", style="dim")
-            if "host_us" in entry and own(entry["peer"]):
+            if "host_us" in entry and is_relssl(entry["peer"]):
                 host = f"the host takes {entry['host_us']:.0f} µs a call"
                 console.print(f"  {entry['peer']}: {host}", style="dim")
             if "loss_share" in entry:
@@ -136,7 +136,7 @@ def groups(document: dict) -> list[tuple[str, list[dict]]]:
     return [(t, sorted(e, key=lambda x: x["ms"][0] if "ms" in x else float("inf"))) for t, e in found.items()]
 
 
-def own(name: str) -> bool:
+def is_relssl(name: str) -> bool:
     """Returns whether a peer is one of relssl's kernels, not its PyTorch code."""
     return name.startswith("relssl") and name not in ("relssl chunked", "relssl reference")
 

@@ -41,7 +41,7 @@ def problem(request) -> Problem:
 def test_loss(problem, name, benchmark, results, full):
     case, peer = problem.case, find(problem.case.work, name)
     try:
-        needed, free = peer.keeps(case), available_bytes()
+        needed, free = peer.memory(case), available_bytes()
         if needed > free:
             gib = f"{needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free"
             raise Unsupported(f"{name} would need some {gib}")

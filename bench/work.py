@@ -109,7 +109,7 @@ class Problem:
 
     @cached_property
     def exact(self) -> tuple[dict[str, float], list[Tensor]]:
-        """In float64, the mean loss ("ce" and "kl" of the relation loss) and its gradient for each leaf."""
+        """The mean loss ("ce" and "kl" of the relation loss) and its gradient for each leaf, in float64."""
         case = self.case
         queue = self.queue.double()
         losses: dict[str, float] = {}

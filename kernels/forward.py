@@ -1,6 +1,6 @@
 """Forward: sums and mean of a block of rows over one split of the queue, writing nothing of size R x K.
 
-Flash attention with a scale per row and the queue for both keys and values: a tile is loaded once and serves
+Flash attention with a scale per row and the queue for both keys and values: a tile is loaded once for
 both products. A program owns BLOCK_M rows of the stacked [first; second] and the queue rows of one split; it
 leaves, for each of its rows and that split,
 
@@ -13,12 +13,12 @@ where s_j = <x, m_j>, p_j is 2^(c (s_j - r)) rounded to the tile's dtype and l' 
 The shift r is a similarity, subtracted before scaling: the difference of two large ones is exact. FIXED
 tries r = 0 first, which needs no maximum and no rescaling of O, and checks afterwards whether any row left
 the range in which that is exact; only then does the program start again with a running maximum (Milakov &
-Gimelshein 2018). float16 cannot hold 2^(c s), and starts there.
+Gimelshein 2018). 2^(c s) may overflow float16, which starts there.
 
 specialised.py makes the first try in a launch of its own; REDO is the second to that: it ends at once where
 the sums that it finds are exact.
 
-TMA has the copy engine of Hopper and later fetch whole tiles, which frees the registers that addresses take.
+TMA loads whole tiles on Hopper and later, which frees the registers that addresses take.
 """
 
 import triton

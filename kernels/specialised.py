@@ -1,9 +1,9 @@
 """Forward with specialised warps, for Hopper and Blackwell: a candidate that runs only where it is named.
 
-It leaves what forward.py leaves, but Triton gives copies, matrix products and exponentials warps of their
-own, which overlap. That takes one loop a kernel, and rows of x that the copy engine can fetch: so a block has
-rows of one stack, nothing is left out (exclude), and what a fixed shift does not serve is marked by a sum
-that is no number or out of range, for forward.py to do again in a launch of its own (REDO there).
+It stores what forward.py stores, but Triton gives copies, matrix products and exponentials warps of their
+own, which overlap. That takes one loop a kernel, and rows of x that TMA can load: so a block has rows
+of one stack, exclude is not supported, and rows for which the fixed shift is not exact are marked by a sum
+that is NaN or out of range, for forward.py to recompute in a launch of its own (REDO there).
 
 It takes 16-bit rows, D = 64 and 128. No GPU has run it.
 """

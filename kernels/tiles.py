@@ -1,7 +1,7 @@
 """Tiles for each chip, width and dtype.
 
 The tables hold what Triton 3.5 to 3.8 compiles without spilling registers (docs/kernels.md); the choice
-among the tiles that do awaits a measurement.
+among the tiles that do is not measured yet.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
     # Columns that similarities are summed over at a time; see common.product. The same forward and backward,
     # where p = exp(logit - lse) must be of the logits that lse was of.
     chunk: int = WHOLE
-    tma: bool = False  # whether the copy engine may fetch the queue (Hopper and later; forward passes)
+    tma: bool = False  # whether TMA may load the queue (Hopper and later; forward passes)
     specialised: bool = False  # whether the kernel is specialised.py's (Hopper and later; forward passes)
 
 

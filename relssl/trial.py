@@ -294,7 +294,7 @@ def _status(name: str) -> int:
 # --------------------------------------------------------------------------------------------- the process
 
 
-def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+def serve(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     task = json.loads(next(lines))
     backend, device, dim = task["backend"], task["device"], task["dim"]
     dtype = getattr(torch, task["dtype"])
@@ -330,5 +330,5 @@ def in_a_line(error: Exception) -> str:
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What the code prints must not stand among the answers.
-    for answer in answers(iter(sys.stdin)):
+    for answer in serve(iter(sys.stdin)):
         print(json.dumps(answer), file=out, flush=True)

@@ -60,8 +60,8 @@ class Trial:
             env=os.environ | {"RELSSL_TUNE": "0"}, text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        self.errors = ThreadPoolExecutor(1)  # Its standard error is read all along, lest it wait for that.
-        self.said = self.errors.submit(self.process.stderr.read)  # type: ignore[union-attr]
+        self.errors = ThreadPoolExecutor(1)  # Standard error is read all along: its pipe must not fill up.
+        self.stderr = self.errors.submit(self.process.stderr.read)  # type: ignore[union-attr]
 
     def verify(self) -> None:
         self.verdict = self.request(self.task)
@@ -91,7 +91,7 @@ class Trial:
         self.kill()  # what it started itself, and would leave behind
         if status < 0:
             return f"crashed: {signal.Signals(-status).name}"
-        last = self.said.result().strip().splitlines()[-1:]
+        last = self.stderr.result().strip().splitlines()[-1:]
         return f"crashed: exit status {status}" + "".join(f", {line}" for line in last)
 
     def kill(self) -> None:

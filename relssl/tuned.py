@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 
 _adopted: Record | None = None  # the choices of a training run, in place of the file's
-_found: dict[tuple, tuple[Choice, ...]] = {}  # by device type and dtype
+_choices: dict[tuple, tuple[Choice, ...]] = {}  # by device type and dtype
 _advised = False
 
 
@@ -102,7 +102,7 @@ def store(own: str, entries: list[dict[str, Any]]) -> None:
         partial.replace(file)  # Whole or not at all, beside other writers.
     finally:
         partial.unlink(missing_ok=True)
-    _found.clear()
+    _choices.clear()
 
 
 def _shape(entry: dict[str, Any]) -> tuple:
@@ -122,7 +122,7 @@ def adopt(record: Record | None) -> None:
     """Puts these choices in force in place of the file's; with None, the file's again."""
     global _adopted
     _adopted = record
-    _found.clear()
+    _choices.clear()
 
 
 def matching(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
@@ -137,9 +137,9 @@ def matching(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
 @constant_result
 def choices(device: str, dtype: torch.dtype) -> tuple[Choice, ...]:
     """Returns `matching`, which is called once."""
-    found = _found.get((device, dtype))
+    found = _choices.get((device, dtype))
     if found is None:
-        found = _found[device, dtype] = matching(device, dtype)
+        found = _choices[device, dtype] = matching(device, dtype)
         if device == "cuda" and not found:
             _advise()
     return found

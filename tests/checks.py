@@ -1,4 +1,4 @@
-"""A loss of the package against the oracle, as every test of numbers asks for it."""
+"""Compares the losses of the package with the oracle, and parametrizes tests."""
 
 import os
 
@@ -21,7 +21,7 @@ from relssl import backends
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import queue_logsumexp, relation_loss
 
-EMULATED = False  # whether the CUDA kernels run on the CPU (emulated.py), while a test says so
+EMULATED = False  # set by tests while the CUDA kernels run on the CPU (emulated.py)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
 BACKENDS = ["cpu", "chunked", "reference", "triton"]
 
@@ -31,19 +31,19 @@ def device(backend):
     return "cuda" if gpu.get(backend) else "cpu"
 
 
-def on(backend, *tensors):
-    """Where the backend computes."""
+def to_device(backend, *tensors):
+    """Moves tensors to the device that the backend computes on."""
     moved = [t.to(device(backend)) for t in tensors]
     return moved if len(moved) > 1 else moved[0]
 
 
 def marked(*values, backend):
-    """A pytest parameter, skipped without a GPU if the backend needs one."""
+    """Returns a pytest parameter, skipped without a GPU if the backend needs one."""
     return pytest.param(*values, marks=[pytest.mark.gpu] * (device(backend) == "cuda"))
 
 
 def slow_if_interpreted(*values):
-    """A pytest parameter, left to make test-slow in Triton's interpreter alone."""
+    """Returns a pytest parameter, which is slow in Triton's interpreter alone."""
     return pytest.param(*values, marks=[pytest.mark.slow] * INTERPRETED)
 
 
@@ -52,7 +52,7 @@ def backends_of(*names):
 
 
 def every(*dtypes):
-    """Each of the dtypes with each backend that takes it."""
+    """Parametrizes a test by the dtypes, each with every backend that supports it."""
 
     def takes(name, dtype):
         if device(name) == "cuda":
@@ -72,7 +72,7 @@ def temperature(value, like):
 
 
 def weigh(shape, reduction):
-    """A cotangent of the reduced loss, what it gives each row, and the norm of that many ones."""
+    """Returns a cotangent of the reduced loss, the rows' cotangents, and the norm of as many ones."""
     (g,) = cotangents_like(shape if reduction == "none" else ())
     rows = shape.numel()
     if reduction == "none":
@@ -82,7 +82,7 @@ def weigh(shape, reduction):
 
 
 def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False):
-    q, k, queue = on(backend, q, k, queue)
+    q, k, queue = to_device(backend, q, k, queue)
     g, weights, ones = weigh(q.shape[:-1], reduction)
     agree(
         lambda q, k, queue, tau_s, tau_t: relation_loss(
@@ -102,7 +102,7 @@ def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", d
 
 
 def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
-    q, k, queue = on(backend, q, k, queue)
+    q, k, queue = to_device(backend, q, k, queue)
     g, weights, ones = weigh(q.shape[:-1], reduction)
     agree(
         lambda q, k, queue, tau: our_info_nce(
@@ -116,8 +116,8 @@ def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
 
 
 def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
-    x, queue = on(backend, x, queue)
-    exclude = None if exclude is None else on(backend, exclude)
+    x, queue = to_device(backend, x, queue)
+    exclude = None if exclude is None else to_device(backend, exclude)
     g = cotangents_like(x.shape[:1], x.shape)
     agree(
         lambda x, queue, tau: queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend),
@@ -129,8 +129,8 @@ def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
 
 
 def check_weight(q, k, queue, backend):
-    """A backend's sums and the gradients of q that go with them, against what it has for the rows."""
-    q, k, queue, tensor = on(backend, q, k, queue, torch.tensor([5.0]))
+    """Compares a backend's weighted sums, and their gradients of q, with the losses of the rows."""
+    q, k, queue, tensor = to_device(backend, q, k, queue, torch.tensor([5.0]))
     own = backends.BACKENDS[backend]
     for run in (
         lambda *how: own.relation(q, k, queue, [10.0, 25.0], "kl", *how)[::2],
@@ -149,7 +149,7 @@ def check_weight(q, k, queue, backend):
 
 
 def losses(q, k, queue, backend, tau=0.2, exclude=None):
-    """A row's value of each loss, and the primitive's two."""
+    """Returns each loss without reduction, and lse and mean."""
     how = {"reduction": "none", "backend": backend}
     return (
         relation_loss(q, k, queue, student_temperature=tau, **how),

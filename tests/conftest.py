@@ -9,7 +9,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-os.environ["RELSSL_TUNE"] = "0"  # What has been tuned on this machine is no concern of the tests.
+os.environ["RELSSL_TUNE"] = "0"  # Tests ignore what has been tuned on this machine.
 
 # --import-mode=importlib leaves sys.path alone; the tests import from these folders.
 ROOT = Path(__file__).parents[1]
@@ -18,10 +18,10 @@ sys.path[:0] = [str(ROOT / name) for name in ("tests", "bench", "tools")]
 
 @pytest.fixture(autouse=INTERPRETED, scope="session")
 def products_rounded_once():
-    """Triton's interpreter multiplies with a BLAS whose last digits depend on where in a matrix a row stands.
+    """Triton's interpreter uses a BLAS whose last digits depend on a row's position in its matrix.
 
-    Those of a matrix instruction do not, and backward relies on it: p = exp(logit - lse) must be of the
-    logits that lse was of.
+    Those of a matrix instruction do not, and backward relies on it: p = exp(logit - lse) must use the
+    logits that lse was computed from.
     """
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -44,7 +44,7 @@ def seed():
 
 @pytest.fixture
 def one_thread():
-    """For many tiny problems: waking OpenMP's threads would take ten times as long as the work."""
+    """For many tiny problems, on which OpenMP's threads would take ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,7 @@ def one_thread():
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """The command line in this process, from an empty folder: command("info").returncode, stdout, stderr."""
+    """Runs a command in this process, in an empty folder: command("info").returncode, stdout, stderr."""
     from relssl.cli import main
 
     monkeypatch.chdir(tmp_path)

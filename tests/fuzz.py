@@ -1,4 +1,4 @@
-"""Random calls of the losses against the oracle: `make fuzz`, not part of the suite.
+"""Compares random calls of the losses with the oracle: `make fuzz`, not part of the suite.
 
     python tests/fuzz.py [--backend cpu] [--calls 10000] [--seed 0]
 
@@ -28,15 +28,15 @@ def log_uniform(low, high):
 
 
 def strided(t):
-    """The same values at other strides."""
-    kind = random.randrange(4)
-    if kind == 0:
+    """Returns the same values at other strides."""
+    layout = random.randrange(4)
+    if layout == 0:
         return t
-    if kind == 1:
+    if layout == 1:
         return t.mT.contiguous().mT
     larger = t.new_full([n + random.randrange(3) for n in t.shape], torch.nan)
     view = larger[tuple(slice(0, n) for n in t.shape)]
-    if kind == 2:
+    if layout == 2:
         larger = t.new_full([2 * n for n in t.shape], torch.nan)
         view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
@@ -56,7 +56,7 @@ def good_cuda(module, seed):
     emulated.install(module, setattr, random.choice([80, 90]), processors=random.choice([1, 2, 3, 7]))
     dtype, dim = random.choice([torch.bfloat16, torch.float16]), random.choice(emulated.WIDTHS)
     rows, size = random.randint(1, 140), random.randint(1, 700)
-    most = 100 if dtype == torch.bfloat16 else 3  # or gradients would not fit
+    most = 100 if dtype == torch.bfloat16 else 3  # larger gradients overflow float16
     inputs = batch(random.choice([None, 1, 3]), rows, size, dim, dtype, log_uniform(0.01, most))
     check(inputs, (log_uniform(0.005, 10), log_uniform(0.005, 10)), "cuda")
 

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from relssl import FeatureQueue
 
 
-def gather(rank, world, folder):
+def gather(rank, world_size, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     queue = FeatureQueue(7, 3)
     found = {"start": queue.rows.clone()}
     for step in range(2):

@@ -1,10 +1,10 @@
-"""Try relssl with every torch that pyproject.toml admits, each with the Triton that it brings.
+"""Tests relssl with every torch that pyproject.toml admits, each with the Triton that it brings.
 
     python tests/matrix.py [CELL ...] [--prepare] [--keep]        a CELL is PYTHON-TORCH, as in 3.11-2.9.1
 
 For each cell it makes an environment in build/matrix, with torch and the package as pip installs them. There
 it runs the tests of ops, autograd, torch.compile, queue and errors, compiles Triton's kernels for every chip,
-and holds them to the oracle in Triton's interpreter. The result is a row of docs/compatibility.md; rows of
+and compares them with the oracle in the interpreter. The result is a row of docs/compatibility.md; rows of
 other cells stay. It downloads gigabytes, takes minutes a cell, and removes the environments after it.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def environment(folder: Path, python: str, torch: str) -> None:
-    """torch first, then the rest without anything that would replace it; the package anew."""
+    """Installs torch, then the rest without anything that would replace it, then the package."""
     run = folder / "bin" / "python"
     pip = [run, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
     if not (folder / "made").exists():
@@ -97,7 +97,7 @@ def environment(folder: Path, python: str, torch: str) -> None:
 
 
 def tried(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The cell's row, without Python and torch, and the names of the tests that failed."""
+    """Returns the cell's row, without Python and torch, and the names of failed tests."""
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
     failures = []
     for name, arguments, more in (
@@ -111,16 +111,11 @@ def tried(folder: Path) -> tuple[dict[str, str], list[str]]:
             environ = os.environ | {"OMP_NUM_THREADS": "1"} | more
             subprocess.run([*command, f"--junitxml={report}", *arguments], cwd=ROOT, env=environ, stdout=log)
         for case in ElementTree.parse(report).iter("testcase"):
-            outcome = {child.tag for child in case}
-            kind = (
-                "failed"
-                if outcome & {"failure", "error"}
-                else "skipped"
-                if "skipped" in outcome
-                else "passed"
-            )
-            counts[kind] += 1
-            if kind == "failed":
+            tags = {child.tag for child in case}
+            bad = tags & {"failure", "error"}
+            outcome = "failed" if bad else "skipped" if "skipped" in tags else "passed"
+            counts[outcome] += 1
+            if outcome == "failed":
                 failures.append(f"{name}: {case.get('classname')}::{case.get('name')}")
     versions = "import json, torch, triton; print(json.dumps([torch.__version__, triton.__version__]))"
     torch, triton = json.loads(call(folder / "bin/python", "-c", versions))
@@ -130,7 +125,7 @@ def tried(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def record(python: str, torch: str, row: dict[str, str]) -> None:
-    """Put the row into the page, in the order of CELLS."""
+    """Writes the row into the page, in the order of CELLS."""
     rows = {}
     if PAGE.exists():
         for line in PAGE.read_text().splitlines():
@@ -143,7 +138,7 @@ def record(python: str, torch: str, row: dict[str, str]) -> None:
 
 
 def call(*command: object, **environ: str) -> str:
-    """Output of a command, from an empty place, so that no source folder stands in for the package."""
+    """Returns the output of a command that runs in an empty folder, to import the installed package."""
     parts = [str(part) for part in command]
     run = subprocess.run(parts, cwd=FOLDER, env=os.environ | environ, capture_output=True, text=True)
     if run.returncode:

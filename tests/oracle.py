@@ -1,8 +1,8 @@
-"""The losses written from the papers' formulas with torch's own building blocks; the error budget.
+"""The losses, written from the papers' formulas with torch's own functions, and the error budget.
 
-Nothing here is shared with the package: softmax, kl_div and cross_entropy do the work, autograd the
-gradients. In float64 these are the oracle; in a test's own dtype they are the eager code whose
-error sets the budget that a backend has (`check`). `agree` holds outputs and all gradients to both.
+Nothing here is shared with the package: it uses softmax, kl_div, cross_entropy and autograd.
+In float64 these are the oracle; in a test's own dtype they are the eager code whose
+error sets the budget that a backend has (`check`). `agree` compares outputs and all gradients with both.
 """
 
 from math import log
@@ -14,9 +14,9 @@ FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.
 
 
 def unit(*shape, dtype=torch.float32, norm=1.0):
-    """Random rows of one norm."""
-    kind = torch.promote_types(dtype, torch.float32)
-    return (F.normalize(torch.randn(*shape, dtype=kind), dim=-1) * norm).to(dtype)
+    """Returns random rows of one norm."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (F.normalize(torch.randn(*shape, dtype=wide), dim=-1) * norm).to(dtype)
 
 
 def is_float(t):
@@ -27,7 +27,7 @@ def is_float(t):
 
 
 def relation(q, k, queue, tau_s, tau_t, form):
-    """KL(p_t || p_s) or cross-entropy H(p_t, p_s), [B] or [V, B]; and H(p_t), [B]."""
+    """Returns KL(p_t || p_s) or cross-entropy H(p_t, p_s), [B] or [V, B]; and H(p_t), [B]."""
     student, teacher = (q @ queue.mT) / tau_s, (k @ queue.mT) / tau_t
     p_t = F.softmax(teacher, -1)
     if form == "kl":
@@ -42,7 +42,7 @@ def relation(q, k, queue, tau_s, tau_t, form):
 
 
 def info_nce(q, k, queue, tau):
-    """Cross-entropy of [positive, negatives] / tau with class 0, as MoCo's code has it."""
+    """Returns the cross-entropy of [positive, negatives] / tau with class 0, as in MoCo's code."""
     positive = (q * k).sum(-1, keepdim=True)
     logits = torch.cat((positive, q @ queue.mT), -1) / tau
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
@@ -51,16 +51,16 @@ def info_nce(q, k, queue, tau):
 
 
 def logsumexp(x, queue, tau, exclude=None):
-    """lse [R] and mean [R, D]; with `exclude` row by row over the queue rows that are left."""
+    """Returns lse [R] and mean [R, D]; with `exclude`, row by row over the other queue rows."""
     if exclude is None:
         logits = x @ queue.mT / tau
         return torch.logsumexp(logits, -1), F.softmax(logits, -1) @ queue
     lse, mean = [], []
     for row, own in zip(x, exclude.tolist(), strict=True):
-        bank = torch.cat((queue[:own], queue[own + 1 :])) if own >= 0 else queue
-        logits = bank @ row / tau
-        lse.append(torch.logsumexp(logits, 0) if len(bank) else row.new_full((), -torch.inf))
-        mean.append(F.softmax(logits, 0) @ bank if len(bank) else torch.zeros_like(row))
+        rest = torch.cat((queue[:own], queue[own + 1 :])) if own >= 0 else queue
+        logits = rest @ row / tau
+        lse.append(torch.logsumexp(logits, 0) if len(rest) else row.new_full((), -torch.inf))
+        mean.append(F.softmax(logits, 0) @ rest if len(rest) else torch.zeros_like(row))
     return torch.stack(lse), torch.stack(mean)
 
 
@@ -68,9 +68,9 @@ def logsumexp(x, queue, tau, exclude=None):
 
 
 def check(name, got, exact, eager, scale, floor):
-    """Fail unless |got - exact| <= 2 |eager - exact| + floor * max(|exact|, scale), in norm.
+    """Fails unless |got - exact| <= 2 |eager - exact| + floor * max(|exact|, scale), in norm.
 
-    Where eager code overflows it sets no example: nothing is added to the floor.
+    Where eager code overflows, its error counts as zero.
     """
     got, eager = got.detach().double().cpu(), eager.detach().double()
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
@@ -81,7 +81,7 @@ def check(name, got, exact, eager, scale, floor):
 
 
 def evaluate(run, inputs, cotangents):
-    """The outputs of run(**inputs) and, by name, the gradients of the floating-point tensors."""
+    """Returns the outputs of run(**inputs) and, by name, the gradients of the floating-point tensors."""
     inputs = {name: t.detach().requires_grad_() if is_float(t) else t for name, t in inputs.items()}
     outputs = run(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -92,20 +92,19 @@ def evaluate(run, inputs, cotangents):
 
 
 def cotangents_like(*shapes):
-    """Uneven positive and negative weights that every dtype holds exactly."""
+    """Returns random weights that every dtype represents exactly."""
     return [torch.randn(shape).bfloat16().double() for shape in shapes]
 
 
 def agree(ours, formula, inputs, cotangents, scales, dtype, logit, drawn=False):
-    """ours(**inputs) against formula(**inputs): outputs and the gradient of every tensor.
+    """Compares ours(**inputs) with formula(**inputs): outputs and the gradient of every tensor.
 
     `scales` has the size below which an error does not count: one entry per output ("0", "1") and
     one per input. For a gradient it is (largest slope) * |cotangent|.
 
-    The floor is FLOOR. For `drawn` inputs it is at least an ulp of the largest `logit`, which is what
-    any code errs by that rounds its logits: eager code is now and then right by luck, when roundings
-    vanish among few rows or round numbers, and random draws find that. So it is for float64, whose
-    oracle has no more digits than itself.
+    The floor is FLOOR. For `drawn` inputs it is at least an ulp of the largest `logit`, the error
+    of code that rounds its logits: eager code is sometimes exact by chance, with few rows or round
+    numbers. The same holds for float64, where the oracle is no more precise than the code.
     """
     limited = drawn or dtype == torch.float64
     ulp = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * logit
@@ -125,12 +124,12 @@ def agree(ours, formula, inputs, cotangents, scales, dtype, logit, drawn=False):
 
 
 def largest_logit(*sides, queue):
-    """A bound on <x, m> / tau; sides are (x, tau)."""
+    """Returns a bound on <x, m> / tau; sides are (x, tau)."""
     return max(_widest(x) / float(tau) for x, tau in sides) * _widest(queue)
 
 
 def _widest(t):
-    """The largest row norm."""
+    """Returns the largest row norm."""
     return float(t.detach().double().norm(dim=-1).max())
 
 
@@ -139,7 +138,7 @@ LEAST = 1e-7 / FLOOR[torch.bfloat16]
 
 
 def relation_scales(q, k, queue, tau_s, tau_t, g, ones):
-    """Of the loss: the size of the log-probabilities it is made of."""
+    """The loss has the size of the log-probabilities that it is a sum of."""
     c_s, c_t, m, w = 1 / float(tau_s), 1 / float(tau_t), _widest(queue), float(g.norm())
     theta_s, theta_t = c_s * _widest(q), c_t * _widest(k)
     return {

@@ -128,9 +128,9 @@ def runs(folder):
     }
 
 
-def both(rank, world, folder):
+def both(rank, world_size, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     found = {case: steps(case) for case in CASES} | {"runs": runs(Path(folder))}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -41,7 +41,7 @@ def test_every_operation_has_a_case():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_operations_are_pils(name):
+def test_operations_equal_pils(name):
     value, pil, level, share = CASES[name]
     generator = np.random.default_rng(0)
     coarse = generator.integers(20, 230, (8, 8, 3)).astype(np.uint8)  # Smooth, and without the full range.

@@ -1,4 +1,4 @@
-"""Derivatives as autograd serves them: any order, any caller, and a queue that moves before backward."""
+"""Tests derivatives of any order, under torch.func and autocast, and with a queue that changes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from relssl.functional import info_nce, queue_logsumexp, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BACKENDS = ["chunked", "reference"]  # those that take float64
+BACKENDS = ["chunked", "reference"]  # those that support float64
 
 
 def leaves(*tensors):
@@ -63,7 +63,7 @@ def test_queue_logsumexp_to_second_order(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", [relation_loss, info_nce])
 def test_enqueue_before_backward_changes_nothing(backend, loss):
-    """On top of that the keys and the temperature want gradients, which also come from the old queue."""
+    """The gradients of keys and temperature must come from the old queue, too."""
     q, k, _ = batch(rows=8, dim=16)
     grads = []
     for enqueue in (False, True):
@@ -94,7 +94,7 @@ def test_double_backward_after_an_enqueue_raises():
     for loss in losses.values():
         with pytest.raises(RuntimeError, match="queue has changed since the forward pass"):
             torch.autograd.grad(loss, q, create_graph=True, retain_graph=True)
-        assert torch.isfinite(torch.autograd.grad(loss, q)[0]).all()  # the first order still knows it
+        assert torch.isfinite(torch.autograd.grad(loss, q)[0]).all()  # of the old queue
     with pytest.raises(RuntimeError, match="queue has changed since the forward pass"):
         mean.backward()
 
@@ -111,7 +111,7 @@ def test_changed_queue_that_requires_grad_raises():
 
 @pytest.mark.parametrize("wants", ["q", "all"])
 def test_backward_twice_with_another_factor(wants):
-    """Saved gradients must not be scaled in place: twice, and with grad_output 3 and then 1."""
+    """Saved gradients must not be scaled in place: backward runs with grad_output 3 and then 1."""
     q, k, queue = (t.requires_grad_(wants == "all" or i == 0) for i, t in enumerate(batch(rows=5, dim=8)))
     inputs = [t for t in (q, k, queue) if t.requires_grad]
     loss = relation_loss(q, k, queue)
@@ -123,8 +123,8 @@ def test_backward_twice_with_another_factor(wants):
         assert torch.equal(b, c)
 
 
-def test_loss_scale_meets_the_gradient_before_16_bit_storage():
-    """Gradients of 1e-7 and less vanish in float16; times 65,536 first, they keep their digits."""
+def test_loss_scale_is_applied_before_16_bit_rounding():
+    """Gradients of 1e-7 and less underflow in float16, unless they are multiplied by 65,536 first."""
     q, k, queue = (t.half() for t in batch(rows=64, size=100, dim=16))
     q.requires_grad_()
     weight = 1e-5
@@ -184,14 +184,14 @@ def test_autocast_computes_in_its_dtype_and_gives_float32(backend, loss):
         x = inputs[0].clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
             value = loss(x, *inputs[1:], backend=backend)
-            if backend != "reference":  # Eager code wants its backward outside, as torch says.
+            if backend != "reference":  # Eager code must run backward outside autocast.
                 (grad,) = torch.autograd.grad(value, x)
         if backend == "reference":
             (grad,) = torch.autograd.grad(value, x)
         values.append(value)
         grads.append(grad)
     assert values[0].dtype == grads[0].dtype == torch.float32
-    # The same values, sums in float32, and a float32 gradient that bfloat16 never touched.
+    # The same values, sums in float32, and a float32 gradient that was never rounded to bfloat16.
     torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
@@ -204,7 +204,7 @@ def test_autocast_leaves_float64_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_queue_decides(dtype):
+def test_a_16_bit_queue_determines_the_dtype(dtype):
     q, k, queue = batch(rows=6, size=50, dim=32)
     ours = q.clone().requires_grad_()
     # Chunked keeps p in float32. The C++ kernel rounds it to bfloat16 where the CPU multiplies that.
@@ -232,7 +232,7 @@ def test_without_gradients(mode):
 
 
 def test_inference_tensors_as_queue():
-    """They have no version counter: the first order works, the second is refused, not guessed."""
+    """They have no version counter: the first order works, the second raises."""
     q, k, _ = batch(rows=6, dim=32)
     with torch.inference_mode():
         queue = unit(50, 32)
@@ -266,7 +266,7 @@ def test_a_16_bit_gradient_is_the_product_rounded_once(reduction, backend, loss)
 
 @LOSSES
 def test_float16_gradients_keep_their_digits_until_the_loss_is_scaled_back(loss):
-    """Of 1e-7, where float16 has one digit at most: a GradScaler's factor comes before the rounding."""
+    """Gradients of 1e-7 have one digit in float16: a GradScaler's factor must precede the rounding."""
     q, k, queue = (t.half() for t in batch(rows=64, size=50, dim=32))
     name = "temperature" if loss is info_nce else "student_temperature"
     how = {name: 2000.0, "backend": "chunked"}
@@ -305,7 +305,7 @@ def test_16_bit_gradients_of_many_cotangents_at_once(loss):
         torch.testing.assert_close(grad, torch.autograd.grad(rows, q, g, retain_graph=True)[0])
 
 
-def test_a_loss_that_nobody_used_has_no_gradient():
+def test_an_unused_loss_has_no_gradient():
     class Nothing(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):

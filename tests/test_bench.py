@@ -76,7 +76,7 @@ def formula(p):
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
-def test_yardstick(case, monkeypatch):
+def test_exact_results(case, monkeypatch):
     monkeypatch.setattr(work, "BLOCK", 2 * 64)  # So that there are several blocks of rows.
     problem = work.Problem(case, "cpu")
     loss, grads = formula(problem)
@@ -84,12 +84,12 @@ def test_yardstick(case, monkeypatch):
     for ours, theirs in zip(problem.exact[1], grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert problem.error(loss, list(grads)) < 1e-12
-    # A loss that is off by a thousandth shows, and so does a gradient.
+    # An error of a thousandth in the loss or a gradient is detected.
     assert problem.error(loss * 1.001, list(grads)) == pytest.approx(1e-3, rel=1e-3)
     assert problem.error(loss, [g * 0.999 for g in grads]) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_gradient_without_the_queue_is_noticed():
+def test_a_gradient_without_the_queue_is_detected():
     """At the benchmark's size, where a peer might skip every small probability of InfoNCE."""
     problem = work.Problem(work.Case("in_queue", 32, 65_536, 128), "cpu")
     loss = torch.tensor(problem.exact[0]["ce"])
@@ -121,7 +121,7 @@ def test_queues_agree(name):
     assert torch.equal(queue.rows(), torch.cat((keys.flatten(0, 1), start[6:])))
 
 
-def test_absent_peers_say_so(monkeypatch):
+def test_absent_peers_give_the_reason(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     problem = work.Problem(SMALL["nt_xent"], "cpu")
     with pytest.raises(peers.Unsupported, match="pytorch-metric-learning is not installed"):
@@ -145,7 +145,7 @@ def test_slowdown():
 
 @pytest.mark.alone
 @pytest.mark.skipif(not memory.measurable(), reason="needs /proc/self/clear_refs")
-def test_memory_sees_the_similarities():
+def test_memory_includes_the_similarities():
     eager, fused = (
         memory.case_memory(work.Case("info_nce", 64, 2**16, 16), name) for name in ("eager", "relssl cpu")
     )

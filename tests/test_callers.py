@@ -1,6 +1,6 @@
-"""The losses as callers reach them: one tensor in several places, inference mode, meta and default devices,
-activation checkpointing, temperatures of one element, keys of another dtype. The oracle is the reference in
-float64, which is plain PyTorch.
+"""Tests unusual calls of the losses: one tensor in several places, inference mode, meta and default devices,
+activation checkpointing, temperatures of one element, keys of another dtype. The oracle is the reference
+in float64, which is plain PyTorch.
 """
 
 import copy
@@ -91,7 +91,7 @@ def close(name, got, want, tolerance=1e-5):
     assert error <= tolerance * max(float(want.norm()), 1), f"{name}: {error:.1e} of {want.norm():.1e}"
 
 
-def holds(name, value, leaves):
+def check_gradients(name, value, leaves):
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     for got, want in zip((value, *grads), exact(name), strict=True):
         close(name, got, want)
@@ -103,7 +103,7 @@ def test_aliased(name, backend):
     leaves = inputs(torch.float32)
     value = ALIASED[name](*leaves, backend)
     value.backward()
-    holds(name, value, leaves)
+    check_gradients(name, value, leaves)
 
 
 MODULES = [name for name in ALIASED if name.endswith("Loss")]
@@ -121,12 +121,12 @@ def test_aliased_and_compiled(name, parameter):
     torch.compiler.reset()
     value = torch.compile(ALIASED[name], fullgraph=True, backend="aot_eager")(*leaves, "auto")
     value.backward()
-    holds(name, value, leaves)
+    check_gradients(name, value, leaves)
 
 
 @pytest.mark.slow
 def test_aliased_and_compiled_by_inductor():
-    """In one graph, for inductor takes its time."""
+    """They are in one graph, since inductor is slow."""
     leaves = {name: inputs(torch.float32) for name in ALIASED}
 
     def everything(leaves):
@@ -135,7 +135,7 @@ def test_aliased_and_compiled_by_inductor():
     values = torch.compile(everything, fullgraph=True)(leaves)
     sum(values.values()).backward()
     for name, value in values.items():
-        holds(name, value, leaves[name])
+        check_gradients(name, value, leaves[name])
 
 
 # ------------------------------------------------------------------ inputs that change behind the loss
@@ -156,11 +156,11 @@ LEARNERS = "x", "y", "queue", "temperature"
 
 
 def step_then_enqueue(name, leaves, ring):
-    """Loss and enqueue; the queue is a buffer that may learn. Other inputs are changed in place, too."""
+    """Computes a loss and enqueues; the queue may require grad. Other inputs are changed in place, too."""
     x, y, t = leaves
     loss = BEFORE_ENQUEUE[name](x, y, ring.rows, t)
     ring.enqueue(x.detach() + 1)
-    if name != "nt_xent":  # A part of which is torch's own, and torch refuses.
+    if name != "nt_xent":  # Part of it is code of torch, which would raise.
         with torch.no_grad():
             for leaf in leaves:
                 leaf.mul_(2)
@@ -168,7 +168,7 @@ def step_then_enqueue(name, leaves, ring):
 
 
 def moved(name, learner, dtype=torch.float32):
-    """Leaves x, y and the temperature, and a FeatureQueue, of which one learns, or all."""
+    """Returns x, y, the queue's rows and a temperature, of which one requires grad, or all; and the queue."""
     generator = torch.Generator().manual_seed(2)
     x, y = (torch.randn(B, D, generator=generator, dtype=torch.float64).to(dtype) / 3 for _ in range(2))
     ring = FeatureQueue(K, D, dtype=torch.float32).to(dtype)
@@ -178,7 +178,7 @@ def moved(name, learner, dtype=torch.float32):
     return tensors, ring
 
 
-def holds_when_moved(name, learner, value, tensors):
+def check_step(name, learner, value, tensors):
     exact, _ = moved(name, learner, torch.float64)
     want = BEFORE_ENQUEUE[name](*exact)
     close(name, value, want.detach())
@@ -194,7 +194,7 @@ def holds_when_moved(name, learner, value, tensors):
 @pytest.mark.parametrize("learner", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in LEARNERS)])
 @pytest.mark.parametrize("name", BEFORE_ENQUEUE)
 def test_enqueueing_behind_a_compiled_loss(name, learner):
-    """In one graph: what backward needs of the queue must have been read before."""
+    """In one graph, backward must use the queue as it was before the enqueue."""
     tensors, ring = moved(name, learner)
     x, y, _, t = tensors
     torch.compiler.reset()
@@ -202,7 +202,7 @@ def test_enqueueing_behind_a_compiled_loss(name, learner):
     value = step(name, (x, y, t), ring)
     if value.requires_grad:
         value.backward()
-    holds_when_moved(name, learner, value, tensors)
+    check_step(name, learner, value, tensors)
     assert int(ring.pointer) == B
 
 
@@ -221,7 +221,7 @@ def test_enqueueing_behind_losses_compiled_by_inductor():
     values = torch.compile(everything, fullgraph=True)(cases)
     sum(values.values()).backward()
     for (name, learner), value in values.items():
-        holds_when_moved(name, learner, value, cases[name, learner][0])
+        check_step(name, learner, value, cases[name, learner][0])
 
 
 # --------------------------------------------------------------------------------------- inference mode
@@ -268,7 +268,7 @@ def test_inference_tensors_where_no_gradient_goes(name, backend):
     assert torch.equal(*grads)
 
 
-def test_double_backward_through_a_queue_of_inference_mode_says_why_not():
+def test_double_backward_through_a_queue_of_inference_mode_raises():
     with torch.inference_mode():
         queue = unit(K, D)
     q = unit(B, D).requires_grad_()
@@ -296,7 +296,7 @@ def same_state(queue, other):
     return all(torch.equal(value, other.state_dict()[name]) for name, value in queue.state_dict().items())
 
 
-def test_feature_queue_built_and_fed_under_inference_mode():
+def test_feature_queue_built_and_filled_under_inference_mode():
     plain = FeatureQueue(K, D)
     keys = unit(5, D)
     with torch.inference_mode():
@@ -310,7 +310,7 @@ def test_feature_queue_built_and_fed_under_inference_mode():
     q = unit(B, D).requires_grad_()
     loss = relation_loss(q, unit(B, D), queue)
     with torch.inference_mode():
-        queue.enqueue(frozen)  # a change that is noticed, too
+        queue.enqueue(frozen)  # a change that is detected, too
     with pytest.raises(RuntimeError, match="queue has changed"):
         torch.autograd.grad(loss, q, create_graph=True)
 
@@ -367,7 +367,7 @@ def test_moving_a_feature_queue_keeps_its_rows():
 
 @pytest.mark.parametrize("device", ["cpu", None])
 def test_feature_queue_under_a_default_device(device):
-    """A default device takes hold of every factory call without a device; here it stands for a GPU."""
+    """A default device affects every factory call without a device; here it is meta in place of a GPU."""
     with torch.device("meta"):
         queue = FeatureQueue(K, D, device=device)
     assert queue.rows.device.type == (device or "meta")
@@ -377,7 +377,7 @@ def test_feature_queue_under_a_default_device(device):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_meta_tensors(autocast, backend):
-    """Shapes and dtypes come out of every loss, forward and backward, and no value is asked for."""
+    """Every loss gives shapes and dtypes, forward and backward, without reading a value."""
     q, k, queue = (torch.empty(n, D, device="meta", requires_grad=True) for n in (B, B, K))
     tau = torch.empty((), device="meta", requires_grad=True)
     own = torch.empty(B, dtype=torch.int64, device="meta")
@@ -404,7 +404,7 @@ def test_meta_tensors(autocast, backend):
     assert relation_loss(q, k, queue).shape == ()
 
 
-def test_fake_tensors_are_not_asked_for_values():
+def test_values_of_fake_tensors_are_not_read():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -414,7 +414,7 @@ def test_fake_tensors_are_not_asked_for_values():
         assert queue_logsumexp(q, queue, tau, exclude=own)[1].shape == (B, D)
 
 
-# ------------------------------------------------------------------- what is refused elsewhere without need
+# --------------------------------------------------------------------------- temperatures and dtypes of k
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
@@ -471,7 +471,7 @@ CHECKPOINTED = {
 @pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpointing(name, backend, learns):
-    """Forward runs again in backward: on the same queue with the same gradient, on a moved one not at all."""
+    """Forward runs again in backward: the same queue gives the same gradient, and a changed one raises."""
     queue = FeatureQueue(K, D)
     queue.rows.requires_grad_(learns)
     q, k = unit(B, D).requires_grad_(), unit(B, D)

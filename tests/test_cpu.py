@@ -1,4 +1,4 @@
-"""The C++ kernels: every instruction set this machine runs, threads, forks, what addresses must refuse."""
+"""Tests the C++ kernels: every instruction set of this machine, threads, forks, and invalid addresses."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ SETS = _cpu.instruction_sets()
 
 @pytest.fixture(params=SETS)
 def instruction_set(request):
-    """Each in turn: the best is what all other tests run on."""
+    """Selects each instruction set in turn; all other tests use the best."""
     chosen = _cpu.instruction_set()
     _cpu.use(request.param)
     yield request.param
@@ -75,7 +75,7 @@ def test_extremes(instruction_set, tau, norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", [1e3, 1e5, 1e12])
 def test_any_finite_input(instruction_set, norm, dtype):
-    """Logits up to 1e25, whose last digit outweighs any exponent: a row then is one-hot, or a tie."""
+    """With logits up to 1e25, an ulp exceeds every exponent: a softmax is one-hot, or a tie."""
     x, _, queue = batch(None, 9, 300, 64, dtype, norm)
     queue[100:] = queue[:100].repeat(2, 1)  # ties of three
     x, queue = (t.requires_grad_() for t in (x, queue))
@@ -85,7 +85,7 @@ def test_any_finite_input(instruction_set, norm, dtype):
     torch.testing.assert_close(lse.double(), largest, rtol=1e-6, atol=2)
     torch.testing.assert_close(mean, queue.detach()[at].float(), rtol=1e-5, atol=0)
     if norm > 1e5:
-        return  # two floats no longer hold an lse down to the digits that matter
+        return  # two floats have too few digits for such an lse
     lse.sum().backward()
     torch.testing.assert_close(
         queue.grad.sum(0).float(), x.detach().float().sum(0) / 0.04, rtol=1e-2, atol=norm
@@ -93,7 +93,7 @@ def test_any_finite_input(instruction_set, norm, dtype):
 
 
 def test_flat_softmax(instruction_set):
-    """At a temperature beyond float32 only the number of rows is left, also of those not left out."""
+    """At a temperature beyond float32, lse is the log of the number of rows that are not excluded."""
     x, queue = unit(5, 16), unit(30, 16)
     exclude = torch.tensor([-1, 0, 29, 3, -1])
     lse, mean = queue_logsumexp(x, queue, 1e46, exclude=exclude, backend="cpu")
@@ -102,7 +102,7 @@ def test_flat_softmax(instruction_set):
     torch.testing.assert_close(mean[0], queue.mean(0))
 
 
-@pytest.mark.parametrize("rows", [3, 16, 37])  # lanes of a panel that hold no row must not matter
+@pytest.mark.parametrize("rows", [3, 16, 37])  # unused lanes of a panel must not matter
 def test_infinite_queue_row_without_weight(instruction_set, rows):
     x, queue = torch.rand(rows, 4) + 0.1, torch.rand(5, 4)
     queue[2, 1] = -torch.inf
@@ -112,7 +112,7 @@ def test_infinite_queue_row_without_weight(instruction_set, rows):
 
 
 def test_sharp_rows_of_bfloat16(instruction_set):
-    """The gradient's similarities must be those that made the log-sum-exp, however they were rounded."""
+    """Backward must use the logits that lse was computed from, as they were rounded."""
     x = unit(7, 96, dtype=torch.bfloat16, norm=100.0)
     queue = torch.cat((unit(993, 96, dtype=torch.bfloat16, norm=100.0), x)).requires_grad_()
     queue_logsumexp(x, queue, 0.04, backend="cpu")[0].sum().backward()
@@ -120,14 +120,14 @@ def test_sharp_rows_of_bfloat16(instruction_set):
 
 
 def test_the_largest_logit_comes_last(instruction_set):
-    """Each tile outdoes all before it, so that the running reference grows again and again."""
+    """The largest logit grows from tile to tile, and so must the running maximum."""
     x = unit(5, 64)
     queue = unit(4000, 64) * 0.1 + x.mean(0) * torch.linspace(0, 300, 4000)[:, None]
     check_logsumexp(x, queue, 0.5, "cpu")
 
 
 def test_exp2(instruction_set):
-    """Within 2 units in the last place wherever the result is a normal number; 0 far below; NaN kept."""
+    """The error is at most 2 ulp where the result is a normal number; NaN stays NaN."""
     x = np.concatenate(
         [np.linspace(-126, 127, 2_000_003, dtype=np.float32), np.arange(-126, 128, dtype=np.float32)]
     )
@@ -155,7 +155,7 @@ def test_chosen_by_environment(tmp_path):
 
 
 def test_each_is_a_variant(instruction_set):
-    """Named with the call it gives the same bits as chosen for all calls, and chooses nothing for others."""
+    """A variant gives the same bits as the same global choice, and does not change that choice."""
     q, k, queue = (unit(n, 24).requires_grad_() for n in (5, 5, 300))
 
     def run(backend):
@@ -191,7 +191,7 @@ def test_falls_back_without_the_extension(tmp_path):
     assert "backend 'cpu' cannot run this: relssl._cpu is not built" in run.stderr
 
 
-def test_auto_takes_it():
+def test_auto_selects_it():
     assert backends.choose("auto", "cpu", torch.float32, 128) == "cpu"
     assert backends.choose("auto", "cpu", torch.bfloat16, 128) == "cpu"
     assert backends.choose("auto", "cpu", torch.float64, 128) == "chunked"
@@ -201,7 +201,7 @@ def test_auto_takes_it():
 
 
 def everything(q, k, queue):
-    """Loss and all gradients, and those of an lse and mean."""
+    """Returns a loss, an lse and mean, and the sum of their gradients."""
     inputs = [t.clone().requires_grad_() for t in (q, k, queue)]
     loss = relation_loss(*inputs, backend="cpu")
     lse, mean = queue_logsumexp(inputs[0], inputs[2], 0.1, backend="cpu")
@@ -275,7 +275,7 @@ def test_any_number_of_threads(threads, provider, count):
 
 @pytest.mark.alone
 def test_callers_at_the_same_time(provider):
-    """The threads serve one of them; the others do their work alone, and all get the same."""
+    """One caller uses the threads, the others only their own, with equal results."""
     inputs = [unit(n, 64) for n in (50, 50, 20_000)]
     expected = everything(*inputs)
     found = [None] * 4
@@ -306,9 +306,9 @@ def test_inside_a_parallel_region(threads, provider):
 
 
 class Losses(Dataset):
-    """A loss on several threads of ours, where a DataLoader's worker computes its samples.
+    """A data set whose samples are losses, computed on several of relssl's threads.
 
-    Everything else stays on one: OpenMP's threads do not survive a fork.
+    Everything else uses one thread: OpenMP's do not survive a fork.
     """
 
     def __len__(self):
@@ -325,7 +325,7 @@ class Losses(Dataset):
 @pytest.mark.alone
 def test_in_a_forked_worker(threads, provider):
     threads(2)
-    direct = torch.stack([Losses()[i] for i in range(4)])  # our threads are there when the fork comes
+    direct = torch.stack([Losses()[i] for i in range(4)])  # starts relssl's threads before the fork
     workers = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert torch.equal(torch.stack(list(workers)), direct)
 
@@ -333,11 +333,11 @@ def test_in_a_forked_worker(threads, provider):
 # ------------------------------------------------------------------------------ raw addresses
 
 
-def call_rows(x, bank, **changes):
+def call_lse_and_mean(x, queue, /, **changes):
     lse, mean = torch.empty(2, len(x)), torch.empty(x.shape)
     arguments = {
         "first": (x.data_ptr(), x.stride(0), len(x), 1.0), "second": (0, 0, 0, 1.0),
-        "queue": bank.data_ptr(), "stride": bank.stride(0), "size": len(bank), "dim": bank.shape[1],
+        "queue": queue.data_ptr(), "stride": queue.stride(0), "size": len(queue), "dim": queue.shape[1],
         "bf16": False, "exclude": 0, "lse": lse.data_ptr(), "mean": mean.data_ptr(), "mean2": 0, "threads": 2,
         "isa": "",
     }  # fmt: skip
@@ -361,11 +361,11 @@ def call_rows(x, bank, **changes):
         ({"isa": "avx9"}, "instruction set must be one of .*baseline.*; got 'avx9'"),
     ],
 )
-def test_what_would_be_fatal_is_refused(changes, message):
+def test_invalid_arguments_are_refused(changes, message):
     x, queue = unit(3, 8), unit(20, 8)
-    torch.testing.assert_close(call_rows(x, queue), torch.logsumexp(x @ queue.T, 1))
+    torch.testing.assert_close(call_lse_and_mean(x, queue), torch.logsumexp(x @ queue.T, 1))
     with pytest.raises(ValueError, match=message):
-        call_rows(x, queue, **changes)
+        call_lse_and_mean(x, queue, **changes)
 
 
 def test_null_results_of_the_other_calls_are_refused():

@@ -1,4 +1,4 @@
-"""The CUDA kernels: each of them on a CPU (emulated.py), and on a GPU where there is one."""
+"""Tests each CUDA kernel on a CPU (emulated.py), and on a GPU where there is one."""
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import cuda_resources
 import emulated
 import pytest
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_relation, check_weight, on
+from checks import batch, check_info_nce, check_logsumexp, check_relation, check_weight, to_device
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import unit
@@ -30,7 +30,7 @@ def module():
 
 @pytest.fixture(params=PATHS, ids=lambda path: f"sm_{path}")
 def cuda(request, module, monkeypatch):
-    """The backend, with each kernel in turn."""
+    """Returns the backend, with each kernel in turn."""
     module.seed(1)
     monkeypatch.setattr(checks, "EMULATED", True)
     return emulated.install(module, monkeypatch.setattr, request.param)
@@ -88,7 +88,7 @@ def test_drawn_inputs(cuda, data):
     shape = draw(st.sampled_from([None, 1, 3])), draw(st.integers(1, 90)), draw(st.integers(1, 300))
     tau_s, tau_t = (draw(st.floats(0.01, 2.0)) for _ in range(2))
     torch.manual_seed(draw(st.integers(0, 1000)))
-    most = 30.0 if dtype == torch.bfloat16 else 3.0  # or gradients would not fit
+    most = 30.0 if dtype == torch.bfloat16 else 3.0  # larger gradients overflow float16
     norm = draw(st.sampled_from([1.0, 1e-3, most]))
     q, k, queue = batch(*shape, dim, dtype, norm)
     check_relation(q, k, queue, tau_s, tau_t, draw(st.sampled_from(["kl", "ce"])), "cuda", drawn=True)
@@ -97,7 +97,7 @@ def test_drawn_inputs(cuda, data):
     check_logsumexp(k, queue, tau_t, "cuda", exclude, drawn=True)
 
 
-# Views, B, K, D on a GPU: what an emulation has no time for. K is the published size and one row more.
+# Views, B, K, D that would take too long in emulation. K is the published size and one row more.
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(None, 257, 1000), (2, 33, 4096), (None, 3, 65_537)], ids=str)
 @pytest.mark.parametrize("dim", WIDTHS)
@@ -111,10 +111,10 @@ def test_losses_on_a_gpu(on_gpu, dtype, dim, shape):
 @pytest.mark.parametrize(
     ("tau_s", "tau_t", "norm"),
     [
-        (0.005, 0.005, 1.0),  # logits of 200: exp overflows float32 unless the maximum is taken out
+        (0.005, 0.005, 1.0),  # logits of 200: exp overflows float32 unless the maximum is subtracted
         (0.1, 0.04, 100.0),  # logits of 250,000: one-hot teachers
         (1e4, 1e4, 1.0),  # uniform
-        (0.005, 50.0, 1.0),  # each side at its own end
+        (0.005, 50.0, 1.0),  # opposite extremes
     ],
 )
 def test_extremes(cuda, dim, tau_s, tau_t, norm):
@@ -125,7 +125,7 @@ def test_extremes(cuda, dim, tau_s, tau_t, norm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_huge_logit_and_equal_ones(cuda, dtype):
     q, k, queue = batch(None, 4, 300, 64, dtype)
-    queue[299] = q[1] * 1e3  # seen last, after many small ones
+    queue[299] = q[1] * 1e3  # the last one, after many small ones
     check_all(q, k, queue)
     check_all(q, k, queue.flip(0))
     check_all(q, k, queue[:1].repeat(200, 1))
@@ -139,13 +139,13 @@ def transposed(t):
 
 
 def shifted(t):
-    """Rows that no 16-byte copy can begin at."""
+    """Returns rows that do not begin at multiples of 16 bytes."""
     store = t.new_zeros(t.numel() + 1)
     return store[1:].view(t.shape).copy_(t)
 
 
-def spread(t):
-    """Rows with a gap, which copies can jump."""
+def with_gaps(t):
+    """Returns rows with gaps between them, which are read in place."""
     return t.new_full((t.shape[0], 2 * t.shape[1]), torch.nan)[:, : t.shape[1]].copy_(t)
 
 
@@ -153,7 +153,7 @@ def expanded(t):
     return t[:1].expand_as(t)
 
 
-@pytest.mark.parametrize("layout", [transposed, shifted, spread, expanded])
+@pytest.mark.parametrize("layout", [transposed, shifted, with_gaps, expanded])
 def test_strides(cuda, layout):
     for which in range(3):
         inputs = batch(None, 6, 150, 64, torch.bfloat16)
@@ -162,7 +162,7 @@ def test_strides(cuda, layout):
 
 
 def test_rows_beyond_32_bits(cuda):
-    """Rows 2**29 elements apart, from the fifth on beyond 32-bit offsets; few pages are touched."""
+    """Rows are 2**29 elements apart: from the fifth on, offsets exceed 32 bits. Few pages are touched."""
     for which in range(3):
         inputs = list(batch(None, 6, 6, 64, torch.bfloat16))
         store = inputs[which].new_empty(2**29 * 5 + 64)
@@ -170,18 +170,18 @@ def test_rows_beyond_32_bits(cuda):
         check_relation(*inputs, 0.1, 0.04, "kl", "cuda")
 
 
-def test_bad_rows_do_not_spread(cuda):
+def test_nonfinite_rows_affect_only_their_own_results(cuda):
     q, k, queue = batch(None, 40, 200, 64, torch.bfloat16)
     good = losses(q, k, queue)
     q[3, 5], k[7, 0] = torch.nan, torch.inf
     for one, other in zip(losses(q, k, queue), good, strict=True):
         bad = one.flatten(1).isnan().any(1) if one.dim() > 1 else one.isnan()
         assert set(bad.nonzero().flatten().tolist()) <= {3, 7} and bad.any()
-        # Good rows beside a bad one are computed with a running maximum: their p is rounded elsewhere.
+        # Rows in the block of a nonfinite one use a running maximum: their p is rounded differently.
         torch.testing.assert_close(one[~bad], other[~bad], rtol=1e-2, atol=1e-2)
 
 
-def test_a_row_left_with_nothing(cuda):
+def test_an_empty_row(cuda):
     x, queue = unit(2, 64, dtype=torch.bfloat16), unit(1, 64, dtype=torch.bfloat16)
     lse, mean = queue_logsumexp(x, queue, 0.1, exclude=torch.tensor([0, -1]), backend="cuda")
     assert lse[0] == -torch.inf and (mean[0] == 0).all()
@@ -189,7 +189,7 @@ def test_a_row_left_with_nothing(cuda):
 
 
 def test_float64_rows_for_a_narrower_queue(cuda):
-    """Computed in the queue's dtype, while a temperature keeps that of q."""
+    """Losses are computed in the queue's dtype; a temperature keeps that of q."""
     q, k, queue = batch(None, 5, 150, 64, torch.bfloat16)
     tau = torch.tensor(0.2, dtype=torch.float64)
     for one, other in zip(losses(q.double(), k.double(), queue, tau=tau), losses(q, k, queue), strict=True):
@@ -207,7 +207,7 @@ def test_numbers_and_tensors_are_the_same_temperature(cuda, tau):
 
 @pytest.mark.parametrize("dim", [64, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_gradients_the_same_values(cuda, dtype, dim):
+def test_values_are_the_same_without_gradients(cuda, dtype, dim):
     q, k, queue = batch(2, 5, 150, dim, dtype)
     for one, other in zip(losses(q, k, queue), losses(q.clone().requires_grad_(), k, queue), strict=True):
         torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-5)
@@ -223,12 +223,12 @@ def shifts(cuda, x, queue, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_shift_0_serves_unit_rows(cuda, dtype):
+def test_shift_of_unit_rows(cuda, dtype):
     shift, _ = shifts(cuda, unit(40, 64, dtype=dtype), unit(300, 64, dtype=dtype), 25.0)
     assert (shift == 0).all() if dtype == torch.bfloat16 else (shift != 0).all()
 
 
-def test_a_running_maximum_serves_the_others(cuda):
+def test_large_logits_use_a_running_maximum(cuda):
     x, queue = unit(3, 64, dtype=torch.bfloat16), unit(300, 64, dtype=torch.bfloat16)
     queue[7] = x[0]  # a logit of 200
     shift, _ = shifts(cuda, x, queue, 200.0)
@@ -237,7 +237,7 @@ def test_a_running_maximum_serves_the_others(cuda):
 
 
 def test_an_overflowing_mean_is_redone(cuda):
-    # 2^(c s) is about 2^90 and the rows are of 2^50: their product is no float32, the mean is.
+    # 2^(c s) is about 2^90 and rows have norm 2^50: their product overflows float32, the mean does not.
     x, queue = torch.zeros(2, 64).bfloat16(), unit(50, 64, dtype=torch.bfloat16)
     queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50
     shift, means = shifts(cuda, x, queue, 62.0)
@@ -246,8 +246,8 @@ def test_an_overflowing_mean_is_redone(cuda):
     torch.testing.assert_close(mean[:, 0], torch.full((2,), 2.0**50))
 
 
-def test_float16_counts_what_lies_far_below_the_largest(cuda):
-    """Thousands of entries 2^-26 below the largest, which a p of at most 1 could not hold."""
+def test_float16_keeps_small_probabilities(cuda):
+    """Thousands of p are 2^-26 of the largest: if that were 1, they would underflow in float16."""
     x = torch.zeros(1, 64).half()
     x[0, 0] = 1
     queue = torch.zeros(2000, 64).half()
@@ -258,12 +258,12 @@ def test_float16_counts_what_lies_far_below_the_largest(cuda):
     torch.testing.assert_close(mean[0, 1], expected, rtol=2e-2, atol=0)
 
 
-# ------------------------------------------------------------------------------------- how it is cut and run
+# ------------------------------------------------------------------------------------ splits and launches
 
 
 @pytest.mark.parametrize("processors", [1, 2, 64])
 def test_any_number_of_splits(cuda, processors, monkeypatch):
-    """By their number alone results differ in rounding only."""
+    """The number of splits changes results by rounding only."""
     inputs = batch(2, 5, 600, 64, torch.bfloat16)
     expected = with_gradients(*inputs)
     chip = backends.cuda._chip(0)._replace(processors=processors)
@@ -273,7 +273,7 @@ def test_any_number_of_splits(cuda, processors, monkeypatch):
 
 
 def partial_results(splits, rows, dim):
-    """Returns partials with NaN behind them, and the float64 lse, in units of log 2, and mean."""
+    """Returns partials followed by NaN, and in float64 lse, in units of log 2, and mean."""
     stats = torch.rand(3, splits, rows) + torch.tensor([-0.5, 0.5, 0.5])[:, None, None]
     means = torch.full((splits + 40, rows, dim), torch.nan)[:splits].normal_()
     shift, total, divisor = stats.double()
@@ -286,21 +286,20 @@ def partial_results(splits, rows, dim):
 @pytest.mark.parametrize("splits", [1, 33, 128, 256])  # in one load of a group's threads, in two, in all
 def test_splits_are_combined(module, monkeypatch, splits, dim):
     cuda = emulated.install(module, monkeypatch.setattr, 80)
-    found, lse, mean = partial_results(splits, 5, dim)
+    partials, lse, mean = partial_results(splits, 5, dim)
     ln2 = torch.tensor(2.0, dtype=torch.float64).log()
     got, got_mean = torch.full((2, 5), torch.nan), torch.full((5, dim), torch.nan)
     scales = (10.0, 0), (10.0, 0)
-    cuda.combine_lse_and_mean(found, scales, 2, got, got_mean)
+    cuda.combine_lse_and_mean(partials, scales, 2, got, got_mean)
     torch.testing.assert_close(got.double().sum(0), lse * ln2, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got_mean.double(), mean, rtol=1e-5, atol=1e-6)
 
-    q, k = (
-        unit(3, dim).bfloat16(),
-        unit(2, dim).bfloat16(),
-    )  # rows 0 and 1 of what was found are the teacher's
+    q, k = unit(3, dim).bfloat16(), unit(2, dim).bfloat16()  # rows 0 and 1 of the partials are the teacher's
     loss, entropy, lses = (torch.full(shape, torch.nan) for shape in [(3,), (2,), (2, 5)])
     grad, mean_t = torch.full((3, dim), torch.nan), torch.full((2, dim), torch.nan)
-    cuda.combine_relation(q, k, scales, found, found, 2, "ce", 0.5, loss, None, entropy, grad, lses, mean_t)
+    cuda.combine_relation(
+        q, k, scales, partials, partials, 2, "ce", 0.5, loss, None, entropy, grad, lses, mean_t
+    )  # fmt: skip
     own = [0, 1, 0]  # each student's teacher
     torch.testing.assert_close(
         loss.double(), ln2 * (lse[2:] - 10 * (q * mean[own]).sum(1)), rtol=1e-5, atol=1e-5
@@ -311,9 +310,9 @@ def test_splits_are_combined(module, monkeypatch, splits, dim):
     torch.testing.assert_close(grad.double(), 5 * ln2 * (mean[2:] - mean[own]), rtol=1e-5, atol=1e-5)
     assert torch.equal(lses, got) and torch.equal(mean_t, got_mean[:2])
 
-    found, lse, mean = partial_results(splits, 3, dim)
+    partials, lse, mean = partial_results(splits, 3, dim)
     sigma, lses = torch.full((3,), torch.nan), torch.full((2, 3), torch.nan)
-    cuda.combine_info_nce(q, k, scales[0], found, 0.5, loss, None, sigma, grad, lses)
+    cuda.combine_info_nce(q, k, scales[0], partials, 0.5, loss, None, sigma, grad, lses)
     z = ln2 * (lse - 10 * (q.double() * k[own].double()).sum(1))
     torch.testing.assert_close(loss.double(), torch.nn.functional.softplus(z), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sigma.double(), z.sigmoid(), rtol=1e-5, atol=1e-5)
@@ -335,14 +334,14 @@ def test_any_schedule_gives_equal_results(cuda, module, dtype, dim):
 
 
 def test_a_thread_that_never_set_a_device(cuda):
-    """As autograd's: the driver finds no context there until device 0 is set, current though it is."""
+    """The driver has no context there until device 0 is set, although it is the current one."""
     inputs = batch(None, 5, 100, 64, torch.bfloat16)
     with ThreadPoolExecutor(1) as pool:
         for one, other in zip(pool.submit(losses, *inputs).result(), losses(*inputs), strict=True):
             assert torch.equal(one, other)
 
 
-def test_launches_go_to_the_device_they_are_told(cuda, module, monkeypatch):
+def test_launches_use_the_given_device(cuda, module, monkeypatch):
     inputs = batch(None, 5, 100, 64, torch.bfloat16)
     for device in (1, 0):
         monkeypatch.setattr(backends.cuda, "_place", lambda x, device=device: (device, 0))
@@ -355,14 +354,14 @@ def test_launches_go_to_the_device_they_are_told(cuda, module, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_thread_that_never_set_a_device_on_a_gpu(on_gpu):
-    inputs = on("cuda", *batch(None, 5, 1000, 64, torch.bfloat16))
+    inputs = to_device("cuda", *batch(None, 5, 1000, 64, torch.bfloat16))
     with ThreadPoolExecutor(1) as pool:
         for one, other in zip(pool.submit(losses, *inputs).result(), losses(*inputs), strict=True):
             assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("version", [12000, 12040, 12050, 13000])
-def test_the_driver_is_asked_as_each_toolkit_has_it(version, tmp_path):
+def test_launch_code_compiles_with_each_toolkit(version, tmp_path):
     (tmp_path / "launch.cpp").write_text('#include "launch.h"\n')
     emulated.compile_to(
         tmp_path / "launch.o", tmp_path / "launch.cpp", f"-DCUDART_VERSION={version}", "-fsyntax-only"
@@ -382,12 +381,12 @@ def test_opcheck(cuda):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", WIDTHS)
 def test_bitwise_equal_from_run_to_run(on_gpu, dim):
-    inputs = on("cuda", *batch(None, 64, 20_000, dim, torch.bfloat16))
+    inputs = to_device("cuda", *batch(None, 64, 20_000, dim, torch.bfloat16))
     for one, other in zip(with_gradients(*inputs), with_gradients(*inputs), strict=True):
         assert torch.equal(one, other)
 
 
-# ---------------------------------------------------------------------------------- who and what is refused
+# --------------------------------------------------------------------- unsupported and invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -418,13 +417,13 @@ def test_reasons(module, monkeypatch, device, dtype, dim, reason):
     [
         (13000, 13010, None),
         (13000, 12080, "13.0, which needs a driver 580 or later, and the driver here is for CUDA 12.8"),
-        (12060, 12020, None),  # minor versions go together
+        (12060, 12020, None),  # minor versions are compatible
         (12060, 11080, "12.6, which needs a driver 525 or later, and the driver here is for CUDA 11.8"),
         (14010, 13000, "14.1, which needs a driver for CUDA 14, and the driver here is for CUDA 13.0"),
         (13000, 0, None),
     ],
 )
-def test_info_tells_of_an_old_driver(toolkit, driver, why, monkeypatch):
+def test_info_reports_an_old_driver(toolkit, driver, why, monkeypatch):
     failed = "CUDA driver version is insufficient for CUDA runtime version"
     found = {"toolkit": toolkit, "driver": lambda: driver, "missing": lambda index: failed}
     monkeypatch.setattr(backends.cuda, "_cuda", SimpleNamespace(architectures="sm_80", **found))
@@ -444,8 +443,8 @@ def test_not_built(monkeypatch):
         backends.choose("cuda", "cuda", torch.bfloat16, 128)
 
 
-def test_auto_passes_it_by(monkeypatch):
-    """No measurement favours it."""
+def test_auto_does_not_select_it(monkeypatch):
+    """No measurement has shown it to be faster."""
     monkeypatch.setattr(backends.BACKENDS["cuda"], "supports", lambda *arguments: None)
     monkeypatch.setattr(backends.BACKENDS["triton"], "supports", lambda *arguments: None)
     assert backends.choose("auto", "cuda", torch.bfloat16, 128) == "triton"
@@ -470,7 +469,7 @@ def test_the_hopper_kernel_is_a_variant(module, monkeypatch):
         backends.choose("cuda/sm_70", "cuda", torch.bfloat16, 64)
 
 
-def test_rows_that_overlap_are_the_older_kernels():
+def test_overlapping_rows_use_the_sm_80_kernel():
     queue = torch.zeros(10, 64)
     assert backends.cuda._path(90, queue) == 90
     assert backends.cuda._path(90, queue[:1].expand(10, 64)) == backends.cuda._path(80, queue) == 80
@@ -506,7 +505,7 @@ GOOD = {
         ({"splits": 2}, "2 splits of 128 rows do not cut a queue of 100"),
     ],
 )
-def test_what_would_be_fatal_is_refused(module, changed, message):
+def test_invalid_arguments_are_refused(module, changed, message):
     with pytest.raises(ValueError, match=message):
         module.forward(*(GOOD | changed).values())
 
@@ -520,7 +519,7 @@ def test_an_error_of_cuda_names_the_shape():
     assert "CUDA" in _cuda.missing(0)
 
 
-# ----------------------------------------------------------------------------------- what nvcc made of them
+# ----------------------------------------------------------------------------------------- compiled code
 
 
 @pytest.fixture(scope="session")
@@ -545,7 +544,7 @@ def test_nothing_is_spilled(compiled):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
-def test_tensor_cores_and_copy_engines_do_the_work(compiled):
+def test_tensor_cores_and_asynchronous_copies_are_used(compiled):
     for r in compiled:
         if r.kernel == "forward_sm80":
             assert (
@@ -556,38 +555,38 @@ def test_tensor_cores_and_copy_engines_do_the_work(compiled):
                 r.instructions["HGMMA"] >= 8 and r.instructions["UTMALDG"] > 0 and not r.instructions["HMMA"]
             )
             assert not r.serialized, f"{r}: each product is waited for"
-            # Of warpgroups with rows of their own, exponentials run beside the product before.
-            assert r.late == 0 or not r.mean or r.dim == 512, f"{r}: exponentials that nothing hides"
+            # Where warpgroups do not share rows, exponentials overlap with the previous product.
+            assert r.exposed == 0 or not r.mean or r.dim == 512, f"{r}: exponentials that nothing hides"
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
-def test_consumers_do_not_keep_others_waiting(compiled):
-    """Between a turn and the first product stand descriptors and counters only; and where warpgroups share
-    rows (D = 512) the producer gets a tile back before the next one's similarities are there."""
+def test_consumers_do_not_delay_others(compiled):
+    """Only descriptors and counters are computed between a turn and the first product. Where warpgroups
+    share rows (D = 512), a tile is released before the next one's similarities are complete."""
     for r in compiled:
         if r.kernel != "forward_sm90" or not r.mean:
             continue
-        sweeps = 2 if r.dtype == "bf16" else 1  # float16 has no reference 0
+        sweeps = 2 if r.dtype == "bf16" else 1  # float16 does not try the shift 0
         apart = r.dim != 512
         assert len(r.turns) == 2 * sweeps * apart, f"{r}: turns of all tiles but the last, and of the last"
         assert max(r.turns[::2], default=0) <= 20, f"{r}: work within a turn"
         assert max(r.turns[1::2], default=0) <= 40, f"{r}: work within the last turn of a block"
-        assert r.early == sweeps * (not apart), f"{r}: tiles given back late"
+        assert r.early_releases == sweeps * (not apart), f"{r}: tiles given back late"
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
-def test_left_out_rows_are_not_loaded_for_every_tile(compiled):
+def test_exclude_is_not_loaded_for_every_tile(compiled):
     kernels = [r for r in compiled if r.kernel.startswith("forward")]
-    assert {r.asked for r in kernels} == {0}
+    assert {r.waiting_votes for r in kernels} == {0}
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
-def test_combining_seldom_waits(compiled):
-    """At most 8 times for 128 splits: once for what they counted, then for their means, of which each of four
-    groups of threads has a quarter."""
+def test_combine_kernels_wait_for_few_loads(compiled):
+    """They wait at most 8 times for 128 splits: once for their stats, then for their means, of which each of
+    four groups of threads loads a quarter."""
     for r in compiled:
         if r.kernel.startswith("combine"):
             rows = 2 if r.kernel == "combine_relation" else 1  # student's and teacher's at the same time
@@ -596,11 +595,11 @@ def test_combining_seldom_waits(compiled):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("nvcc")
-def test_docs_list_them(compiled):
-    """Registers aside, which another nvcc may count otherwise."""
+def test_docs_list_every_kernel(compiled):
+    """Registers are not compared, since they depend on the version of nvcc."""
     built = importlib.import_module("relssl._cuda").architectures
     if built != "sm_80, sm_90a, compute_90":
-        pytest.skip("built for other GPUs than the docs tell of")
+        pytest.skip("built for other GPUs than the docs list")
     listed = set()
     for line in (emulated.ROOT / "docs/cuda.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

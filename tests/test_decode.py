@@ -151,7 +151,7 @@ def test_orientation(tmp_path, value, form):
     assert abs(found.int() - torch.from_numpy(shown).permute(2, 0, 1).int()).max() <= (form == "jpg")
 
 
-def test_a_damaged_exif_block_turns_nothing(tmp_path):
+def test_a_damaged_exif_block_is_ignored(tmp_path):
     image = halves((1, 2, 3), (4, 5, 6))
     block = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"
     with pytest.warns(UserWarning, match="Corrupt EXIF data"):

@@ -33,7 +33,7 @@ def ranks(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_find_the_gradients_of_one(ranks, case):
+def test_two_processes_compute_the_gradients_of_one(ranks, case):
     """Compares two steps in float64; the second depends on the first's updates of parameters and queue."""
     alone = steps(case)
     assert sum(name.startswith("1 ") for name in alone) == (8 if case == "ressl" else 12)

@@ -21,11 +21,11 @@ def nce(a):
     return info_nce(a["q"], a["k"], a["queue"], temperature=a["tau"], **a["options"])
 
 
-def lookup(a):
+def logsumexp(a):
     return queue_logsumexp(a["q"], a["queue"], a["tau"], exclude=a["exclude"], **a["options"])[0]
 
 
-CALLS = {"relation_loss": relation, "info_nce": nce, "queue_logsumexp": lookup}
+CALLS = {"relation_loss": relation, "info_nce": nce, "queue_logsumexp": logsumexp}
 ALL, PAIRS = list(CALLS), ["relation_loss", "info_nce"]
 
 
@@ -37,7 +37,7 @@ def good():
 
 
 def refuses(name, changes, error, match):
-    """The changed call raises, alters no argument, and spoils no later call."""
+    """Checks that the changed call raises, and changes neither arguments nor the result of a later call."""
     torch.manual_seed(0)
     arguments = good()
     before = CALLS[name](arguments)
@@ -54,7 +54,7 @@ def refuses(name, changes, error, match):
 
 
 def argument(name, loss):
-    """What the message calls q's place and tau's place."""
+    """Returns the name that a loss has for q or tau."""
     if loss == "queue_logsumexp":
         return {"q": "x", "tau": "temperature"}.get(name, name)
     if loss == "info_nce":

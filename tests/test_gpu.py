@@ -1,8 +1,8 @@
-"""What only a GPU can show, of every backend that runs on one: graphs, streams, devices, memory, sizes."""
+"""Tests every backend on a GPU: CUDA graphs, streams, devices, synchronisation, memory, sizes."""
 
 import pytest
 import torch
-from checks import ask_for_hoppers_kernel, batch, check_info_nce, check_logsumexp, check_relation, on
+from checks import ask_for_hoppers_kernel, batch, check_info_nce, check_logsumexp, check_relation, to_device
 from peers import replayed
 
 from relssl.functional import info_nce, queue_logsumexp, relation_loss
@@ -23,7 +23,7 @@ def backend(request, monkeypatch):
 
 
 def each(*widths):
-    """Each backend with each dtype that it takes, and each of its widths (or of those given)."""
+    """Parametrizes a test by backend, its widths (or those given) and its dtypes."""
     cases = []
     for name in BACKENDS:
         dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (name == "triton")
@@ -38,7 +38,7 @@ def step(q, k, queue, backend):
 
 
 def inputs(rows, size, dim, dtype=torch.bfloat16):
-    q, k, queue = on("cuda", *batch(None, rows, size, dim, dtype))
+    q, k, queue = to_device("cuda", *batch(None, rows, size, dim, dtype))
     return q.requires_grad_(), k, queue
 
 
@@ -52,7 +52,7 @@ def test_a_graph_replays(backend):
 
 
 def test_work_goes_to_the_current_stream(backend):
-    """What is on it already comes first: here half a second, and then the keys."""
+    """Earlier work on it comes first: here half a second, and then the keys."""
     q, k, queue = inputs(64, 4096, 128)
     expected = step(q, k, queue, backend)
     late = torch.zeros_like(k)
@@ -85,7 +85,7 @@ def test_compiled_equals_eager(backend):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_nothing_waits_for_the_device(backend):
+def test_no_synchronisation(backend):
     q, k, queue = inputs(64, 4096, 128)
 
     def run():
@@ -103,7 +103,7 @@ def test_nothing_waits_for_the_device(backend):
 
 @each(PUBLISHED[-1])
 def test_the_published_size(backend, dim, dtype):
-    """Every split and block of it."""
+    """All splits and blocks are checked."""
     q, k, queue = batch(None, *PUBLISHED, dtype)
     check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
     check_info_nce(q, k, queue, 0.2, backend)
@@ -111,7 +111,7 @@ def test_the_published_size(backend, dim, dtype):
 
 @each()
 def test_large_logits_at_every_width(backend, dim, dtype):
-    """Each width has tiles, and so instructions, of its own; forward and backward must multiply alike."""
+    """Each width has its own tiles and instructions; forward and backward must compute the same logits."""
     x, _, queue = batch(None, *LARGE_LOGITS, dim, dtype, norm=100.0)
     check_logsumexp(x, queue, 0.005, backend)
     check_relation(x, x.flip(0), queue, 0.1, 0.04, "kl", backend)

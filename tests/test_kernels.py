@@ -1,4 +1,4 @@
-"""Triton's kernels without running them: what they compile to, who is refused, how they are launched."""
+"""Tests Triton's kernels without running them: compiled code, unsupported inputs, and launches."""
 
 import itertools
 import re
@@ -66,14 +66,14 @@ def test_compiled(capability, case):
 
 
 def order(loop):
-    """What a loop does with its tensor cores, and waits and exponentials between, as (name, how often)."""
+    """Returns a loop's products, waits and exponentials in their order, as (name, count)."""
     names = (re.match(r"(?:@\S+ )?(HGMMA|WARPGROUP\.DEPBAR\S* .*, \S+|MUFU\.EX2)", step) for step in loop)
     found = (re.sub(r".*DEPBAR.*, (\S+)", r"DEPBAR \1", name[1]) for name in names if name)
     return [(name, len(list(group))) for name, group in itertools.groupby(found)]
 
 
 # Triton waits for the similarities (DEPBAR 0x0) before the exponentials. The default kernel's groups of warps
-# meet at barriers in each tile; the candidate's two have a loop each, and the one's wait is the other's turn.
+# synchronise at barriers in each tile; the candidate's two have a loop each, and take turns.
 PRODUCTS = ("HGMMA", 8)
 SERIAL = [PRODUCTS, ("DEPBAR 0x0", 1), ("MUFU.EX2", 64), PRODUCTS]
 
@@ -82,7 +82,7 @@ SERIAL = [PRODUCTS, ("DEPBAR 0x0", 1), ("MUFU.EX2", 64), PRODUCTS]
     ("name", "loops"), [("forward", [SERIAL]), ("specialised", [[*SERIAL, ("DEPBAR 0x0", 1)]] * 2)]
 )
 def test_order_of_hoppers_instructions(name, loops):
-    """As it is with the versions of Triton that are tested: another order is news, good or bad."""
+    """The order is that of the tested versions of Triton; another one may be faster or slower."""
     (case,) = (case for case in resources.cases(90, 128, "bf16") if case.name == name)
     orders = [order(loop) for loop in resources.loops(resources.resources(case, 90).sass)]
     fixed = [found for found in orders if sum(name == "MUFU.EX2" for name, _ in found) == 1]
@@ -105,7 +105,7 @@ def test_loops_are_read_off_a_program():
 
 @pytest.mark.parametrize("name", ["combine_relation", "combine_info_nce"])
 def test_a_loss_is_stored_before_its_program_arrives(name):
-    """What the interpreter cannot show: the block's barriers, and reads that no stale cache serves."""
+    """The interpreter does not test the block's barriers, nor that reads bypass the L1 cache."""
     (case,) = (case for case in resources.cases(90, 64, "bf16") if case.name == name)
     ptx = resources.compiled(case, 90).asm["ptx"]
     before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.u32", ptx)
@@ -123,7 +123,7 @@ def test_wide_rows_fit(capability):
 
 
 def test_logits_are_summed_alike_forward_and_backward():
-    """Else p = exp(logit - lse) would be of other logits than lse, by digits that large ones cannot spare."""
+    """Otherwise p = exp(logit - lse) and lse would use different logits, which matters for large ones."""
     for capability, version in itertools.product(resources.CAPABILITIES, [(3, 6), (3, 7), (3, 8)]):
         for dtype, dim in itertools.product(("bf16", "fp16", "fp32"), resources.DIMS):
             chip = heuristics.Chip(capability, 100, version)
@@ -187,7 +187,7 @@ def test_means_of_splits_take_little_memory(rows, dim):
         (100, 8, 73, 82_736, 256, 2),
         (100, 8, 73, 82_736, 512, 1),  # of tensor memory
         (90, 8, 255, 232_448, 0, 1),
-        (90, 8, 0, 16, 0, 1),  # nobody counted registers
+        (90, 8, 0, 16, 0, 1),  # registers are unknown
         (AMD, 8, 64, 16, 0, 1),
         (heuristics.INTERPRETER, 8, 64, 16, 0, 1),
     ],
@@ -334,7 +334,7 @@ from launch import Chip, Idle, backend, launches, launching
 triton.runtime.driver.set_active(Idle())
 launching.chip = lambda index: Chip(90, 132)
 q, k, queue = (torch.randn(n, 128).bfloat16() for n in (64, 64, 4096))
-shifted = torch.randn(4096 * 128 + 1).bfloat16()[1:].view(4096, 128)  # no address for the copy engine
+shifted = torch.randn(4096 * 128 + 1).bfloat16()[1:].view(4096, 128)  # an address that TMA cannot use
 c = torch.tensor([10.0, 25.0]) if sys.argv[2] == "device" else [10.0, 25.0]
 for arguments in (q, k, queue), (q, k, shifted), (q.view(2, 32, 128), k[:32], queue):
     for weight, want in (0.1, True), (None, False):
@@ -372,7 +372,7 @@ print("alike")
 
 
 @pytest.mark.parametrize("scales", ["numbers", pytest.param("device", marks=pytest.mark.slow)])
-def test_remembered_launches_are_those_of_triton(tmp_path, scales):
+def test_cached_launches_are_those_of_triton(tmp_path, scales):
     tools = Path(__file__).parent.parent / "tools"
     command = [sys.executable, "-W", "ignore", "-c", LAUNCH_TWICE, tools, scales]
     # From an empty folder, so that the source tree cannot stand in for the package.
@@ -381,7 +381,7 @@ def test_remembered_launches_are_those_of_triton(tmp_path, scales):
 
 
 class Loaded:
-    """In place of a kernel: what is compiled of it is loaded on the device that is current then."""
+    """Stands for a kernel, whose compiled function is loaded on the device that is current then."""
 
     arg_names = ()
 
@@ -405,7 +405,7 @@ class Loaded:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Of each launch the device that its function was loaded on, the current one, and Triton's allocator."""
+    """Lists for each launch its function's device, the current device, and Triton's allocator."""
     launches, current = [], [0]
 
     @contextmanager
@@ -423,10 +423,10 @@ def launched(monkeypatch):
 
 
 def on_device(index, *tensors):
-    """Tensors of the CPU that pass for a GPU's, as what is made of them does."""
+    """Returns CPU tensors with the device of a GPU, which tensors made from them inherit."""
     device = property(lambda self: torch.device("cuda", index))
-    kind = type("OnDevice", (torch.Tensor,), {"device": device, "get_device": lambda self: index})
-    return [t.as_subclass(kind) for t in tensors]
+    cls = type("OnDevice", (torch.Tensor,), {"device": device, "get_device": lambda self: index})
+    return [t.as_subclass(cls) for t in tensors]
 
 
 @pytest.mark.parametrize("scale", [[10.0, 25.0], torch.tensor([10.0, 25.0])], ids=["numbers", "device"])
@@ -467,7 +467,7 @@ def test_splits_are_for_all_that_a_processor_runs(launched, monkeypatch):
 
 
 def test_the_callers_allocator_is_left_alone(launched):
-    """Triton's, for memory that kernels ask for: a context variable, so that each thread has its own."""
+    """Triton's allocator for kernels is a context variable, so each thread has its own."""
     triton, queue = backends.BACKENDS["triton"], torch.randn(100, 64).bfloat16()
 
     def allocators():

@@ -1,4 +1,4 @@
-"""How many launches a loss and its gradient take (tools/launch.py counts them)."""
+"""Tests how many launches a loss and its gradient take (tools/launch.py counts them)."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 
 @pytest.fixture
 def idle(monkeypatch):
-    """Triton's backend takes tensors of the CPU, and its launches are counted only."""
+    """Makes Triton's backend accept CPU tensors, and only counts its launches."""
     monkeypatch.setattr(launch.backend, "supports", lambda device, dtype, dim: None)
     monkeypatch.setattr(launching, "chip", lambda index: launch.Chip(90, 132))
     monkeypatch.setattr(launching, "with_resident", lambda chip, *rest: chip)
@@ -50,9 +50,9 @@ def test_without_a_gradient_no_operation_of_torch(idle):
 
 DRIVEN = """
 import sys; sys.path.insert(0, sys.argv[1])
-from launch import launched, pretend, relation_loss, torch, with_gradient
+from launch import launched, use_idle_driver, relation_loss, torch, with_gradient
 
-pretend()
+use_idle_driver()
 inputs = (torch.randn(n, 128).bfloat16() for n in (64, 64, 4096))
 print(launched(with_gradient(relation_loss, *inputs)))
 """

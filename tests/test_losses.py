@@ -1,4 +1,4 @@
-"""Values and all gradients of the losses against the float64 oracle, within its error budget."""
+"""Tests values and all gradients of the losses against the float64 oracle, within its error budget."""
 
 import math
 
@@ -14,9 +14,9 @@ from checks import (
     check_relation,
     check_weight,
     every,
-    on,
     reduced,
     slow_if_interpreted,
+    to_device,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,11 +27,11 @@ from relssl.functional import queue_logsumexp, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EXACT = ["chunked", "reference"]  # those that take float64
+EXACT = ["chunked", "reference"]  # those that support float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-# Views, B, K, D. Every pair of odd values of two sizes meets somewhere: one row, a prime number of
+# Views, B, K, D. Every pair of special values of two sizes occurs: one row, a prime number of
 # them; one queue row, a prime, more than a tile; a width below, off, at and above powers of two. Triton's
 # interpreter takes a dozen seconds for 257 rows; 67 are more than its tile, too.
 SHAPES = [
@@ -106,7 +106,7 @@ def test_reductions(views, reduction, backend):
 @shapes((2, 5, 33, 24), *[(None, 5, 33, 24), (None, 1030, 3, 8)] * (not INTERPRETED))
 @every(*DTYPES)
 def test_sums_of_rows_and_their_gradients(dtype, shape, backend):
-    if backend != "reference":  # It differentiates whole functions.
+    if backend != "reference":  # which autograd differentiates
         check_weight(*batch(*shape, dtype), backend)
 
 
@@ -128,7 +128,7 @@ def test_teacher_entropy(views, reduction, backend):
 
 @every(*DTYPES)
 def test_equal_sides_have_zero_divergence(dtype, backend):
-    q, _, queue = on(backend, *batch(None, 7, 1000, 64, dtype))
+    q, _, queue = to_device(backend, *batch(None, 7, 1000, 64, dtype))
     leaf = q.clone().requires_grad_()
     loss = relation_loss(
         leaf, q, queue, student_temperature=0.1, teacher_temperature=0.1,
@@ -193,19 +193,19 @@ def transposed(t):
 
 
 def sliced(t):
-    """Every second column and row of something larger."""
+    """Returns every second column and row of a larger tensor."""
     larger = t.new_full([2 * n for n in t.shape], torch.nan)
     view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
 
 
 def expanded(t):
-    """One row in place of all, with stride 0."""
+    """Returns one row in place of all, with stride 0."""
     return t[..., :1, :].expand_as(t)
 
 
 def far_apart(t):
-    """Rows 2**29 elements apart, from the fifth on beyond 32-bit offsets; few pages are touched."""
+    """Returns rows 2**29 elements apart: from the fifth on, offsets exceed 32 bits. Few pages are touched."""
     store = t.new_empty(2**29 * (len(t) - 1) + t.shape[1])
     return store.as_strided(t.shape, (2**29, 1)).copy_(t)
 
@@ -214,19 +214,19 @@ def far_apart(t):
 @every(torch.float32, torch.bfloat16)
 def test_strides(dtype, layout, backend):
     for which in range(3):
-        inputs = on(backend, *batch(None, 6, 300, 40, dtype))
+        inputs = to_device(backend, *batch(None, 6, 300, 40, dtype))
         inputs[which] = layout(inputs[which])
         check_relation(*inputs, 0.1, 0.04, "kl", backend)
         check_info_nce(*inputs, 0.2, backend)
         check_logsumexp(inputs[0], inputs[2], 0.1, backend)
-    q, k, queue = on(backend, *batch(2, 6, 300, 40, dtype))
+    q, k, queue = to_device(backend, *batch(2, 6, 300, 40, dtype))
     check_relation(layout(q), k, queue, 0.1, 0.04, "kl", backend)
 
 
 @every(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("which", range(3), ids=["q", "k", "queue"])
 def test_row_offsets_beyond_32_bits(which, dtype, backend):
-    inputs = on(backend, *batch(None, 6, 6, 40, dtype))
+    inputs = to_device(backend, *batch(None, 6, 6, 40, dtype))
     inputs[which] = far_apart(inputs[which])
     check_relation(*inputs, 0.1, 0.04, "kl", backend)
     check_info_nce(*inputs, 0.2, backend)
@@ -238,11 +238,11 @@ def test_row_offsets_beyond_32_bits(which, dtype, backend):
 @pytest.mark.parametrize(
     ("tau_s", "tau_t", "norm"),
     [
-        (0.005, 0.005, 1.0),  # logits of 200: exp overflows float32 unless the maximum is taken out
+        (0.005, 0.005, 1.0),  # logits of 200: exp overflows float32 unless the maximum is subtracted
         (0.1, 0.04, 100.0),  # logits of 250,000: one-hot teachers
         (0.005, 0.005, 100.0),
         (1e4, 1e4, 1.0),  # uniform
-        (0.005, 50.0, 1.0),  # each side at its own end
+        (0.005, 50.0, 1.0),  # opposite extremes
     ],
 )
 @every(torch.float32, torch.bfloat16, torch.float64)
@@ -262,7 +262,7 @@ def test_all_logits_equal(size, backend):
     check_relation(q, k, queue, 0.1, 0.04, "kl", backend)
     check_relation(q, k, queue, 0.1, 0.04, "ce", backend)
     check_logsumexp(q, queue, 0.1, backend)
-    q, queue = on(backend, q, queue)
+    q, queue = to_device(backend, q, queue)
     lse, mean = queue_logsumexp(q, queue, 0.1, backend=backend)
     torch.testing.assert_close(lse, q @ queue[0] / 0.1 + math.log(size))
     torch.testing.assert_close(mean, queue[:1].expand(4, -1))
@@ -281,7 +281,7 @@ def test_one_huge_logit(place, backend):
 
 @backends_of(*BACKENDS)
 def test_ties_among_large_logits(backend):
-    # Logits of exactly +-512, each several times: eager's softmax takes the maximum out and happens to be
+    # Logits of exactly +-512, each several times: eager's softmax subtracts the maximum and happens to be
     # exact, while exp(logit - lse) would have the rounding of an lse of 512.
     q, k, queue = batch(None, 1, 5, 1, torch.float32, norm=2.0)
     check_relation(q, k, queue, 1 / 128, 1.0, "kl", backend)
@@ -314,16 +314,16 @@ def test_exclude_own_row(backend):
 
 
 @backends_of(*BACKENDS)
-def test_row_left_with_nothing(backend):
-    x, queue, tau, exclude = on(backend, unit(3, 8), unit(1, 8), torch.tensor(0.1), torch.tensor([0, -1, 0]))
-    for t in (x, queue, tau):
-        t.requires_grad_()
+def test_empty_row(backend):
+    inputs = to_device(backend, unit(3, 8), unit(1, 8), torch.tensor(0.1))
+    x, queue, tau = (t.requires_grad_() for t in inputs)
+    exclude = to_device(backend, torch.tensor([0, -1, 0]))
     lse, mean = queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend)
     assert lse[0] == lse[2] == -torch.inf
     torch.testing.assert_close(lse[1], x[1] @ queue[0] / tau)
     assert not mean[::2].any()
     torch.testing.assert_close(mean[1], queue[0])
-    for output in (lse.exp(), mean, lse[1]):  # exp: what logaddexp sees of an empty row
+    for output in (lse.exp(), mean, lse[1]):  # exp: an empty row's weight in logaddexp
         grads = torch.autograd.grad(
             (output * torch.rand_like(output)).sum(), (x, queue, tau), retain_graph=True
         )
@@ -348,15 +348,15 @@ def losses(q, k, queue, backend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", ["q", "k"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_bad_row_spoils_its_own_loss_only(grad, side, bad, backend):
-    q, k, queue = on(backend, *batch(None, 5, 300, 40, torch.float32))
+def test_nonfinite_row_affects_its_own_loss_only(grad, side, bad, backend):
+    q, k, queue = to_device(backend, *batch(None, 5, 300, 40, torch.float32))
     clean = losses(q, k, queue, backend)
     {"q": q, "k": k}[side][2, 3] = bad
     q.requires_grad_(grad)
     others = torch.arange(5) != 2
     for name, loss in losses(q, k, queue, backend).items():
         if name == "lse" and (side == "k" or bad != torch.nan):
-            continue  # no teacher; and lse is not a loss: Inf there is an honest value
+            continue  # no teacher; and lse is not a loss: it may be infinite
         assert loss[2].isnan(), f"{name}: {loss[2]}"
         torch.testing.assert_close(loss[others].detach(), clean[name][others])
 
@@ -365,8 +365,8 @@ def test_bad_row_spoils_its_own_loss_only(grad, side, bad, backend):
 # In the first and in the last of several tiles.
 @pytest.mark.parametrize("place", [0, slow_if_interpreted(8999)])
 @pytest.mark.parametrize("grad", [False, True])
-def test_nan_in_the_queue_spoils_every_loss(grad, place, backend):
-    q, k, queue = on(backend, *batch(None, 3, 9000, 40, torch.float32))
+def test_nan_in_the_queue_affects_every_loss(grad, place, backend):
+    q, k, queue = to_device(backend, *batch(None, 3, 9000, 40, torch.float32))
     queue[place, 5] = torch.nan
     q.requires_grad_(grad)
     for name, loss in losses(q, k, queue, backend).items():

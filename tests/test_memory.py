@@ -14,7 +14,7 @@ pytestmark = [
 MIB = 2**20
 
 
-def test_the_measurement_sees_a_temporary():
+def test_the_measurement_includes_a_temporary():
     # 32 MiB that are freed at the end of the statement, with a tolerance for new heap pages.
     setup = "import torch; torch.ones(10)"
     used = memory.peak_extra_memory("(torch.ones(2**23) * 1).sum()", setup=setup)

@@ -44,7 +44,7 @@ def test_teacher_starts_as_the_student_and_follows_it_in_parameters_only():
     assert not any(p.requires_grad for p in method.teacher.parameters())
 
 
-def test_step_moves_the_teacher_first_sees_the_old_queue_and_enqueues(monkeypatch):
+def test_step_updates_the_teacher_uses_the_old_queue_and_enqueues(monkeypatch):
     method = SMALL.build(HALF, QUARTER).train()
     old = method.queue.rows.clone()
     seen = {}

@@ -1,4 +1,4 @@
-"""The registered ops under PyTorch's own checks, under torch.compile, and bit for bit from run to run."""
+"""Tests the registered ops with torch's opcheck, under torch.compile, and for equal bits in every run."""
 
 from itertools import product
 
@@ -52,12 +52,12 @@ def test_opcheck(layout, scale, dtype, backend):
     lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, exclude, True, backend)
     one = (by_value[:1], None if on_device is None else on_device[:1])
     g_lse, g_mean = torch.randn(5), torch.randn(5, 16)
-    for g, row, x, bank in (
+    for g, g_row, want_x, want_queue in (
         (g_mean, g_mean, True, True),
         (g_mean, None, True, False),
         (None, None, False, True),
     ):
-        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, backend)
+        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, g_row, want_x, want_queue, backend)
         torch.library.opcheck(ops.lse_and_mean_vjp.default, arguments)
 
 

@@ -1,4 +1,4 @@
-"""The prediction, where its result is known: simulation, occupancy, and what is read from machine code."""
+"""Tests the prediction where its result is known: simulation, occupancy, and parsed machine code."""
 
 import re
 
@@ -20,8 +20,8 @@ TILE = [{"tensor": 300}, {"xu": 200, "issue": 150}]
         (TILE, 1, 1, 500),  # nothing overlaps: the sum
         (TILE, 1, 16, pytest.approx(16 * 300, rel=0.05)),  # all overlaps: the busiest pipe
         ([{"tensor": 300}, {"xu": 400}], 1, 16, pytest.approx(16 * 400, rel=0.05)),
-        ([{"alone": 700}], 1, 2, pytest.approx(700)),  # which is no pipe of both
-        ([*TILE, "meet"], 2, 1, 2 * 500),  # both want the same at the same time
+        ([{"alone": 700}], 1, 2, pytest.approx(700)),  # which they do not share
+        ([*TILE, "barrier"], 2, 1, 2 * 500),  # both need the same pipe at the same time
         (["take", TILE[0], "pass", TILE[1]], 2, 1, 600),  # one's work beside the other's product
         (["take", *TILE, "pass"], 2, 1, 2 * 500),
     ],
@@ -131,7 +131,7 @@ def outline(made: Kernel) -> list:
 
 def test_steps_are_in_the_order_of_the_code():
     made = kernel(loop=sass.loops(LOOP)[0])
-    assert outline(made) == ["work", {"tensor": 64}, "work", {"tensor": 32}, "work", "meet", "work"]
+    assert outline(made) == ["work", {"tensor": 64}, "work", {"tensor": 32}, "work", "barrier", "work"]
     worked = [step["alone"] for step in predict.steps(made) if isinstance(step, dict) and "xu" in step]
     assert worked == [2, 16, 2, 1]  # by the stalls of all but the products
 
@@ -153,7 +153,7 @@ def test_barriers_of_two_consumers_are_turns():
 def test_other_products_come_first():
     one = listing("HMMA.16816.F32.BF16 R4, R8, R2, RZ", "MUFU.EX2 R4, R4", "BAR.SYNC 0x0", "BRA 0x0")
     made = kernel(capability=80, loop=sass.loops(one)[0])
-    assert outline(made) == [{"tensor": 8}, "work", "meet", "work"]
+    assert outline(made) == [{"tensor": 8}, "work", "barrier", "work"]
 
 
 def test_tcgen05_divides_a_tile_among_its_products():

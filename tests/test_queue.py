@@ -1,4 +1,4 @@
-"""FeatureQueue: a ring that keeps what a Python list would, on the device, on every rank."""
+"""Tests FeatureQueue against a Python list, without synchronisation, and on several ranks."""
 
 from collections import deque
 
@@ -117,7 +117,7 @@ def test_reset():
 
 
 def test_no_host_synchronisation():
-    # On an accelerator any of these would wait for the device; on the CPU they only show.
+    # On an accelerator any of these would wait for the device; on the CPU they are only detected.
     class Watch(TorchDispatchMode):
         calls = ()
 

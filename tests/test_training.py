@@ -393,7 +393,7 @@ def test_weights_that_are_not_finite_are_not_saved(few, monkeypatch):
     assert read(FEW.out / "checkpoint.pt")["epoch"] == 1
 
 
-def test_a_run_that_diverges_says_so_in_a_line(command):
+def test_a_run_that_diverges_ends_with_a_line(command):
     settings = (
         "--data digits --hidden 64 --dim 32 --queue-size 300 --batch-size 256 --lr 1e30 --warmup-epochs 0"
     )

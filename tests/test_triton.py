@@ -1,4 +1,4 @@
-"""Triton's kernels: what the grid of test_losses.py does not reach. On a GPU, or in the interpreter."""
+"""Tests Triton's kernels beyond the grid of test_losses.py, on a GPU or in the interpreter."""
 
 from importlib.metadata import version
 
@@ -12,8 +12,8 @@ from checks import (
     check_logsumexp,
     check_relation,
     device,
-    on,
     slow_if_interpreted,
+    to_device,
 )
 from oracle import unit
 
@@ -34,7 +34,7 @@ def triton():
 
 @pytest.fixture
 def replace(triton, monkeypatch):
-    """monkeypatch.setattr of what launches are worked out from: what is remembered of them is forgotten."""
+    """Returns a monkeypatch.setattr that also clears the cached launches, which depend on the attribute."""
 
     def replace(owner, name, value):
         monkeypatch.setattr(owner, name, value)
@@ -50,8 +50,8 @@ def heuristics():
 
 
 def test_float64_rows_for_a_narrower_queue():
-    """Computed in the queue's dtype, while a temperature keeps that of q."""
-    q, k, queue = on("triton", *batch(None, 5, 40, 24, torch.float16))
+    """Losses are computed in the queue's dtype; a temperature keeps that of q."""
+    q, k, queue = to_device("triton", *batch(None, 5, 40, 24, torch.float16))
     expected = with_gradients(q, k, queue)
     tau = torch.tensor(0.2, dtype=torch.float64, device=q.device)
     for got, want in zip(with_gradients(q.double(), k.double(), queue, tau=tau), expected, strict=True):
@@ -72,7 +72,7 @@ def with_gradients(*inputs, **options):
 
 
 def shifts(triton, x, queue, scale):
-    """What similarities were measured from: 0 where the first path was exact, else the largest."""
+    """Returns the shifts and means: a shift is 0 if the first path was exact, else the largest similarity."""
     stats, means, rows, splits = triton.forward(
         x, x[:0], queue, triton.kernel_scales([scale] * 2), None, True
     )
@@ -80,30 +80,30 @@ def shifts(triton, x, queue, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_fixed_shift_serves_unit_rows(triton, dtype):
-    x, queue = on("triton", unit(40, 64, dtype=dtype), unit(1000, 64, dtype=dtype))
+def test_shift_of_unit_rows(triton, dtype):
+    x, queue = to_device("triton", unit(40, 64, dtype=dtype), unit(1000, 64, dtype=dtype))
     shift, _ = shifts(triton, x, queue, 25.0)
-    if dtype == torch.float16:  # which cannot hold 2^36
+    if dtype == torch.float16:  # where 2^36 overflows
         assert (shift != 0).all()
     else:
         assert (shift == 0).all()
 
 
 @pytest.mark.parametrize(("norm", "scale"), [(1.0, 200.0), (100.0, 25.0)])
-def test_the_running_maximum_serves_the_others(triton, norm, scale):
+def test_large_logits_use_a_running_maximum(triton, norm, scale):
     x, queue = unit(3, 64), unit(1000, 64, norm=norm)
     queue[7] = x[0] * norm  # a logit of 200, or 2,500
-    x, queue = on("triton", x, queue)
+    x, queue = to_device("triton", x, queue)
     shift, _ = shifts(triton, x, queue, scale)
     assert (shift[:, 0] != 0).any()
     check_logsumexp(x, queue, 1 / scale, "triton")
 
 
 def test_an_overflowing_mean_is_redone(triton):
-    # 2^(c s) is about 2^90 and the rows are of 2^50: their product is no float32, the mean is.
+    # 2^(c s) is about 2^90 and rows have norm 2^50: their product overflows float32, the mean does not.
     x, queue = torch.zeros(2, 16), unit(50, 16)
     queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50
-    x, queue = on("triton", x, queue)
+    x, queue = to_device("triton", x, queue)
     shift, means = shifts(triton, x, queue, 62.0)
     assert (shift != 0).all() and means.isfinite().all()
     _, mean = queue_logsumexp(x, queue, 1 / 62, backend="triton")
@@ -112,7 +112,7 @@ def test_an_overflowing_mean_is_redone(triton):
 
 @pytest.mark.parametrize("dtype", [torch.float32] + [torch.bfloat16] * (not INTERPRETED), ids=str)
 def test_both_paths_agree(triton, dtype, replace):
-    inputs = on("triton", *batch(None, 20, 600, 40, dtype))
+    inputs = to_device("triton", *batch(None, 20, 600, 40, dtype))
     fixed = with_gradients(*inputs)
     kernels = launching.kernels()
     launch, ran = kernels.forward, []
@@ -147,7 +147,7 @@ def test_widths(dtype, dim, tma, replace, heuristics):
         tiles = heuristics.Tiles(16, 32, 4, 1, tma=True) if tma else heuristics.Tiles(16, 32, 4, 1, chunk=64)
         replace(heuristics, "INTERPRETED", tiles)
         if version("triton").startswith("3.5.") and dim == 600:
-            dim = 592  # Its interpreter wants of a stride in elements what holds for one in bytes.
+            dim = 592  # Its interpreter applies TMA's limit for strides in bytes to elements.
     inputs = batch(None, 3, 70, dim, dtype)
     check_relation(*inputs, 0.1, 0.04, "kl", "triton")
     check_info_nce(*inputs, 0.2, "triton")
@@ -155,7 +155,7 @@ def test_widths(dtype, dim, tma, replace, heuristics):
 
 
 def test_a_variant_compiles_with_a_symbolic_width():
-    inputs, name = on("triton", *batch(None, 4, 20, 16, torch.float32)), "triton/64x64x4x3"
+    inputs, name = to_device("triton", *batch(None, 4, 20, 16, torch.float32)), "triton/64x64x4x3"
     run = torch.compile(relation_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(run(*inputs, backend=name), relation_loss(*inputs, backend=name))
     with pytest.raises(ValueError, match="a variant is one of"):
@@ -164,8 +164,8 @@ def test_a_variant_compiles_with_a_symbolic_width():
 
 @pytest.mark.parametrize("processors", [slow_if_interpreted(1), 3, slow_if_interpreted(64)])
 def test_any_number_of_splits(processors, replace, heuristics, triton):
-    """By their number alone results differ in rounding only."""
-    inputs = on("triton", *batch(2, 5, 300, 24, torch.float32))
+    """The number of splits changes results by rounding only."""
+    inputs = to_device("triton", *batch(2, 5, 300, 24, torch.float32))
     expected = with_gradients(*inputs)
     chip = launching.chip(inputs[0].get_device())._replace(processors=processors)
     scales = triton.kernel_scales([5.0, 5.0])
@@ -173,7 +173,7 @@ def test_any_number_of_splits(processors, replace, heuristics, triton):
     def splits(_, k, queue):
         return triton.forward(k, k[:0], queue, scales, None, True)[3]
 
-    splits(*inputs)  # remembered, but for the replacements
+    splits(*inputs)  # cached, but for the replacements
     replace(launching, "chip", lambda index: chip)
     if INTERPRETED:
         replace(heuristics, "INTERPRETED", heuristics.Tiles(16, 32, 4, 1))
@@ -199,7 +199,7 @@ def test_splits_cover_the_queue_and_fill_the_chip(heuristics):
 
 @pytest.fixture
 def specialise(triton, replace, heuristics):
-    """Has forward passes made by specialised.py, and the kernels of both launches recorded."""
+    """Makes forward passes use specialised.py, and records the kernels of both launches."""
 
     def specialise(name="specialised"):
         if INTERPRETED:
@@ -238,7 +238,7 @@ DIM = 16 if INTERPRETED else 64
     [(2, 9, 70), slow_if_interpreted(None, 33, 96), slow_if_interpreted(None, 1, 5)],
 )
 def test_specialised_warps(dtype, views, rows, size, specialise):
-    """Blocks and tiles that end early, or fit, or are all there is; without gradients, too."""
+    """Blocks and tiles are partly filled, or full, or the only ones; gradients are left out, too."""
     launches = specialise()
     inputs = batch(views, rows, size, DIM, dtype)
     check_relation(*inputs, 0.1, 0.04, "kl", "triton")
@@ -247,7 +247,7 @@ def test_specialised_warps(dtype, views, rows, size, specialise):
     block = 16 if INTERPRETED else 128
     stacks = rows, rows * (views or 1)
     assert launches[0] == ("specialised", sum(-(-count // block) for count in stacks))
-    again = [] if dtype == torch.float16 else ["forward"]  # float16 needs no second try
+    again = [] if dtype == torch.float16 else ["forward"]  # float16 has no second launch
     assert [name for name, _ in launches] == ["specialised", *again] * (len(launches) // (1 + len(again)))
 
 
@@ -255,7 +255,7 @@ def test_specialised_warps(dtype, views, rows, size, specialise):
 @pytest.mark.parametrize("split", [0, 5, 7])
 def test_specialised_warps_with_an_empty_stack(split, specialise, triton):
     specialise()
-    x, queue = on("triton", unit(7, DIM, dtype=WARPS[0]), unit(50, DIM, dtype=WARPS[0]))
+    x, queue = to_device("triton", unit(7, DIM, dtype=WARPS[0]), unit(50, DIM, dtype=WARPS[0]))
     lse, mean = triton.lse_and_mean(x, queue, [5.0, 10.0], split, None, True)
     scale = torch.where(torch.arange(7, device=x.device) < split, 5.0, 10.0)
     logits = scale[:, None] * (x.double() @ queue.double().T)
@@ -265,11 +265,11 @@ def test_specialised_warps_with_an_empty_stack(split, specialise, triton):
 
 
 @hopper_only
-def test_only_what_was_not_exact_is_done_again(specialise, triton, replace):
+def test_only_inexact_blocks_are_recomputed(specialise, triton, replace):
     dtype, block = WARPS[0], 16 if INTERPRETED else 128
     x, queue = unit(2 * block + 8, DIM, dtype=dtype), unit(1000, DIM, dtype=dtype)
     x[2 * block + 3] = 1000 * queue[7]  # a logit of 25,000
-    x, queue = on("triton", x, queue)
+    x, queue = to_device("triton", x, queue)
     launches = specialise()
 
     def stats():
@@ -304,20 +304,20 @@ def test_specialised_warps_with_an_overflowing_mean(specialise, triton):
     specialise()
     x, queue = torch.zeros(2, DIM, dtype=WARPS[0]), torch.zeros(50, DIM, dtype=WARPS[0])
     queue[:, 0], x[:, 0] = 2.0**50, 2.0**-50  # as above
-    x, queue = on("triton", x, queue)
+    x, queue = to_device("triton", x, queue)
     shift, means = shifts(triton, x, queue, 62.0)
     assert (shift != 0).all() and means.isfinite().all()
 
 
 @hopper_only
 @pytest.mark.parametrize("what", ["first", "second", "queue", "exclude"])
-def test_what_specialised_warps_do_not_take_the_default_does(what, specialise, triton):
+def test_unsupported_inputs_use_the_default_kernel(what, specialise, triton):
     launches = specialise()
     tensors = {name: unit(9, DIM, dtype=WARPS[0]) for name in ("first", "second", "queue")}
-    exclude = on("triton", torch.arange(18) % 9) if what == "exclude" else None
-    tensors = {name: on("triton", t) for name, t in tensors.items()}
+    exclude = to_device("triton", torch.arange(18) % 9) if what == "exclude" else None
+    tensors = {name: to_device("triton", t) for name, t in tensors.items()}
     expected = backends.triton.Triton().forward(*tensors.values(), (5.0, 5.0), exclude, True)
-    if exclude is None:  # an address that the copy engine cannot read
+    if exclude is None:  # an address that TMA cannot use
         shifted = tensors[what].new_empty(9 * DIM + 1)[1:].view(9, DIM)
         tensors[what] = shifted.copy_(tensors[what])
     launches.clear()
@@ -332,7 +332,7 @@ def test_what_specialised_warps_do_not_take_the_default_does(what, specialise, t
 
 @pytest.mark.parametrize("tau", [0.2, 0.005, 1e4])
 def test_numbers_and_tensors_are_the_same_temperature(tau):
-    inputs = on("triton", *batch(None, 5, 300, 40, torch.float32))
+    inputs = to_device("triton", *batch(None, 5, 300, 40, torch.float32))
     tensor = torch.tensor(tau, device=device("triton"))
     for one, other in zip(with_gradients(*inputs, tau=tau), with_gradients(*inputs, tau=tensor), strict=True):
         # One more rounding of 1 / tau, which logits of up to 200 multiply.
@@ -340,8 +340,8 @@ def test_numbers_and_tensors_are_the_same_temperature(tau):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_gradients_the_same_values(dtype):
-    q, k, queue = on("triton", *batch(2, 5, 300, 40, dtype))
+def test_values_are_the_same_without_gradients(dtype):
+    q, k, queue = to_device("triton", *batch(2, 5, 300, 40, dtype))
     for one, other in zip(losses(q, k, queue), losses(q.clone().requires_grad_(), k, queue), strict=True):
         torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-5)
 
@@ -353,27 +353,27 @@ def test_without_gradients_the_same_values(dtype):
     "scale", [slow_if_interpreted(([10.0, 25.0], None)), ([], (10.0, 25.0))], ids=["numbers", "device"]
 )
 def test_opcheck(scale):
-    q, k, queue = on("triton", unit(2, 5, 16), unit(5, 16), unit(40, 16).mT.contiguous().mT)
+    q, k, queue = to_device("triton", unit(2, 5, 16), unit(5, 16), unit(40, 16).mT.contiguous().mT)
     by_value, on_device = scale
-    on_device = None if on_device is None else on("triton", torch.tensor(on_device))
+    on_device = None if on_device is None else to_device("triton", torch.tensor(on_device))
     ops, check = torch.ops.relssl, torch.library.opcheck
     one = by_value[:1], None if on_device is None else on_device[:1]
-    exclude = on("triton", torch.tensor([0, -1, 3, 39, -1]))
+    exclude = to_device("triton", torch.tensor([0, -1, 3, 39, -1]))
     for reduction, want in (("mean", True), ("none", False)):
         check(ops.relation.default, (q, k, queue, by_value, on_device, "kl", reduction, want, want, "triton"))
         check(ops.info_nce.default, (q, k, queue, *one, reduction, want, "triton"))
         check(ops.lse_and_mean.default, (k, queue, by_value, on_device, 3, exclude, want, "triton"))
     lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, exclude, True, "triton")
     g_lse, g_mean = torch.randn_like(lse[0]), torch.randn_like(mean)
-    for g, row, x, bank in ((g_mean, g_mean, True, True), (None, None, False, True)):
-        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, row, x, bank, "triton")
+    for g, g_row, want_x, want_queue in ((g_mean, g_mean, True, True), (None, None, False, True)):
+        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, g_row, want_x, want_queue, "triton")
         check(ops.lse_and_mean_vjp.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
 def test_a_variant_compiles(backend):
-    """As `relssl tune` may choose one."""
-    q, k, queue = on("triton", *batch(None, 6, 50, 16, torch.float32))
+    """`relssl tune` may choose one."""
+    q, k, queue = to_device("triton", *batch(None, 6, 50, 16, torch.float32))
 
     def loss(name):
         return checks.losses(q, k, queue, backend=name)[0]
@@ -384,7 +384,7 @@ def test_a_variant_compiles(backend):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu_only)])
 def test_compiled_equals_eager(backend):
-    inputs = on("triton", *batch(None, 6, 50, 16, torch.float32))
+    inputs = to_device("triton", *batch(None, 6, 50, 16, torch.float32))
     results = []
     for run in (losses, torch.compile(losses, fullgraph=True, backend=backend)):
         leaves = [t.clone().requires_grad_() for t in inputs]
@@ -396,15 +396,15 @@ def test_compiled_equals_eager(backend):
 
 @pytest.mark.parametrize("dtype", [DTYPES[0], *map(slow_if_interpreted, DTYPES[1:])], ids=str)
 def test_bitwise_equal_from_run_to_run(dtype):
-    inputs = on("triton", *batch(None, 20, 600, 40, dtype))
+    inputs = to_device("triton", *batch(None, 20, 600, 40, dtype))
     for one, other in zip(with_gradients(*inputs), with_gradients(*inputs), strict=True):
         assert torch.equal(one, other)
 
 
 def test_bad_values_on_a_device_make_nan(triton):
-    """Nobody looks at them there: a temperature, and one row's exclude."""
-    x, queue = on("triton", unit(5, 16), unit(40, 16))
-    scale = on("triton", torch.tensor([float("nan")] * 2))
+    """A temperature and a row's exclude are not checked there, to avoid a synchronisation."""
+    x, queue = to_device("triton", unit(5, 16), unit(40, 16))
+    scale = to_device("triton", torch.tensor([float("nan")] * 2))
     lse, mean = triton.lse_and_mean(x, queue, scale, 5, None, True)
     assert lse.isnan().all() and mean.isnan().all()
 
@@ -412,7 +412,7 @@ def test_bad_values_on_a_device_make_nan(triton):
 @pytest.mark.parametrize("rows", [1, 4, 11, 16])
 def test_the_last_program_to_arrive_adds_up_the_losses(rows):
     total_of = pytest.importorskip("total").total_of
-    loss, total, arrived = on("triton", torch.randn(rows + 3), torch.zeros(()), torch.zeros(1).int())
+    loss, total, arrived = to_device("triton", torch.randn(rows + 3), torch.zeros(()), torch.zeros(1).int())
     total_of[(rows,)](loss, total, 0.3, arrived)
     assert arrived.item() == rows
     torch.testing.assert_close(total, 0.3 * loss[:rows].sum(), rtol=1e-6, atol=1e-6)

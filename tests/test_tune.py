@@ -1,4 +1,4 @@
-"""relssl tune, and what "auto" makes of its choices."""
+"""Tests `relssl tune`, and how "auto" uses its choices."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and a process that has read nothing yet."""
+    """Returns an empty cache folder, of which the process has read nothing."""
     monkeypatch.setenv("RELSSL_CACHE", str(tmp_path))
     monkeypatch.delenv("RELSSL_TUNE", raising=False)
     tuned.adopt(None)
@@ -80,7 +80,7 @@ def test_what_cannot_run_here_is_passed_over():
     assert {chosen(rows, 65_536) for rows in (64, 512, 4096)} == {"cpu"}
 
 
-def test_it_is_read_once_and_can_be_ignored(cache, monkeypatch):
+def test_the_file_is_read_once_and_can_be_ignored(cache, monkeypatch):
     keep(entry("chunked"))
     assert chosen(512, 65_536) == "chunked"
     tuned.path().unlink()
@@ -106,14 +106,14 @@ def test_it_is_read_once_and_can_be_ignored(cache, monkeypatch):
     ],
     ids=range(8),
 )
-def test_a_damaged_file_is_as_none(text):
+def test_a_damaged_file_is_ignored(text):
     tuned.path().write_text(text.replace("ENVIRONMENT", tuned.environment("cpu")))
     assert chosen(512, 65_536) == "cpu"
     keep(entry("chunked"))
     assert chosen(512, 65_536) == "chunked"
 
 
-def test_a_choice_is_of_its_environment(monkeypatch):
+def test_a_choice_is_for_its_environment_only(monkeypatch):
     keep(entry("chunked"))
     for name, value in {"get_num_threads": lambda: 77, "__version__": "9.9"}.items():
         with monkeypatch.context() as patch:
@@ -132,7 +132,7 @@ def test_entries_take_the_place_of_those_of_their_shape(cache):
     assert os.listdir(cache) == ["tuned.json"]
 
 
-def test_a_gpu_without_a_choice_is_told_once(monkeypatch, caplog):
+def test_a_gpu_without_a_choice_gives_one_message(monkeypatch, caplog):
     monkeypatch.setattr(tuned, "environment", lambda device: "a GPU")
     monkeypatch.setattr(tuned, "_advised", False)
     with caplog.at_level(logging.WARNING, "relssl"):
@@ -199,7 +199,7 @@ COMMAND = ["--device", "cpu", "--dtype", "fp32", "--rows", "64", "--queue", "102
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory):
-    """relssl tune with the bad backends among the candidates: its entry, its table and the cache folder."""
+    """Runs relssl tune with the bad backends, too; returns its entry, its table and the cache folder."""
     cache = tmp_path_factory.mktemp("cache")
     environment = os.environ | {"RELSSL_CACHE": str(cache), "PYTHONPATH": str(HERE)}
     command = [sys.executable, "-m", "relssl", "tune", *COMMAND, "--import", "bad_backends", "--limit", "25"]

@@ -1,4 +1,4 @@
-"""What mypy accepts and refuses of code that uses the installed package."""
+"""Tests what mypy accepts and refuses of code that uses the installed package."""
 
 import re
 import subprocess
@@ -54,7 +54,7 @@ Incomplete()
 """
 
 
-def test_what_mypy_says(tmp_path):
+def test_mypy_results(tmp_path):
     for name, code in ("user", USER), ("wrong_user", WRONG_USER), ("wrong_backend", WRONG_BACKEND):
         (tmp_path / f"{name}.py").write_text(code)
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "."]

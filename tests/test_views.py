@@ -112,7 +112,7 @@ def test_empty_clusters(dtype):
     assert halves == pytest.approx(math.log(2))
 
 
-def test_equal_clusters_have_no_entropy_to_gain():
+def test_equal_clusters_have_no_penalty():
     assert float(cluster_entropy_penalty(torch.full((6, 5), 0.2))) == pytest.approx(0, abs=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The last step of kernels/combine.py by itself, over few losses at a time."""
+"""Runs the last step of kernels/combine.py by itself, over few losses at a time."""
 
 import triton
 from relssl.kernels.combine import store_total

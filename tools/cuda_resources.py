@@ -38,10 +38,10 @@ class Resources(NamedTuple):
     shared: int  # bytes
     instructions: dict[str, int]  # how often each of INSTRUCTIONS occurs
     serialized: int  # products that are waited for one by one
-    late: int  # exponentials between the last wait before a product and that product: not overlapped
+    exposed: int  # exponentials between the last wait before a product and that product: not overlapped
     turns: list[int]  # instructions between each turn at issuing products and the first product
-    early: int  # tiles released between two waits, while the next one's similarities are in flight
-    asked: int  # votes of a warp on masking a tile that wait for a load
+    early_releases: int  # tiles released between two waits, while the next one's similarities are in flight
+    waiting_votes: int  # a warp's votes on masking a tile that wait for a load
     in_flight: int  # the most loads of 16 bytes that are issued before one is used
 
 
@@ -101,16 +101,16 @@ def kernels(file: Path) -> Iterator[Resources]:
             continue
         serialized = waits if products and waits == products else 0
         chains = re.findall(r"DEPBAR\.LE gsb0((?:(?!DEPBAR\.LE gsb0|HGMMA).)*)HGMMA", text, re.S)
-        late = sum(chain.count("MUFU.EX2") for chain in chains)
+        exposed = sum(chain.count("MUFU.EX2") for chain in chains)
         # The turn is the only barrier whose number is in a register: it depends on the warpgroup.
         opened = re.findall(r"BAR\.SYNC\S* R((?:(?!BAR\.SYNC|HGMMA).)*)HGMMA", text, re.S)
         turns = [len(re.findall(INSTRUCTION, turn)) - 1 for turn in opened] if products else []
-        early = len(re.findall(r"DEPBAR\.LE gsb0, 0x1(?:(?!DEPBAR).)*?SYNCS\.ARRIVE", text, re.S))
-        asked = len(re.findall(r"\bLDG\b(?:(?!MMA|BAR\.|VOTE|SHFL).)*VOTE", text, re.S))
+        early_releases = len(re.findall(r"DEPBAR\.LE gsb0, 0x1(?:(?!DEPBAR).)*?SYNCS\.ARRIVE", text, re.S))
+        waiting_votes = len(re.findall(r"\bLDG\b(?:(?!MMA|BAR\.|VOTE|SHFL).)*VOTE", text, re.S))
         in_flight = max(part.count("LDG.E.128") for part in text.split("FFMA"))
         yield Resources(
             kernel, chip, dtype, dim, mean, registers, stack, shared, counts,
-            serialized, late, turns, early, asked, in_flight,
+            serialized, exposed, turns, early_releases, waiting_votes, in_flight,
         )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def rows(file: Path) -> Iterator[tables.Row]:
 
 
 def compiler(file: Path) -> str:
-    """Returns the version of nvcc, which it leaves in what it compiles."""
+    """Returns the version of nvcc, which is recorded in what it compiles."""
     found = re.search(rb"Cuda compilation tools, release \S+, V(\S+?)\0", file.read_bytes())
     return found[1].decode() if found else "unknown"
 

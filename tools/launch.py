@@ -84,7 +84,7 @@ def launched(run) -> tuple[int, list[str]]:
     return len(launches), own.names
 
 
-def pretend() -> None:
+def use_idle_driver() -> None:
     """Makes the backend treat tensors of the CPU as those of a Hopper GPU."""
     triton.runtime.driver.set_active(Idle())
     launching.chip = lambda index: Chip(90, 132)  # type: ignore[assignment]
@@ -113,7 +113,7 @@ def microseconds(run, rounds: int = 300) -> float:
 
 
 def main() -> None:
-    pretend()
+    use_idle_driver()
     q, k, queue = (F.normalize(torch.randn(n, 128), dim=1).bfloat16() for n in (256, 256, 65_536))
     scale = backend.kernel_scales([25.0, 10.0])
     parts = {

@@ -68,7 +68,7 @@ PIPES = {
 PIPE_OF = {instruction: pipe for pipe, names in PIPES.items() for instruction in names.split()}
 
 
-def up(n: int, step: int) -> int:
+def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
@@ -81,8 +81,8 @@ def occupancy(chip: Chip, registers: int, shared: int, warps: int, columns: int 
         warps: of a block.
         columns: of tensor memory, of a block.
     """
-    quarter = REGISTERS // 4 // up(32 * registers, 256)  # warps
-    limits = [4 * quarter // up(warps, 4), chip.shared // (up(shared, 128) + RESERVED)]
+    quarter = REGISTERS // 4 // round_up(32 * registers, 256)  # warps
+    limits = [4 * quarter // round_up(warps, 4), chip.shared // (round_up(shared, 128) + RESERVED)]
     limits += [THREADS // (32 * warps), COLUMNS // columns if columns else BLOCKS, BLOCKS]
     return min(limits)
 
@@ -223,7 +223,7 @@ def barrier(text: str, turns: bool) -> str:
     threads = re.search(r"BAR\.SYNC.*, 0x([0-9a-f]+)", text)
     if "BAR.SYNC" not in text or (threads and int(threads[1], 16) < 256):
         return ""
-    return "take" if turns and threads else "meet"
+    return "take" if turns and threads else "barrier"
 
 
 class Prediction(NamedTuple):
@@ -237,7 +237,7 @@ def predict(kernel: Kernel) -> Prediction:
     own = work(loop, kernel)
     products = sum(clocks(each, kernel) for each in loop if each.multiplies)
     pipes = {pipe: groups * taken for pipe, taken in {"tensor": products, **own}.items()}
-    if kernel.others or any(each.name == "UTMALDG" for each in loop):  # the copy engine writes the tile
+    if kernel.others or any(each.name == "UTMALDG" for each in loop):  # TMA writes the tile
         pipes["shared"] += 2 * kernel.block_n * kernel.dim / BANDWIDTH
     busiest = max(taken for pipe, taken in pipes.items() if pipe != "alone")
     ideal = kernel.flop / max(CHIPS[kernel.capability].tensor.values())

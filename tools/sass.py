@@ -10,7 +10,7 @@ class Instruction(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For example HGMMA, of "@!P0 HGMMA.64x128x16.F32.BF16 R24, ..."."""
+        """The opcode: HGMMA, for example, of "@!P0 HGMMA.64x128x16.F32.BF16 R24, ..."."""
         return re.sub(r"^@\S+\s+", "", self.text).split()[0].split(".")[0]
 
     @property

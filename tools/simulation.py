@@ -3,7 +3,7 @@
 Four warps, one on each quarter of the multiprocessor, form a group, on all chips. A group executes steps:
 
     {pipe: clocks}    work on all pipes at the same time; each group has a pipe "alone" of its own
-    "meet"            a barrier of the block's groups
+    "barrier"         a barrier of the block's groups
     "take", "pass"    wait for the turn, which the block's groups pass round, and pass it on
 
 Groups on the same pipe at the same time share it evenly. The groups of a block begin together, the blocks at
@@ -24,8 +24,8 @@ DONE = 1e-6  # clocks that rounding may leave
 
 class Group:
     def __init__(self, begin: float) -> None:
-        self.at = self.tiles = self.meetings = 0
-        self.met = False
+        self.at = self.tiles = self.arrivals = 0
+        self.arrived = False
         self.work: Work = {"alone": begin}
 
 
@@ -34,23 +34,23 @@ class Block:
         self.groups = [Group(begin) for _ in range(groups)]
         self.turn = 0
 
-    def go_on(self, i: int, program: list[Step]) -> bool:
+    def advance(self, i: int, program: list[Step]) -> bool:
         """Moves group i to its next step, and returns whether it could."""
         group = self.groups[i]
         step = program[group.at]
-        if step == "meet" and not group.work and not group.met:
-            group.meetings, group.met = group.meetings + 1, True
+        if step == "barrier" and not group.work and not group.arrived:
+            group.arrivals, group.arrived = group.arrivals + 1, True
         if (
             group.work
             or (step == "take" and self.turn != i)
-            or (step == "meet" and any(other.meetings < group.meetings for other in self.groups))
+            or (step == "barrier" and any(other.arrivals < group.arrivals for other in self.groups))
         ):
             return False
         if isinstance(step, dict):
             group.work = {pipe: clocks for pipe, clocks in step.items() if clocks}
         elif step == "pass":
             self.turn = (i + 1) % len(self.groups)
-        group.met = False
+        group.arrived = False
         group.at = (group.at + 1) % len(program)
         group.tiles += group.at == 0
         return True
@@ -79,6 +79,6 @@ def run(program: list[Step], resident: list[Block]) -> float:
         for group in every:
             rest = {pipe: left - passed / users[pipe] for pipe, left in group.work.items()}
             group.work = {pipe: left for pipe, left in rest.items() if left > DONE}
-        while any([block.go_on(i, program) for block in resident for i in range(len(block.groups))]):
+        while any([block.advance(i, program) for block in resident for i in range(len(block.groups))]):
             pass
     return (time - middle[0]) / (done - middle[1])

@@ -36,7 +36,7 @@ class Resources(NamedTuple):
     tensor: str  # the instruction of the matrix products
     copies: int  # asynchronous ones of 16 bytes
     narrow: int  # asynchronous ones of fewer
-    tma: bool  # the copy engine fetches tiles
+    tma: bool  # whether TMA loads tiles
     warps: int  # including those that Triton adds where warps are specialised
     columns: int  # of tensor memory
     sass: str = ""  # the program, on NVIDIA's chips

@@ -7,7 +7,7 @@ product:
     mean_r = sum_j p_rj m_j                     its gradient, where p_rj = exp(<theta_r, m_j> - lse_r)
 
 x [R, D] and queue [K, D] have one dtype and any strides. A scale consists of Python floats, or is a tensor
-where a temperature lives on the device. exclude is int64 [R] or None. Everything else is float32 (float64 for
+where a temperature is one. exclude is None or int64 [R] (-1: none). Everything else is float32 (float64 for
 float64 input), and so are results. lse comes in two parts, [2, R], whose sum it is: rounded to one float, a
 large one would carry its rounding into every p. An empty row (its only queue row is excluded) has lse = -inf
 and mean = 0.
@@ -111,7 +111,7 @@ class Backend(ABC):
         return loss if weight is None else total(loss, weight), sigma, grad_q, lse
 
     def variants(self, dtype: torch.dtype, dim: int) -> list[str]:
-        """Returns those worth a measurement here, for a dtype and width that `supports` accepts."""
+        """Returns the variants worth a measurement here, for a dtype and width that `supports` accepts."""
         return []
 
     def unsupported_variant(self, variant: str, dtype: torch.dtype, dim: int) -> str | None:
@@ -152,5 +152,5 @@ def relation_of(
 
 
 def twice(scale: Scale) -> Scale:
-    """One scale as the pair that the primitive takes."""
+    """Returns one scale as the pair that the primitive takes."""
     return scale.expand(2) if isinstance(scale, Tensor) else [*scale, *scale]

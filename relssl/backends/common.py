@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable)
 
 
 class Saved(NamedTuple):
-    """What Backend.lse_and_mean was given, with one scale for all rows, and what it returned."""
+    """The arguments of Backend.lse_and_mean, with one scale for all rows, and its results."""
 
     x: Tensor
     queue: Tensor
@@ -26,10 +26,10 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Cotangents:
-    """The gradients that a loss has with respect to lse [R] and mean [R, D]. None stands for zero.
+    """The gradients of a loss for lse [R] and mean [R, D]. None stands for zero.
 
-    g_row [R, D] is g_mean for the vjp of the primitive; a loss whose terms cancel on paper passes what is
-    left.
+    g_row [R, D] is the factor of p in Backend.vjp's grad_queue: g_mean for the vjp of the primitive, and
+    for a loss g_mean without the terms that cancel.
     """
 
     g_lse: Tensor | None = None
@@ -66,7 +66,7 @@ def flat(q: Tensor) -> Tensor:
 
 
 def device_type(x: Tensor) -> str:
-    """Returns x.device.type, which takes ten times as long for a tensor on the CPU."""
+    """Returns x.device.type; is_cpu is ten times as fast."""
     return "cpu" if x.is_cpu else x.device.type
 
 

@@ -1,7 +1,7 @@
-"""Import torchvision, also where its compiled operators do not load.
+"""Imports torchvision, even where its compiled operators cannot be loaded.
 
-The CUDA build of torchvision beside a CPU-only torch lacks them, and then the import itself fails, since
-it registers fake kernels for two operators that nobody has defined. Nothing here uses these operators.
+The CUDA build of torchvision cannot load them beside a CPU-only torch. Its import then fails, since it
+registers fake kernels for two operators that are not defined. relssl uses neither.
 """
 
 import torch
@@ -21,7 +21,7 @@ def _define_missing() -> torch.library.Library | None:
     return library
 
 
-_library = _define_missing()  # Kept alive: its operators go when it goes.
+_library = _define_missing()  # Its operators are removed with it.
 
 import torchvision  # noqa: E402
 

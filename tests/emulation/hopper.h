@@ -1,4 +1,4 @@
-// Emulates what Hopper adds: mbarriers, the copy engine, and products of warpgroups. This file is a part of cuda.h.
+// Emulates what Hopper adds: mbarriers, TMA, and products of warpgroups. This file is a part of cuda.h.
 
 #pragma once
 

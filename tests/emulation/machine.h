@@ -100,7 +100,7 @@ class Machine {
     return shared_.data() + at;
   }
 
-  // An ordinary store, which tensor cores and the copy engine do not see before the writer's fence.
+  // An ordinary store, which tensor cores and TMA may not read before the writer's fence.
   void write(int writer, uint32_t at, const void* from, int bytes) {
     std::memcpy(shared(at, bytes), from, bytes);
     if (at / 16 < writers_.size()) writers_[at / 16] = writer + 1;
