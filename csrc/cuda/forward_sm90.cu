@@ -1,7 +1,7 @@
-// The forward kernel for Hopper: the same as forward_sm80.cu with the copy engine and products of warpgroups.
+// The forward kernel for Hopper: the same as forward_sm80.cu with the Tensor Memory Accelerator (TMA) and products of warpgroups.
 //
 //   grid       (blocks of rows, splits of the queue)
-//   producer   one warpgroup, of which one thread makes the copy engine (TMA) load tiles of the queue into a ring
+//   producer   one warpgroup, of which one thread makes TMA load tiles of the queue into a ring
 //              buffer. It passes its registers to the consumers
 //   consumers  two warpgroups of 64 rows each. If D = 512 they share 64 rows, each with half of the similarities and
 //              half of the mean's columns, and exchange p through shared memory
@@ -10,7 +10,7 @@
 //              the two warpgroups take turns at issuing products, so that the exponentials of one overlap the products
 //              of the other
 //
-// A tile consists of panels of 64 columns, the width of the copy engine's swizzle by 128 bytes, and so does x.
+// A tile consists of panels of 64 columns, the width of TMA's swizzle by 128 bytes, and so does x.
 //
 // This file is compiled once for each width, RELSSL_DIM. The kernel has not run on a GPU yet; tests/test_cuda.py runs
 // it on a CPU.

@@ -64,7 +64,7 @@ void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared, cons
   check(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, on.stream));
 }
 
-// Returns the copy engine's descriptor of 16-bit rows [size, dim] at a distance of `stride` elements: boxes of `box`
+// Returns TMA's descriptor of 16-bit rows [size, dim] at a distance of `stride` elements: boxes of `box`
 // rows by 64 columns, swizzled by 128 bytes, with zeros beyond the last row. The driver's function is looked up by
 // name, so the extension does not link to the driver.
 inline CUtensorMap tensor_map(int device, const void* rows, int64_t stride, int size, int dim, int box) {

@@ -93,7 +93,7 @@ RELSSL_MMA(FP16, "f16")
 
 // ---------------------------------------------------------------------------------------------- Hopper
 
-using TensorMap = CUtensorMap;  // the copy engine's descriptor of a tensor
+using TensorMap = CUtensorMap;  // TMA's descriptor of a tensor
 
 // Sets the number of registers of this warpgroup's threads, a multiple of 8, to less or more than before.
 template <int COUNT>
@@ -106,7 +106,7 @@ __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// Makes ordinary stores to shared memory visible to the tensor cores and the copy engine.
+// Makes ordinary stores to shared memory visible to the tensor cores and TMA.
 __device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Arrives at the barrier `id`, which counts `threads` threads in total, without waiting.
@@ -120,7 +120,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
 
-// Makes initialised mbarriers visible to other threads and to the copy engine.
+// Makes initialised mbarriers visible to other threads and to TMA.
 __device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t at) {
@@ -143,7 +143,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t at, int parity) {
       : "memory");
 }
 
-// Makes the copy engine load a box of the tensor; its bytes arrive at the mbarrier.
+// Makes TMA load a box of the tensor; its bytes arrive at the mbarrier.
 __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* tensor, int column, int row, uint32_t mbarrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(

@@ -66,7 +66,7 @@ class Cuda(SplitCombine[Partials, Number]):
             return f"it takes rows of {', '.join(map(str, WIDTHS))}, not of {dim}"
         if not _cuda:
             return missing
-        return next(reason for width, reason in _unfit() if width == dim)
+        return next(reason for width, reason in _unsupported_widths() if width == dim)
 
     def variants(self, dtype: torch.dtype, dim: int) -> list[str]:
         return [] if self.unsupported_variant(HOPPER, dtype, dim) else [HOPPER]
@@ -163,7 +163,7 @@ class Cuda(SplitCombine[Partials, Number]):
 
 
 @constant_result
-def _unfit() -> list[tuple[int, str | None]]:
+def _unsupported_widths() -> list[tuple[int, str | None]]:
     """For each width the reason why the current device cannot take it, or None."""
     index = torch.cuda.current_device()
     chip = _chip(index)
@@ -211,7 +211,7 @@ def _shared(index: int) -> int:
 
 
 def _path(path: int, queue: Tensor) -> int:
-    """Returns the capability of the kernel to run. The copy engine takes no rows that overlap."""
+    """Returns the capability of the kernel to run. TMA takes no rows that overlap."""
     apart = queue.stride(0) >= queue.shape[1] or queue.shape[0] == 1
     return path if apart else 80
 

@@ -209,7 +209,7 @@ def _of_name(variant: str, chip: Any, dtype: str, dim: int) -> Any:
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether the copy engine can address the rows of t."""
+    """Whether TMA can address the rows of t."""
     stride = t.stride(0)
     return stride >= t.shape[1] and stride * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
