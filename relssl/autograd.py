@@ -41,7 +41,7 @@ def scales(temperatures: Sequence[Temperature], x: Tensor) -> Scale:
     return tau.reciprocal().masked_fill_(~((tau > 0) & tau.isfinite()), torch.nan)
 
 
-def _recompute(
+def recompute(
     run: Callable, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Returns gradients of run(*inputs) that can be differentiated again, None where not needed."""
@@ -53,7 +53,7 @@ def _recompute(
     return [next(found) if need else None for need in needs]
 
 
-def _differentiable_backward() -> bool:
+def differentiable_backward() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -85,8 +85,8 @@ class Relation(torch.autograd.Function):
         )
         grad_q, grad_k = grad_q if want_k else (grad_q, None)
         kept = (lse, mean_t) if needs_queue else (None, None)
-        save(ctx, queue, needs_queue, q, k, _tensor(tau_s), _tensor(tau_t), grad_q, grad_k, *kept)
-        ctx.numbers = _number(tau_s), _number(tau_t)
+        save(ctx, queue, needs_queue, q, k, tensor_of(tau_s), tensor_of(tau_t), grad_q, grad_k, *kept)
+        ctx.numbers = number_of(tau_s), number_of(tau_t)
         ctx.settings = settings
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)  # zeros for the entropy would be a launch
@@ -100,7 +100,7 @@ class Relation(torch.autograd.Function):
             return (None,) * 6
         dtype, backend, reduction, form = ctx.settings
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
-        if _differentiable_backward():
+        if differentiable_backward():
             queue = ctx.queue_guard.get() if queue is None else queue
 
             def run(
@@ -108,7 +108,7 @@ class Relation(torch.autograd.Function):
             ) -> list[Tensor]:
                 return [reduce(reference.relation(q, k, queue, tau_s, tau_t, form, dtype)[0], reduction)]
 
-            return *_recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
+            return *recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
 
         g = g[..., None] if reduction == "none" else g
         of_q = _scaled(grad_q, g, q) if needs_q else None
@@ -151,11 +151,11 @@ def _queue_gradient(
     )[1]
 
 
-def _tensor(value: Temperature) -> Tensor | None:
+def tensor_of(value: Temperature) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _number(value: Temperature) -> float | None:
+def number_of(value: Temperature) -> float | None:
     return None if isinstance(value, Tensor) else value
 
 
@@ -187,8 +187,8 @@ class InfoNCE(torch.autograd.Function):
         inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau,), q))
         loss, sigma, grad_q, lse = ops.info_nce(*inputs, *scale, reduction, True, backend)
-        save(ctx, queue, needs_queue, q, k, _tensor(tau), sigma, grad_q, lse)
-        ctx.number = _number(tau)
+        save(ctx, queue, needs_queue, q, k, tensor_of(tau), sigma, grad_q, lse)
+        ctx.number = number_of(tau)
         ctx.settings = settings
         return loss
 
@@ -198,13 +198,13 @@ class InfoNCE(torch.autograd.Function):
         needs_q, needs_k, needs_queue, needs_tau, _ = needs = ctx.needs_input_grad
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
-        if _differentiable_backward():
+        if differentiable_backward():
             queue = ctx.queue_guard.get() if queue is None else queue
 
             def run(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
                 return [reduce(reference.info_nce(q, k, queue, tau, dtype), reduction)]
 
-            return *_recompute(run, (q, k, queue, tau), needs, (g,)), None
+            return *recompute(run, (q, k, queue, tau), needs, (g,)), None
 
         g = g[..., None] if reduction == "none" else g
         of_q = _scaled(grad_q, g, q) if needs_q else None
@@ -227,7 +227,7 @@ class InfoNCE(torch.autograd.Function):
 
 
 class LogSumExp(torch.autograd.Function):
-    """lse alone, whose gradient is the mean from forward; or lse and mean, whose backward needs vjp."""
+    """lse and mean. The gradient of lse is the mean from forward, that of the mean needs the vjp."""
 
     @staticmethod
     def forward(
@@ -236,38 +236,32 @@ class LogSumExp(torch.autograd.Function):
         queue: Tensor,
         tau: Temperature,
         exclude: Tensor | None,
-        want_mean: bool,
         settings: Settings,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         dtype, backend, _, _ = settings
-        _, needs_queue, needs_tau, *_ = ctx.needs_input_grad
         if torch.compiler.is_compiling():
-            read = needs_queue or want_mean
-            x, queue, tau, exclude = snapshots(
-                (x, read or needs_tau), (queue, read), (tau, True), (exclude, read)
-            )
+            x, queue, tau, exclude = snapshots((x, True), (queue, True), (tau, True), (exclude, True))
         inputs = to_dtype(x, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau, tau), x))
         lse, mean = ops.lse_and_mean(*inputs, *scale, len(x), exclude, True, backend)
         # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there
         # a copy is saved.
-        keep = needs_queue or (want_mean and (torch.compiler.is_compiling() or queue.is_inference()))
-        save(ctx, queue, keep, x, _tensor(tau), exclude, lse, mean)
-        ctx.number = _number(tau)
+        keep = ctx.needs_input_grad[1] or torch.compiler.is_compiling() or queue.is_inference()
+        save(ctx, queue, keep, x, tensor_of(tau), exclude, lse, mean)
+        ctx.number = number_of(tau)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        lse = lse.sum(0)
-        return (lse, mean) if want_mean else lse
+        return lse.sum(0), mean
 
     @staticmethod
-    def backward(ctx: Any, g_lse: Tensor | None, g_mean: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_lse: Tensor | None, g_mean: Tensor | None) -> tuple[Tensor | None, ...]:
         queue, x, tau, exclude, lse, mean, *_ = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         dtype, backend, _, _ = ctx.settings
         if g_lse is None and g_mean is None:
-            return (None,) * 6
+            return (None,) * 5
         tau = ctx.number or tau
-        if _differentiable_backward():
+        if differentiable_backward():
             queue = ctx.queue_guard.get() if queue is None else queue
             given = {i: g for i, g in enumerate((g_lse, g_mean)) if g is not None}
 
@@ -276,7 +270,7 @@ class LogSumExp(torch.autograd.Function):
                 return [both[i] for i in given]
 
             grads = list(given.values())
-            return *_recompute(run, (x, queue, tau), needs, grads), None, None, None
+            return *recompute(run, (x, queue, tau), needs, grads), None, None
 
         scale = scales((tau,), x)
         grad_queue = None
@@ -300,5 +294,5 @@ class LogSumExp(torch.autograd.Function):
             to_dtype(grad_x, x.dtype) if needs[0] else None,
             to_dtype(grad_queue, queue.dtype) if grad_queue is not None and needs[1] else None,
             (x.to(dtype) * grad_x).sum() * -scale[0] if needs[2] else None,
-            *(None,) * 3,
+            *(None,) * 2,
         )

@@ -18,7 +18,7 @@ from relssl.saving import distinct, unaliased, with_version
 from relssl.validation import compute_dtype, savable
 
 
-def _wants_grad(*inputs: Any) -> bool:
+def wants_grad(*inputs: Any) -> bool:
     if torch.is_grad_enabled():
         for t in inputs:
             if isinstance(t, Tensor) and t.requires_grad:
@@ -43,7 +43,7 @@ def relation(
         q, k = savable(q), savable(k)
         loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype)
         return with_version(reduce(loss, reduction), queue), entropy.detach()
-    if _wants_grad(q, k, queue, tau_s, tau_t):
+    if wants_grad(q, k, queue, tau_s, tau_t):
         settings = Settings(dtype, backend, reduction, form)
         return Relation.apply(*distinct(q, k, queue, tau_s, tau_t), settings)
     scale = ops.scale_arguments(scales((tau_s, tau_t), q))
@@ -58,7 +58,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: s
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
         return with_version(reduce(reference.info_nce(q, k, unaliased(queue), tau, dtype), reduction), queue)
-    if _wants_grad(q, k, queue, tau):
+    if wants_grad(q, k, queue, tau):
         return InfoNCE.apply(*distinct(q, k, queue, tau), Settings(dtype, backend, reduction))
     scale = ops.scale_arguments(scales((tau,), q))
     q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
@@ -66,24 +66,18 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: s
 
 
 def logsumexp(
-    x: Tensor,
-    queue: Tensor,
-    tau: Temperature,
-    exclude: Tensor | None,
-    dtype: torch.dtype,
-    want_mean: bool,
-    backend: str,
+    x: Tensor, queue: Tensor, tau: Temperature, exclude: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns lse [R] and, if wanted, mean [R, D], computed in one dtype, of checked arguments."""
+    """Returns lse [R] and mean [R, D] of checked arguments."""
+    dtype = compute_dtype(x, queue)
     backend = backends.choose(backend, device_type(x), dtype, x.shape[-1], (x,), queue)
     if backend == "reference" or in_functorch_transform():
         x, exclude = savable(x), savable(exclude)
         lse, mean = reference.logsumexp(x, unaliased(queue), tau, exclude, dtype)
         return with_version(lse, queue), with_version(mean, queue)
-    if _wants_grad(x, queue, tau):
+    if wants_grad(x, queue, tau):
         inputs = distinct(x, queue, tau)
-        found = LogSumExp.apply(*inputs, exclude, want_mean, Settings(dtype, backend))
-        return found if want_mean else (found, found[:0])
+        return LogSumExp.apply(*inputs, exclude, Settings(dtype, backend))
     scale = ops.scale_arguments(scales((tau, tau), x))
-    lse, mean = ops.lse_and_mean(x.to(dtype), queue.to(dtype), *scale, len(x), exclude, want_mean, backend)
+    lse, mean = ops.lse_and_mean(x.to(dtype), queue.to(dtype), *scale, len(x), exclude, True, backend)
     return lse.sum(0), mean

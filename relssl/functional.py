@@ -12,16 +12,15 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from relssl import dispatch
+from relssl import dispatch, in_batch
 from relssl.autograd import reduce
-from relssl.backends.common import Temperature, to_dtype
+from relssl.backends.common import Temperature
 from relssl.queue import FeatureQueue
 from relssl.validation import (
     check_choice,
     check_logsumexp,
     check_pair,
     check_views,
-    compute_dtype,
     queue_rows,
 )
 
@@ -190,16 +189,7 @@ def nt_xent(
     rows = None if queue is None else queue_rows(queue)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), temperature=temperature)
-    z = torch.cat((z1, z2))
-    dtype = compute_dtype(z, z if rows is None else rows)
-    own = torch.arange(len(z), device=z.device)
-    lse, _ = dispatch.logsumexp(z, z, tau, own, dtype, False, backend)
-    if rows is not None:
-        others, _ = dispatch.logsumexp(z, rows, tau, None, dtype, False, backend)
-        lse = torch.logaddexp(lse, others)
-    x = to_dtype(to_dtype(z, dtype), lse.dtype)
-    positive = (x * x.roll(len(z1), 0)).sum(1) / tau
-    return reduce(lse - positive, reduction)
+    return in_batch.nt_xent(z1, z2, rows, tau, reduction, backend)
 
 
 def cluster_contrast(
@@ -283,4 +273,4 @@ def queue_logsumexp(
     """
     rows = queue_rows(queue)
     tau = check_logsumexp(x, rows, temperature, exclude)
-    return dispatch.logsumexp(x, rows, tau, exclude, compute_dtype(x, rows), True, backend)
+    return dispatch.logsumexp(x, rows, tau, exclude, backend)

@@ -21,7 +21,7 @@ from relssl.backends.common import Cotangents, Saved, Scale, accumulator, withou
 _library = torch.library.Library("relssl", "FRAGMENT")
 
 
-def _op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+def op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Turns a function into the op of that schema, on every device."""
 
     def register(run: Callable) -> Callable:
@@ -38,7 +38,7 @@ def scale_arguments(scale: Scale) -> tuple[list[float], Tensor | None]:
     return ([], scale) if isinstance(scale, Tensor) else (scale, None)
 
 
-def _scale(scale: list[float], device_scale: Tensor | None) -> Scale:
+def scale_of(scale: list[float], device_scale: Tensor | None) -> Scale:
     return scale if device_scale is None else device_scale
 
 
@@ -51,7 +51,7 @@ def _lse_and_mean_fake(
     return x.new_empty(2, x.shape[0], dtype=dtype), x.new_empty(x.shape[0], width, dtype=dtype)
 
 
-@_op(
+@op(
     "lse_and_mean(Tensor x, Tensor queue, float[] scale, Tensor? device_scale, SymInt num_first,"
     " Tensor? exclude, bool want_mean, str backend) -> (Tensor lse, Tensor mean)",
     _lse_and_mean_fake,
@@ -61,7 +61,7 @@ def lse_and_mean(
     exclude: Tensor | None, want_mean: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse, mean = backends.get(backend).lse_and_mean(
-        x, queue, _scale(scale, device_scale), num_first, exclude, want_mean
+        x, queue, scale_of(scale, device_scale), num_first, exclude, want_mean
     )
     if exclude is not None:  # On a device its values are unchecked: a bad one makes its row NaN.
         bad = (exclude < -1) | (exclude >= len(queue))
@@ -80,7 +80,7 @@ def _vjp_fake(
     return x.new_empty(rows_x, x.shape[1], dtype=dtype), x.new_empty(rows_queue, x.shape[1], dtype=dtype)
 
 
-@_op(
+@op(
     "lse_and_mean_vjp(Tensor x, Tensor queue, float[] scale, Tensor? device_scale, Tensor? exclude,"
     " Tensor lse, Tensor? mean, Tensor? g_lse, Tensor? g_mean, Tensor? g_row, bool want_x,"
     " bool want_queue, str backend) -> (Tensor grad_x, Tensor grad_queue)",
@@ -92,7 +92,7 @@ def _vjp(
     want_x: bool, want_queue: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return backends.get(backend).vjp(
-        Saved(x, queue, _scale(scale, device_scale)[0], exclude, lse, mean),
+        Saved(x, queue, scale_of(scale, device_scale)[0], exclude, lse, mean),
         Cotangents(g_lse, g_mean, g_row), want_x, want_queue,
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def _relation_fake(
     )
 
 
-@_op(
+@op(
     "relation(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, str form,"
     " str reduction, bool want_grad, bool want_k, str backend)"
     " -> (Tensor loss, Tensor entropy, Tensor grad_q, Tensor lse, Tensor mean_t)",
@@ -144,7 +144,7 @@ def relation(
     q: Tensor, k: Tensor, queue: Tensor, scale: list[float], device_scale: Tensor | None, form: str,
     reduction: str, want_grad: bool, want_k: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    both = _scale(scale, device_scale)
+    both = scale_of(scale, device_scale)
     weight = row_weight(q, reduction)
     found = backends.get(backend).relation(q, k, queue, both, form, weight, want_grad)
     if not want_k:
@@ -169,7 +169,7 @@ def _info_nce_fake(
     return loss, q.new_empty(views, dtype=dtype), grad_q, q.new_empty(2, prod(views), dtype=dtype)
 
 
-@_op(
+@op(
     "info_nce(Tensor q, Tensor k, Tensor queue, float[] scale, Tensor? device_scale, str reduction,"
     " bool want_grad, str backend) -> (Tensor loss, Tensor sigma, Tensor grad_q, Tensor lse)",
     _info_nce_fake,
@@ -179,10 +179,10 @@ def info_nce(
     reduction: str, want_grad: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     weight = row_weight(q, reduction)
-    return backends.get(backend).info_nce(q, k, queue, _scale(scale, device_scale), weight, want_grad)
+    return backends.get(backend).info_nce(q, k, queue, scale_of(scale, device_scale), weight, want_grad)
 
 
-@_op("snapshot(Tensor t) -> Tensor", torch.empty_like)
+@op("snapshot(Tensor t) -> Tensor", torch.empty_like)
 def snapshot(t: Tensor) -> Tensor:
     return t.clone()
 

@@ -153,6 +153,34 @@ PYBIND11_MODULE(_cpu, m) {
         optional<float>(grad_queue), threads);
   });
 
+  // The views are the rows [0, batch) and [batch, 2 batch) of z.
+  const auto views = [](const StackArg& z, int64_t dim, bool bf16, int threads) {
+    const auto [address, stride, count, scale] = z;
+    const int64_t half = count / 2;
+    const StackArg second{address + half * stride * (bf16 ? 2 : 4), stride, half, scale};
+    return inputs({address, stride, half, scale}, second, address, stride, count, dim, bf16, 0, threads);
+  };
+
+  m.def("nt_xent", [views](const StackArg& z, int64_t dim, bool bf16, Address queue_lse, double weight, bool total,
+                           Address loss, Address lse, Address grad, int threads, const std::string& isa) {
+    const Inputs in = views(z, dim, bf16, threads);
+    float *to_loss = pointer<float>(loss, "loss"), *to_lse = pointer<float>(lse, "lse");
+    const Kernels& chosen = kernels(isa);
+    py::gil_scoped_release release;
+    nt_xent(chosen, in, optional<const float>(queue_lse), weight, total, to_loss, to_lse, optional<float>(grad),
+            threads);
+  });
+
+  m.def("nt_xent_vjp", [views](const StackArg& z, int64_t dim, bool bf16, Address lse, Address g, Address grad,
+                               int threads, const std::string& isa) {
+    const Inputs in = views(z, dim, bf16, threads);
+    const float *from = pointer<const float>(lse, "lse"), *weights = pointer<const float>(g, "g");
+    float* to = pointer<float>(grad, "grad");
+    const Kernels& chosen = kernels(isa);
+    py::gil_scoped_release release;
+    nt_xent_vjp(chosen, in, from, weights, to, threads);
+  });
+
   // Runs multiply-adds in registers on all threads and returns their flop: its time gives the processor's peak rate.
   m.def("peak", [](int64_t repeats, int threads) {
     std::vector<double> flop(threads);

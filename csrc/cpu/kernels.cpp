@@ -364,6 +364,22 @@ void vjp_weights(float* s, int64_t s_stride, int64_t count, const PanelTerms& te
     }
 }
 
+// As above, for `symmetric`: the rows of the tile have terms, too.
+template <int V>
+void symmetric_weights(float* s, int64_t count, const PanelTerms& terms, const Cotangents& g, int64_t first) {
+  for (int64_t j = 0; j < count; ++j) {
+    const Float high = broadcast(g.high[first + j]), low = broadcast(g.low[first + j]);
+    const Float base = broadcast(g.base[first + j]);
+    for (int v = 0; v < V; ++v) {
+      const int64_t lane = v * kLanes;
+      const Float similarity = load<Float>(s + j * kPanel + lane), scale = load<Float>(terms.scale + lane);
+      const Float p_rj = exp2((similarity - load<Float>(terms.high + lane)) * scale - load<Float>(terms.low + lane));
+      const Float p_jr = exp2((similarity - high) * scale - low);
+      store(s + j * kPanel + lane, p_rj * load<Float>(terms.base + lane) + p_jr * base);
+    }
+  }
+}
+
 // Copies a value for each lane; the lanes beyond `rows` get 0.
 void pad(const float* from, int64_t rows, float* to) {
   for (int64_t r = 0; r < round_up(rows, kPanel); ++r) to[r] = r < rows ? from[r] : 0;
@@ -395,8 +411,8 @@ struct Packed {
   }
   // Computes the weights of panel row / kPanel with a tile into s. `u` is scratch memory of the same size.
   template <int V>
-  void weights(const Inputs& in, const Tile& tile, int64_t first, int64_t count, int64_t row, const int64_t* exclude,
-             int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
+  void weights(const Inputs& in, const Cotangents& g, const Tile& tile, int64_t first, int64_t count, int64_t row,
+               const int64_t* exclude, int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
     if (pairs(in)) {
       const uint16_t* queue = static_cast<const uint16_t*>(in.queue) + first * in.queue_stride;
       similarities<Pair, V>(reinterpret_cast<const uint32_t*>(queue), in.queue_stride / 2, count,
@@ -407,7 +423,11 @@ struct Packed {
     }
     if (exclude) apply_exclude(exclude, rows, first, count, s, s_stride);
     if (g_panels) similarities<Single, V>(tile.data, tile.stride, count, g_panels + row * in.dim, in.dim, u, kPanel);
-    vjp_weights<V>(s, s_stride, count, {scale + row, high + row, low + row, base + row}, g_panels ? u : nullptr, keep);
+    const PanelTerms terms{scale + row, high + row, low + row, base + row};
+    if (g.symmetric)
+      symmetric_weights<V>(s, count, terms, g, first);
+    else
+      vjp_weights<V>(s, s_stride, count, terms, g_panels ? u : nullptr, keep);
   }
 };
 
@@ -446,7 +466,7 @@ void backward_x(const Inputs& in, const Cotangents& g, const Block& block, doubl
       const auto step = [&](auto width) {
         constexpr int V = decltype(width)::value;
         const int64_t* exclude = in.exclude ? in.exclude + block.row + row : nullptr;
-        memory.packed.weights<V>(in, tile, first, count, row, exclude, block.rows - row, memory.s, kPanel, memory.u,
+        memory.packed.weights<V>(in, g, tile, first, count, row, exclude, block.rows - row, memory.s, kPanel, memory.u,
                                  nullptr);
         Float sum[V] = {};
         for (int64_t j = 0; j < count; ++j)
@@ -536,7 +556,7 @@ void backward_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_
       const int64_t depth = min(group, rows - from);
       for (int64_t row = from; row < from + depth; row += kPanel) {
         const int64_t* exclude = in.exclude ? in.exclude + row : nullptr;
-        shared.packed.weights<2>(in, tile, first, count, row, exclude, rows - row, memory.w + row - from, group,
+        shared.packed.weights<2>(in, g, tile, first, count, row, exclude, rows - row, memory.w + row - from, group,
                                  memory.u, shared.row ? memory.p + row - from : nullptr);
       }
       add_weighted_rows(memory.w, count, shared.theta + from * shared.width, shared.width, depth, memory.sum, from > 0);

@@ -67,12 +67,14 @@ struct Partial {
 };
 
 // The inputs of a vector-Jacobian product with weights w_rj = p_rj (base_r + <m_j, g_mean_r>) and
-// p_rj = 2^((<m_j, x_r> - high_r) scale - low_r): lse = high * scale + low, in units of log 2.
+// p_rj = 2^((<m_j, x_r> - high_r) scale - low_r): lse = high * scale + low, in units of log 2. If `symmetric`, the
+// queue is x itself and w_rj = p_rj base_r + p_jr base_j.
 struct Cotangents {
   const float *high, *low;  // [rows]
   const float* base;        // [rows]
   const float* g_mean;      // [rows, dim] or null: zero
   const float* g_row;       // [rows, dim] or null: zero
+  bool symmetric = false;   // needs a null g_mean
 };
 
 struct Kernels {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "threads.h"
@@ -63,17 +64,73 @@ float* stack_row(float* const mean[2], const Inputs& in, int64_t row) {
 }
 
 // Returns the dot product in double, computed as four sums that the processor can overlap.
-double dot(const void* x, bool bf16, const float* y, int64_t dim) {
+double dot(const void* x, bool x_bf16, const void* y, bool y_bf16, int64_t dim) {
   double sum[4] = {};
+  const auto product = [&](int64_t d) { return static_cast<double>(element(x, d, x_bf16)) * element(y, d, y_bf16); };
   int64_t d = 0;
   for (; d + 4 <= dim; d += 4)
-    for (int i = 0; i < 4; ++i) sum[i] += static_cast<double>(element(x, d + i, bf16)) * y[d + i];
-  for (; d < dim; ++d) sum[0] += static_cast<double>(element(x, d, bf16)) * y[d];
+    for (int i = 0; i < 4; ++i) sum[i] += product(d + i);
+  for (; d < dim; ++d) sum[0] += product(d);
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // Returns the scale of the kernels, which round its product with log2(e): the whole loss must use the same temperature.
 double exact_scale(double scale) { return log2_scale(scale) * kLn2; }
+
+// The log-sum-exps as Cotangents has them.
+struct Normalizers {
+  std::vector<float> high, low;
+  Normalizers(const Inputs& in, const float* lse) : high(all_rows(in)), low(all_rows(in)) {
+    const int64_t count = all_rows(in);
+    const double scale = log2_scale(in.stacks[0].scale);
+    for (int64_t r = 0; r < count; ++r) {
+      const double exact = (static_cast<double>(lse[r]) + lse[count + r]) / kLn2;
+      // The values are clamped to float for any small scale. A row whose entries are all excluded has no weights; an
+      // infinite lse would make them NaN.
+      const double most = FLT_MAX / 2;
+      high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(std::clamp(exact / scale, -most, most));
+      low[r] = exact == -INFINITY ? 0 : static_cast<float>(exact - high[r] * scale);
+    }
+  }
+};
+
+// sum_j w_rj and sum_j w_rj m_j of all rows, for each range of the queue.
+struct WeightedRows {
+  const Grid grid;
+  const int64_t count, dim;
+  std::vector<double> total;  // [ranges, rows]
+  Memory weighted;            // float [ranges, rows, dim]
+  WeightedRows(const Kernels& kernels, const Inputs& in, const Cotangents& g, int threads)
+      : grid(in, kernels.panel, threads),
+        count(all_rows(in)),
+        dim(in.dim),
+        total(grid.num_splits * count),
+        weighted(allocate(grid.num_splits * count * dim * 4)) {
+    const int64_t scratch = aligned(kernels.backward_x_scratch(in, g, grid.block));
+    const Memory memory = allocate(scratch * std::min<int64_t>(threads, grid.tasks()));
+    parallel(threads, grid.tasks(), [&](int64_t task, int slot) {
+      const Block block = grid.at(task);
+      const int64_t at = grid.split(task) * count + block.row;
+      kernels.backward_x(in, g, block, &total[at], row(0, at), memory.get() + slot * scratch);
+    });
+  }
+  float* row(int64_t split, int64_t r) const {
+    return reinterpret_cast<float*>(weighted.get()) + (split * count + r) * dim;
+  }
+  // Adds the ranges of a row.
+  void sum(int64_t r, float* to) const {
+    std::copy_n(row(0, r), dim, to);
+    for (int64_t s = 1; s < grid.num_splits; ++s)
+      for (int64_t d = 0; d < dim; ++d) to[d] += row(s, r)[d];
+  }
+};
+
+// The index of each row, which NT-Xent excludes.
+std::vector<int64_t> own_rows(const Inputs& in) {
+  std::vector<int64_t> own(all_rows(in));
+  std::iota(own.begin(), own.end(), 0);
+  return own;
+}
 
 }  // namespace
 
@@ -131,7 +188,7 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
   std::vector<double> entropies(batch);  // of the teacher
   for (int64_t b = 0; b < batch; ++b) {
     const void* k = row_address(teacher, b, in.bf16);
-    entropies[b] = exact(b) - exact_scale(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, dim);
+    entropies[b] = exact(b) - exact_scale(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, false, dim);
     entropy[b] = static_cast<float>(entropies[b]);
   }
   const float factor = static_cast<float>(weight * student.scale);
@@ -140,7 +197,7 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
     const int64_t b = r % batch;
     const float* center = mean_t + b * dim;
     const void* q = row_address(student, r, in.bf16);
-    const double cross = exact(batch + r) - exact_scale(student.scale) * dot(q, in.bf16, center, dim);
+    const double cross = exact(batch + r) - exact_scale(student.scale) * dot(q, in.bf16, center, false, dim);
     const double row = kl ? cross - entropies[b] : cross;
     if (!total) loss[r] = static_cast<float>(row);
     sum += row;
@@ -153,43 +210,25 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
 void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float* mean, const float* g_lse,
          const float* g_mean, const float* g_row, float* grad_x, float* grad_queue, int threads) {
   const int64_t count = all_rows(in), dim = in.dim;
-  std::vector<float> high(count), low(count), base(count);
-  const double scale = log2_scale(in.stacks[0].scale);
+  const Normalizers by(in, lse);
+  std::vector<float> base(count);
   for (int64_t r = 0; r < count; ++r) {
-    const double exact = (static_cast<double>(lse[r]) + lse[count + r]) / kLn2;
-    // The values are clamped to float for any small scale. A row whose entries are all excluded has no weights; an
-    // infinite lse would make them NaN.
-    const double most = FLT_MAX / 2;
-    high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(std::clamp(exact / scale, -most, most));
-    low[r] = exact == -INFINITY ? 0 : static_cast<float>(exact - high[r] * scale);
-    const double part = g_mean ? dot(mean + r * dim, false, g_mean + r * dim, dim) : 0;
+    const double part = g_mean ? dot(mean + r * dim, false, g_mean + r * dim, false, dim) : 0;
     base[r] = static_cast<float>((g_lse ? g_lse[r] : 0) - part);
   }
-  const Cotangents g{high.data(), low.data(), base.data(), g_mean, g_row};
+  const Cotangents g{by.high.data(), by.low.data(), base.data(), g_mean, g_row};
 
   if (grad_x || g_mean) {
-    const Grid grid(in, kernels.panel, threads);
-    const int64_t scratch = aligned(kernels.backward_x_scratch(in, g, grid.block));
-    const Memory memory = allocate(scratch * std::min<int64_t>(threads, grid.tasks()));
-    const Memory partial = allocate(grid.num_splits * count * dim * 4);
-    float* const weighted = reinterpret_cast<float*>(partial.get());
-    std::vector<double> total(grid.num_splits * count);
-    parallel(threads, grid.tasks(), [&](int64_t task, int slot) {
-      const Block block = grid.at(task);
-      const int64_t at = grid.split(task) * count + block.row;
-      kernels.backward_x(in, g, block, &total[at], weighted + at * dim, memory.get() + slot * scratch);
-    });
+    const WeightedRows found(kernels, in, g, threads);
     // sum_j w_j must be g_lse. The rest, which is due to rounding, is subtracted along the mean: otherwise a sharp
     // row would lose every digit, because u_j - ubar nearly vanishes where p_j does not.
     for (int64_t r = 0; r < count; ++r) {
       double rest = g_lse ? -g_lse[r] : 0;
-      for (int64_t s = 0; s < grid.num_splits; ++s) rest += total[s * count + r];
+      for (int64_t s = 0; s < found.grid.num_splits; ++s) rest += found.total[s * count + r];
       base[r] = static_cast<float>(base[r] - rest);
       if (!grad_x) continue;
       float* to = grad_x + r * dim;
-      for (int64_t d = 0; d < dim; ++d) to[d] = weighted[r * dim + d];
-      for (int64_t s = 1; s < grid.num_splits; ++s)
-        for (int64_t d = 0; d < dim; ++d) to[d] += weighted[(s * count + r) * dim + d];
+      found.sum(r, to);
       const float c = static_cast<float>(in.stacks[0].scale), excess = static_cast<float>(rest);
       for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - excess * mean[r * dim + d]);
     }
@@ -205,6 +244,57 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
       kernels.backward_queue(in, g, in.size * task / tasks, in.size * (task + 1) / tasks, shared.get(), grad_queue,
                         memory.get() + slot * scratch);
     });
+  }
+}
+
+void nt_xent(const Kernels& kernels, const Inputs& views, const float* queue_lse, double weight, bool total, float* loss,
+             float* lse, float* grad, int threads) {
+  const std::vector<int64_t> own = own_rows(views);
+  Inputs in = views;
+  in.exclude = own.data();
+  const int64_t count = all_rows(in), batch = count / 2;
+  float* const mean[2] = {};
+  lse_and_mean(kernels, in, lse, mean, threads);
+  double sum = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const void *z1 = row_address(in.stacks[0], b, in.bf16), *z2 = row_address(in.stacks[1], b, in.bf16);
+    const double positive = exact_scale(in.stacks[0].scale) * dot(z1, in.bf16, z2, in.bf16, in.dim);
+    for (const int64_t r : {b, batch + b}) {
+      double exact = static_cast<double>(lse[r]) + lse[count + r];
+      if (queue_lse) {
+        const double other = static_cast<double>(queue_lse[r]) + queue_lse[count + r], top = std::max(exact, other);
+        const double rest = std::min(exact, other) - top;
+        exact = std::isfinite(top) ? top + std::log1p(std::exp(rest)) : exact + other;
+        lse[r] = static_cast<float>(exact);
+        lse[count + r] = std::isfinite(exact) ? static_cast<float>(exact - lse[r]) : 0;
+      }
+      if (!total) loss[r] = static_cast<float>(exact - positive);
+      sum += exact - positive;
+    }
+  }
+  if (total) *loss = static_cast<float>(weight * sum);
+  if (grad) {
+    const std::vector<float> g(count, static_cast<float>(weight));
+    nt_xent_vjp(kernels, views, lse, g.data(), grad, threads);
+  }
+}
+
+void nt_xent_vjp(const Kernels& kernels, const Inputs& views, const float* lse, const float* g, float* grad,
+                 int threads) {
+  const std::vector<int64_t> own = own_rows(views);
+  Inputs in = views;
+  in.exclude = own.data();
+  const int64_t count = all_rows(in), batch = count / 2, dim = in.dim;
+  const Normalizers by(in, lse);
+  const WeightedRows found(kernels, in, {by.high.data(), by.low.data(), g, nullptr, nullptr, true}, threads);
+  const float c = static_cast<float>(in.stacks[0].scale);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t other = (r + batch) % count;
+    const void* positive = row_address(in.stacks[r < batch], r % batch, in.bf16);
+    const float both = g[r] + g[other];
+    float* to = grad + r * dim;
+    found.sum(r, to);
+    for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - both * element(positive, d, in.bf16));
   }
 }
 

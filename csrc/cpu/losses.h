@@ -26,4 +26,14 @@ void relation(const Kernels&, const Inputs&, bool kl, double weight, bool total,
 void vjp(const Kernels&, const Inputs&, const float* lse, const float* mean, const float* g_lse, const float* g_mean,
          const float* g_row, float* grad_x, float* grad_queue, int threads);
 
+// Computes NT-Xent of the two views in stacks 0 and 1, which have one count and scale, and are the queue, too, as
+// contiguous rows [2N, dim]. queue_lse [2, 2N] is that of further negatives, or null. The results are lse [2, 2N] of
+// all negatives, loss as in `relation`, and grad [2N, dim] or null, the gradient of weight times the sum of the rows'
+// losses, but for the further negatives.
+void nt_xent(const Kernels&, const Inputs&, const float* queue_lse, double weight, bool total, float* loss, float* lse,
+             float* grad, int threads);
+
+// Computes the same gradient from lse, of the sum of g_r [2N] times the losses.
+void nt_xent_vjp(const Kernels&, const Inputs&, const float* lse, const float* g, float* grad, int threads);
+
 }  // namespace relssl

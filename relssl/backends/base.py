@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relssl.backends import tiles
-from relssl.backends.common import Cotangents, Saved, Scale, to_dtype, total
+from relssl.backends.common import Cotangents, Saved, Scale, accumulator, to_dtype, total
 
 
 class Backend(ABC):
@@ -109,6 +109,33 @@ class Backend(ABC):
             grad_q = (mean.view(q.shape) - k).mul_((sigma * c)[..., None])
         loss = F.softplus(z, threshold=40)
         return loss if weight is None else total(loss, weight), sigma, grad_q, lse
+
+    def nt_xent(
+        self, z: Tensor, scale: Scale, queue_lse: Tensor | None, weight: float | None, want_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes functional.nt_xent of z [2N, D], both views, with one scale.
+
+        queue_lse [2, 2N] is the log-sum-exp of further negatives, or None.
+
+        Returns:
+            loss: as in `relation`, [2N].
+            grad: that of weight times the sum of the rows' losses, but for the further negatives, [2N, D];
+            [0, D] without want_grad, which needs a weight.
+            lse: that of all negatives and the positive, [2, 2N].
+        """
+        rows, (x1, x2) = len(z), to_dtype(z, accumulator(z.dtype)).chunk(2)
+        lse, _ = self.lse_and_mean(z, z, twice(scale), rows, torch.arange(rows, device=z.device), False)
+        lse = lse if queue_lse is None else tiles.logaddexp(lse, queue_lse)
+        high, low = lse.view(2, 2, -1)
+        losses = (high - (x1 * x2).sum(1) * scale[0] + low).flatten()
+        grad = x1[:0]
+        if want_grad:
+            grad = self.nt_xent_vjp(z, scale, lse, torch.full_like(losses, weight or 0.0))
+        return losses if weight is None else total(losses, weight), grad, lse
+
+    def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
+        """Returns the same gradient from lse [2, 2N], of the sum of g [2N] times the losses."""
+        return tiles.nt_xent_vjp(z, scale, lse, g)
 
     def variants(self, dtype: torch.dtype, dim: int) -> list[str]:
         """Returns the variants worth a measurement here, for a dtype and width that `supports` accepts."""

@@ -106,6 +106,43 @@ class Cpu(Backend):
         )
         return loss, entropy, grad_q, lse, mean_t
 
+    def nt_xent(
+        self, z: Tensor, scale: Scale, queue_lse: Tensor | None, weight: float | None, want_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, (rows, dim) = row_contiguous(z), z.shape
+        loss = z.new_empty(rows if weight is None else (), dtype=torch.float32)
+        lse, grad = loss.new_empty(2, rows), loss.new_empty(rows if want_grad else 0, dim)
+        queue_lse = None if queue_lse is None else queue_lse.contiguous()
+        _cpu.nt_xent(
+            _stack(z, scale[0]),
+            dim,
+            z.dtype == torch.bfloat16,
+            _address(queue_lse),
+            1.0 if weight is None else weight,
+            weight is not None,
+            loss.data_ptr(),
+            lse.data_ptr(),
+            grad.data_ptr() if want_grad else 0,
+            torch.get_num_threads(),
+            self.instruction_set,
+        )
+        return loss, grad, lse
+
+    def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
+        z, lse, g = row_contiguous(z), lse.contiguous(), g.contiguous()
+        grad = lse.new_empty(z.shape)
+        _cpu.nt_xent_vjp(
+            _stack(z, scale[0]),
+            z.shape[1],
+            z.dtype == torch.bfloat16,
+            lse.data_ptr(),
+            g.data_ptr(),
+            grad.data_ptr(),
+            torch.get_num_threads(),
+            self.instruction_set,
+        )
+        return grad
+
     def vjp(
         self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,19 @@ def relation(
 
 
 @without_autocast
+def nt_xent(
+    z1: Tensor, z2: Tensor, queue: Tensor | None, temperature: Temperature, dtype: torch.dtype
+) -> Tensor:
+    """Returns NT-Xent [2N] of two views [N, D], with further negatives from a queue unless it is None."""
+    z = torch.cat([straight_through_round(t, dtype) for t in (z1, z2)])
+    tau = valid(temperature)
+    logits = (z @ z.T / tau).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    if queue is not None:
+        logits = torch.cat((logits, z @ straight_through_round(queue, dtype).T / tau), 1)
+    return logits.logsumexp(1) - (z * z.roll(len(z1), 0)).sum(1) / tau
+
+
+@without_autocast
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: Temperature, dtype: torch.dtype) -> Tensor:
     """Returns InfoNCE with positive k and negatives queue ([B] or [V, B])."""
     q, k, queue = (straight_through_round(t, dtype) for t in (q, k, queue))

@@ -9,12 +9,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Cotangents, Saved, accumulator, to_dtype
+from relssl.backends.common import Cotangents, Saved, Scale, accumulator, to_dtype
 
 # Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
 # returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
 # columns for few rows: shorter sums, at about a tenth more time than 8,192 at 128 rows.
 TILE_CPU, TILE_GPU = 2**19, 2**23
+
+
+def tile_size(x: Tensor) -> int:
+    """Returns the elements of a similarity tile on the device of x."""
+    return TILE_CPU if x.is_cpu else TILE_GPU
 
 
 def lse_and_mean(
@@ -88,11 +93,29 @@ def vjp(saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool) ->
     return grad_x, grad_queue
 
 
+def nt_xent_vjp(z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
+    """Computes Backend.nt_xent_vjp."""
+    x = to_dtype(z, accumulator(z.dtype))
+    theta, own = x * scale[0], torch.arange(len(z), device=z.device)
+    high, low = lse
+    grad = x.roll(len(x) // 2, 0) * -(g + g.roll(len(g) // 2, 0))[:, None]
+    for columns, tile, logits in _tiles(theta, z, own):
+        p = (logits - high[:, None]).sub_(low[:, None]).exp_().mul_(g[:, None])
+        p_mirrored = logits.sub_(high[columns]).sub_(low[columns]).exp_().mul_(g[columns])
+        grad.addmm_(p.add_(p_mirrored), tile)
+    return grad.mul_(scale[0])
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the log-sum-exp [2, R] of two of them, in two parts as they are."""
+    high = torch.maximum(a[0], b[0])
+    return torch.stack((high, torch.logaddexp(a[1] + (a[0] - high), b[1] + (b[0] - high))))
+
+
 def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yields (columns, queue tile [T, D], logits [R, T])."""
     size, dtype = queue.shape[0], theta.dtype
-    budget = TILE_CPU if theta.device.type == "cpu" else TILE_GPU
-    width = max(128, min(2048, budget // theta.shape[0]))
+    width = max(128, min(2048, tile_size(theta) // theta.shape[0]))
     for start in range(0, size, width):
         stop = min(start + width, size)
         tile = to_dtype(queue if width >= size else queue[start:stop], dtype)
