@@ -1,4 +1,4 @@
-"""The losses of relssl.functional as modules that hold their settings."""
+"""The losses of relssl.functional as modules that store their settings."""
 
 from typing import Any
 
