@@ -14,7 +14,16 @@ F = TypeVar("F", bound=Callable)
 
 
 class Saved(NamedTuple):
-    """What Backend.lse_and_mean was given, with one scale for all rows, and what it returned."""
+    """What Backend.lse_and_mean was given, with one scale for all rows, and what it returned.
+
+    Attributes:
+        x: rows [R, D].
+        queue: [K, D].
+        scale: 1/temperature, a number or a tensor on the device.
+        exclude: int64 [R], the queue row that each row of x leaves out, or -1; None leaves out none.
+        lse: [2, R], two parts whose sum is the log-sum-exp.
+        mean: [R, D], or None where it is not needed.
+    """
 
     x: Tensor
     queue: Tensor
@@ -26,10 +35,13 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Cotangents:
-    """The gradients that a loss has with respect to lse [R] and mean [R, D]. None stands for zero.
+    """The gradients that a loss has with respect to lse and mean. None stands for zero.
 
-    g_row [R, D] is g_mean for the vjp of the primitive; a loss whose terms cancel on paper passes what is
-    left.
+    Attributes:
+        g_lse: [R].
+        g_mean: [R, D].
+        g_row: [R, D], for the vjp of the primitive g_mean; a loss whose terms cancel on paper passes what
+            is left.
     """
 
     g_lse: Tensor | None = None
