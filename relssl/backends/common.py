@@ -40,8 +40,8 @@ class Cotangents:
     Attributes:
         g_lse: [R].
         g_mean: [R, D].
-        g_row: [R, D], for the vjp of the primitive g_mean; a loss whose terms cancel on paper passes what
-            is left.
+        g_row: [R, D], equal to g_mean in the vjp of the primitive; a loss in which terms cancel
+            analytically passes the rest.
     """
 
     g_lse: Tensor | None = None
