@@ -152,7 +152,11 @@ def softmax_entropies(
 ) -> dict[str, float]:
     """Computes the entropies in nats of a method's softmaxes over its queue, of at most 512 test images.
 
-    Training images replace labelled test images where there are none. skipped: see `load_batches`.
+    Training images are used where the data set has no test images.
+
+    Args:
+        skipped: a list to which the paths of unreadable images are appended; with None, an unreadable image
+            raises ValueError.
     """
     if method.queue is None:
         return {}

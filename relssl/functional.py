@@ -144,7 +144,8 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE with one positive and a queue of negatives, as in MoCo.
 
-        -log( e^(<q,k>/tau) / (e^(<q,k>/tau) + sum_j e^(<q,m_j>/tau)) ) = log(1 + exp(A(q/tau) - <q,k>/tau))
+        -log( e^(<q,k>/tau) / (e^(<q,k>/tau) + sum_j e^(<q,m_j>/tau)) )
+            = log(1 + exp(A(q/tau) - <q,k>/tau))
 
     (van den Oord et al. 2018, eq. 4; He et al., MoCo, CVPR 2020, eq. 1; tau = 0.2 as in MoCo v2.)
 
@@ -236,7 +237,7 @@ def cluster_entropy_penalty(p: Tensor) -> Tensor:
 
 
 def cluster_entropy(p: Tensor) -> Tensor:
-    """Deprecated name of `cluster_entropy_penalty`, which falls as the entropy rises; it goes in 0.2."""
+    """Deprecated name of `cluster_entropy_penalty`, to be removed in 0.2; it falls as the entropy rises."""
     warn("cluster_entropy is now cluster_entropy_penalty", DeprecationWarning, stacklevel=2)
     return cluster_entropy_penalty(p)
 
@@ -258,18 +259,18 @@ def queue_logsumexp(
     queue; one through mean does, and raises RuntimeError if the queue has changed since.
 
     Args:
-        x: [R, D].
+        x: rows [R, D].
         queue: [K, D], or a FeatureQueue. Any strides.
         temperature: number or tensor of one element, which may require grad.
-        exclude: int64 [R]: the queue row that row r leaves out, -1 for none.
+        exclude: int64 [R], the index of the queue row that each row of x leaves out, or -1 for none.
         backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     Returns:
-        lse [R] and mean [R, D], float32 (float64 for float64 input). A row left with nothing has
-        lse = -inf and mean = 0.
+        lse: [R], float32 (float64 for float64 input); -inf for a row whose only queue row is excluded.
+        mean: [R, D], of the same dtype; 0 for such a row.
 
-    dtypes and errors are those of `relation_loss`; an exclude out of range raises ValueError, on an
-    accelerator it makes its row NaN.
+    dtypes and errors are those of `relation_loss`; an index in exclude that is out of range
+    raises ValueError, or on an accelerator makes its row NaN.
     """
     rows = queue_rows(queue)
     tau = check_logsumexp(x, rows, temperature, exclude)

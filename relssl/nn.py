@@ -1,4 +1,4 @@
-"""The losses of relssl.functional as modules that hold their settings."""
+"""The losses of relssl.functional as modules that store their settings."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class _Loss(nn.Module):
 
 
 class RelationLoss(_Loss):
-    """`functional.relation_loss` with its settings kept; call it with (q, k, queue).
+    """`functional.relation_loss` as a module that stores its settings; call it with (q, k, queue).
 
     A temperature given as nn.Parameter (of one element) is learned.
     """
@@ -59,7 +59,7 @@ class RelationLoss(_Loss):
 
 
 class InfoNCELoss(_Loss):
-    """`functional.info_nce` with its settings kept; call it with (q, k, queue).
+    """`functional.info_nce` as a module that stores its settings; call it with (q, k, queue).
 
     A temperature given as nn.Parameter (of one element) is learned.
     """
@@ -78,7 +78,7 @@ class InfoNCELoss(_Loss):
 
 
 class NTXentLoss(_Loss):
-    """`functional.nt_xent` with its settings kept; call it with (z1, z2) or (z1, z2, queue).
+    """`functional.nt_xent` as a module that stores its settings; call it with (z1, z2) or (z1, z2, queue).
 
     A temperature given as nn.Parameter (of one element) is learned.
     """

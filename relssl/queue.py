@@ -30,14 +30,17 @@ class FeatureQueue(nn.Module):
     Args:
         size: number of rows K.
         dim: width of a row D.
-        dtype: of the rows; default torch's default dtype. bfloat16 halves memory and time.
-        device: where the rows live.
-        seed: of the random start.
+        dtype: dtype of the rows, by default torch's default dtype. bfloat16 halves the memory.
+        device: device of the rows.
+        seed: seed of the random start.
     """
 
     rows: Tensor
+    """The rows [K, D]."""
     pointer: Tensor
+    """The index of the row that is overwritten next, int64, 0-d."""
     count: Tensor
+    """The number of rows written so far, at most K, int64, 0-d."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the random start: unit-norm rows drawn from the seed, pointer and count 0."""
+        """Restores the random start: unit-norm rows drawn from the seed, pointer and count 0."""
         if self.rows.is_meta:
             return
         self._make_writable()
@@ -82,7 +85,7 @@ class FeatureQueue(nn.Module):
         self.count.zero_()
 
     def reset_parameters(self) -> None:
-        """`reset`, by the name that FSDP and others call it by after `to_empty`."""
+        """Calls `reset`; FSDP and others call this name after `to_empty`."""
         self.reset()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "FeatureQueue":
@@ -106,7 +109,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows with `keys`, of all ranks where there are several.
+        """Overwrites the oldest rows with `keys`, of all ranks where there are several.
 
         Args:
             keys: [B, D], any B ≥ 1; of more than K rows the last K stay. Cast to the queue's dtype.

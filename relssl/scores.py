@@ -22,9 +22,10 @@ def entropy(x: Tensor, queue: Tensor, temperature: float) -> Tensor:
 def clustering_scores(labels: Tensor, clusters: Tensor) -> dict[str, float]:
     """Computes how well clusters [N] match classes [N], as published for Contrastive Clustering and SACC.
 
-    nmi: mutual information over the arithmetic mean of the entropies. acc: the share of images in their
-    class's cluster under the best assignment of clusters to classes (Hungarian method). ari: adjusted Rand
-    index.
+    - nmi: mutual information over the arithmetic mean of the entropies.
+    - acc: the share of images in their class's cluster under the best assignment of clusters to classes
+      (Hungarian method).
+    - ari: adjusted Rand index.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score

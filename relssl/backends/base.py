@@ -3,8 +3,8 @@
 With theta_r = c_r x_r and the queue rows m_j, everything rests on one primitive and its vector-Jacobian
 product:
 
-    lse_r  = log sum_j exp<theta_r, m_j>        the log-partition function A(theta_r)
-    mean_r = sum_j p_rj m_j                     its gradient, where p_rj = exp(<theta_r, m_j> - lse_r)
+    lse_r  = log sum_j exp<theta_r, m_j>    the log-partition function A(theta_r)
+    mean_r = sum_j p_rj m_j                 its gradient, where p_rj = exp(<theta_r, m_j> - lse_r)
 
 x [R, D] and queue [K, D] have one dtype and any strides. A scale consists of Python floats, or is a tensor
 where a temperature is one. exclude is None or int64 [R] (-1: none). Everything else is float32 (float64 for
@@ -67,9 +67,11 @@ class Backend(ABC):
 
         Returns:
             loss: weight times the sum of the rows' losses, 0-d; these themselves, [B] or [V, B], if weight
-            is None. entropy: that of the teacher's rows, [B].
+                is None.
+            entropy: that of the teacher's rows, [B].
             grad_q: weight scale[0] (mean_s - mean_t) in q's shape, where None weighs 1; [V*B, 0] without
-            want_grad. lse: that of the rows of k and then of q, [2, B + V*B].
+                want_grad.
+            lse: that of the rows of k and then of q, [2, B + V*B].
             mean_t: the teacher's means, [B, D].
         """
         batch, rows = k.shape[0], q.reshape(-1, q.shape[-1])

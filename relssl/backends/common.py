@@ -14,7 +14,16 @@ F = TypeVar("F", bound=Callable)
 
 
 class Saved(NamedTuple):
-    """The arguments of Backend.lse_and_mean, with one scale for all rows, and its results."""
+    """The arguments of Backend.lse_and_mean, with one scale for all rows, and its results.
+
+    Attributes:
+        x: rows [R, D].
+        queue: [K, D].
+        scale: 1/temperature, a number or a tensor on the device.
+        exclude: int64 [R], the queue row that each row of x leaves out, or -1; None leaves out none.
+        lse: [2, R], two parts whose sum is the log-sum-exp.
+        mean: [R, D], or None where it is not needed.
+    """
 
     x: Tensor
     queue: Tensor
@@ -26,10 +35,13 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Cotangents:
-    """The gradients of a loss for lse [R] and mean [R, D]. None stands for zero.
+    """The gradients of a loss for lse and mean. None stands for zero.
 
-    g_row [R, D] is the factor of p in Backend.vjp's grad_queue: g_mean for the vjp of the primitive, and
-    for a loss g_mean without the terms that cancel.
+    Attributes:
+        g_lse: [R].
+        g_mean: [R, D].
+        g_row: [R, D], the factor of p in Backend.vjp's grad_queue: g_mean for the vjp of the primitive,
+            and for a loss g_mean without the terms that cancel.
     """
 
     g_lse: Tensor | None = None

@@ -157,7 +157,9 @@ class Method(nn.Module):
     def forward(self, images: Tensor, pass_name: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of uint8 images [B, 3, H, W], and scalars to log, by name.
 
-        pass_name: the name of the images' set in TrainConfig.passes.
+        Args:
+            images: uint8 [B, 3, H, W].
+            pass_name: the name of the images' set in TrainConfig.passes.
         """
         raise NotImplementedError
 

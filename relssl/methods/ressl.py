@@ -50,7 +50,7 @@ class ReSSLConfig(TrainConfig):
     flip: bool = True
     """Horizontal flips in both augmentations. [ReSSL; not for digits]"""
     crops: Literal[1, 2, 3, 4, 5] = 1
-    """Student views, of decreasing size: 224, 192, 160, 128 and 96 parts of 224. [ReSSL: 1 or 5]"""
+    """Student views, with sides of 224, 192, 160, 128 and 96 224ths of image_size. [ReSSL: 1 or 5]"""
     predictor: int = 0
     """Hidden width of the student's predictor, 0 for none. [ReSSL, journal version: has one]"""
     info_nce_epochs: int = 0
