@@ -131,13 +131,13 @@ class Relation(torch.autograd.Function):
             g = g.expand(*q.shape[:-1], 1).flatten()
             x_q, (lse_t, lse_s) = x_q.flatten(0, -2), lse.split((k.shape[0], g.shape[0]), 1)
             of_student, of_teacher = Cotangents(g), Cotangents(None, g_mean, g_row)
-            by_student = _queue_gradient(x_q, x_queue, scale[:1], lse_s, of_student, backend)
-            by_teacher = _queue_gradient(x_k, x_queue, scale[1:], lse_t, of_teacher, backend, mean_t)
+            by_student = queue_gradient(x_q, x_queue, scale[:1], lse_s, of_student, backend)
+            by_teacher = queue_gradient(x_k, x_queue, scale[1:], lse_t, of_teacher, backend, mean_t)
             of_queue = (by_student + by_teacher).to(queue.dtype)
         return of_q, of_k, of_queue, of_s, of_t, None
 
 
-def _queue_gradient(
+def queue_gradient(
     x: Tensor,
     queue: Tensor,
     scale: Scale,
@@ -221,7 +221,7 @@ class InfoNCE(torch.autograd.Function):
             of_k = (to_dtype(q, dtype) * (g * -c)).sum_to_size(k.shape).to(k.dtype)
         if needs_queue:
             x, x_queue = to_dtype(q, dtype).flatten(0, -2), to_dtype(queue, dtype)
-            of_queue = _queue_gradient(x, x_queue, scale, lse, Cotangents(g.flatten()), backend)
+            of_queue = queue_gradient(x, x_queue, scale, lse, Cotangents(g.flatten()), backend)
             of_queue = to_dtype(of_queue, queue.dtype)
         return of_q, of_k, of_queue, of_tau, None
 

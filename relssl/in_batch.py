@@ -16,7 +16,16 @@ from torch import Tensor
 
 from relssl import backends, ops
 from relssl._compat import in_functorch_transform
-from relssl.autograd import Settings, differentiable_backward, number_of, recompute, reduce, scales, tensor_of
+from relssl.autograd import (
+    Settings,
+    differentiable_backward,
+    number_of,
+    queue_gradient,
+    recompute,
+    reduce,
+    scales,
+    tensor_of,
+)
 from relssl.backends import reference
 from relssl.backends.base import twice
 from relssl.backends.common import Cotangents, Scale, Temperature, accumulator, device_type, to_dtype
@@ -134,29 +143,30 @@ class NTXent(torch.autograd.Function):
 
             return *recompute(run, (z1, z2, queue, tau), needs, (g,)), None
 
+        fixed = reduction != "none"
+        if fixed:  # Forward had the rows' weights.
+            grad = grad * g
+        if not (needs_tau or needs_queue) and fixed:
+            of_1, of_2 = grad.chunk(2)
+            return to_dtype(of_1, z1.dtype), to_dtype(of_2, z2.dtype), None, None, None
+
         (c,) = scale = scales((tau,), z1)
-        weights = g * (ops.row_weight(lse.mT, reduction) or 1)
-        if reduction == "none":
-            views = to_dtype(z1, dtype), to_dtype(z2, dtype)
-            grad = vjp_op(*views, *ops.scale_arguments(scale), lse, g.contiguous(), backend)
+        views = to_dtype(z1, dtype), to_dtype(z2, dtype)
+        weights = (g * (ops.row_weight(lse.mT, reduction) or 1)).expand(lse.shape[1])
+        if not fixed:
+            grad = vjp_op(*views, *ops.scale_arguments(scale), lse, weights.contiguous(), backend)
             if ctx.has_queue:
                 grad += mean * (weights * c)[:, None]
-        else:
-            grad = grad * g
         of_1, of_2 = grad.chunk(2)
         of_queue = of_tau = None
-        if needs_tau or needs_queue:
-            z = torch.cat((to_dtype(z1, dtype), to_dtype(z2, dtype)))
-        if needs_tau:  # <z, grad> has c for the pairs twice, and for the queue once.
+        if needs_tau:  # <z, grad> has the pairs' term twice, and the queue's once.
+            z = torch.cat(views)
             of_tau = (z * grad).sum() * (-c / 2)
             if ctx.has_queue:
                 of_tau -= ((z * mean).sum(1) * weights).sum() * (c * c / 2)
         if needs_queue:
-            of_lse = Cotangents(weights.expand(len(z)))
-            x_queue = to_dtype(queue, dtype)
-            _, of_queue = ops.vjp(
-                z, x_queue, scale, lse, of_lse, want_x=False, want_queue=True, backend=backend
-            )
+            z, x_queue = torch.cat(views), to_dtype(queue, dtype)
+            of_queue = queue_gradient(z, x_queue, scale, lse, Cotangents(weights), backend)
             of_queue = to_dtype(of_queue, queue.dtype)
         return (
             to_dtype(of_1, z1.dtype) if needs_1 else None,

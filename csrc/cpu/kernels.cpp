@@ -147,6 +147,10 @@ void apply_exclude(const int64_t* exclude, int64_t rows, int64_t first, int64_t 
   }
 }
 
+float* kept_similarities(const Inputs& in, int64_t row, int64_t first) {
+  return in.similarities ? in.similarities + (row / kPanel * in.size + first) * kPanel : nullptr;
+}
+
 // ------------------------------------------------------------------------------------ forward
 
 // The running softmax of a panel. The shift is a similarity, which is subtracted from the others before they are
@@ -302,6 +306,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
         similarities<E, V>(tile.rows, tile.row_stride, count, panel, depth, memory.s, kPanel);
         if (in.exclude)
           apply_exclude(in.exclude + block.row + row, block.rows - row, first, count, memory.s, kPanel);
+        if (float* to = kept_similarities(in, block.row + row, first)) std::memcpy(to, memory.s, 4 * count * kPanel);
         online_softmax_step<E, V>(memory.s, count, memory.scale + row, memory.soft[row / kPanel], tile.columns,
                                   tile.column_stride, dim, mean);
       };
@@ -409,11 +414,14 @@ struct Packed {
     pad(g.low + row, rows, low);
     pad(g.base + row, rows, base);
   }
-  // Computes the weights of panel row / kPanel with a tile into s. `u` is scratch memory of the same size.
+  // Computes the weights of panel row / kPanel with a tile into s, which has the similarities if they were kept. `u` is
+  // scratch memory of the same size.
   template <int V>
   void weights(const Inputs& in, const Cotangents& g, const Tile& tile, int64_t first, int64_t count, int64_t row,
                const int64_t* exclude, int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
-    if (pairs(in)) {
+    if (in.similarities) {
+      // s has them already.
+    } else if (pairs(in)) {
       const uint16_t* queue = static_cast<const uint16_t*>(in.queue) + first * in.queue_stride;
       similarities<Pair, V>(reinterpret_cast<const uint32_t*>(queue), in.queue_stride / 2, count,
                             static_cast<const uint32_t*>(panels) + row * in.dim / 2, in.dim / 2, s, s_stride);
@@ -421,7 +429,7 @@ struct Packed {
       similarities<Single, V>(tile.data, tile.stride, count, static_cast<const float*>(panels) + row * in.dim, in.dim,
                               s, s_stride);
     }
-    if (exclude) apply_exclude(exclude, rows, first, count, s, s_stride);
+    if (exclude && !in.similarities) apply_exclude(exclude, rows, first, count, s, s_stride);
     if (g_panels) similarities<Single, V>(tile.data, tile.stride, count, g_panels + row * in.dim, in.dim, u, kPanel);
     const PanelTerms terms{scale + row, high + row, low + row, base + row};
     if (g.symmetric)
@@ -466,15 +474,17 @@ void backward_x(const Inputs& in, const Cotangents& g, const Block& block, doubl
       const auto step = [&](auto width) {
         constexpr int V = decltype(width)::value;
         const int64_t* exclude = in.exclude ? in.exclude + block.row + row : nullptr;
-        memory.packed.weights<V>(in, g, tile, first, count, row, exclude, block.rows - row, memory.s, kPanel, memory.u,
+        float* const kept = kept_similarities(in, block.row + row, first);
+        float* const s = kept ? kept : memory.s;
+        memory.packed.weights<V>(in, g, tile, first, count, row, exclude, block.rows - row, s, kPanel, memory.u,
                                  nullptr);
         Float sum[V] = {};
         for (int64_t j = 0; j < count; ++j)
-          for (int v = 0; v < V; ++v) sum[v] += load<Float>(memory.s + j * kPanel + v * kLanes);
+          for (int v = 0; v < V; ++v) sum[v] += load<Float>(s + j * kPanel + v * kLanes);
         for (int v = 0; v < V; ++v)
           for (int i = 0; i < kLanes; ++i) memory.total[row + v * kLanes + i] += sum[v][i];
-        multiply<Single, V>(dim, tile.data, 1, tile.stride, memory.s, kPanel, count, memory.weighted + row * dim,
-                            kPanel, true);
+        multiply<Single, V>(dim, tile.data, 1, tile.stride, s, kPanel, count, memory.weighted + row * dim, kPanel,
+                            true);
       };
       block.rows - row > kLanes ? step(Width<2>{}) : step(Width<1>{});
     }

@@ -26,6 +26,9 @@ struct Inputs {
   int64_t queue_stride, size, dim;
   bool bf16;
   const int64_t* exclude;  // for each row the index of the queue row to exclude, or null
+  // For all rows in panels, [panels, size, panel], or null: `forward` writes the similarities here, and `backward_x`
+  // takes them from here instead of computing them again, and overwrites them.
+  float* similarities = nullptr;
 };
 
 // The functions below are static for the reason given in vector.h.

@@ -13,6 +13,7 @@ namespace relssl {
 namespace {
 
 constexpr double kLn2 = 0.69314718055994530942;
+constexpr int64_t kKept = 1 << 18;  // similarities within a batch that are kept from forward for the gradient: 1 MiB
 
 // Uninitialised memory, aligned for vectors.
 struct AlignedDelete {
@@ -39,9 +40,11 @@ struct Grid {
   // same time.
   Grid(const Inputs& in, int64_t panel, int threads) : rows(all_rows(in)), size(in.size), panel(panel) {
     const int64_t max_rows = std::max<int64_t>((1 << 20) / (8 * in.dim), 64);
-    const int64_t count = (rows + max_rows - 1) / max_rows;
+    const double flop = 4.0 * rows * size * in.dim;
+    const bool cached = size * in.dim * 4 <= (1 << 20);  // The queue is read again at no cost.
+    const int64_t count = std::max((rows + max_rows - 1) / max_rows, cached ? num_tasks(threads, 8, flop) : 0);
     block = ((rows + count - 1) / count + panel - 1) / panel * panel;
-    const int64_t wanted = num_tasks(threads, 4, 4.0 * rows * size * in.dim);
+    const int64_t wanted = cached && blocks() >= threads ? 1 : num_tasks(threads, 4, flop);
     num_splits = std::clamp<int64_t>((wanted + blocks() - 1) / blocks(), 1, size);
   }
   int64_t blocks() const { return (rows + block - 1) / block; }
@@ -130,6 +133,23 @@ std::vector<int64_t> own_rows(const Inputs& in) {
   std::vector<int64_t> own(all_rows(in));
   std::iota(own.begin(), own.end(), 0);
   return own;
+}
+
+// The gradient of sum_r g_r loss_r, for `in` that excludes each row itself.
+void nt_xent_gradient(const Kernels& kernels, const Inputs& in, const float* lse, const float* g, float* grad,
+                      int threads) {
+  const int64_t count = all_rows(in), batch = count / 2, dim = in.dim;
+  const Normalizers by(in, lse);
+  const WeightedRows found(kernels, in, {by.high.data(), by.low.data(), g, nullptr, nullptr, true}, threads);
+  const float c = static_cast<float>(in.stacks[0].scale);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t other = (r + batch) % count;
+    const void* positive = row_address(in.stacks[r < batch], r % batch, in.bf16);
+    const float both = g[r] + g[other];
+    float* to = grad + r * dim;
+    found.sum(r, to);
+    for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - both * element(positive, d, in.bf16));
+  }
 }
 
 }  // namespace
@@ -247,12 +267,15 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
   }
 }
 
-void nt_xent(const Kernels& kernels, const Inputs& views, const float* queue_lse, double weight, bool total, float* loss,
-             float* lse, float* grad, int threads) {
+void nt_xent(const Kernels& kernels, const Inputs& views, const float* queue_lse, double weight, bool total,
+             float* loss, float* lse, float* grad, int threads) {
   const std::vector<int64_t> own = own_rows(views);
   Inputs in = views;
   in.exclude = own.data();
   const int64_t count = all_rows(in), batch = count / 2;
+  const bool keep = grad && count * count <= kKept;
+  const Memory similarities = allocate(keep ? 4 * count * (count + kernels.panel) : 0);
+  if (keep) in.similarities = reinterpret_cast<float*>(similarities.get());
   float* const mean[2] = {};
   lse_and_mean(kernels, in, lse, mean, threads);
   double sum = 0;
@@ -275,7 +298,7 @@ void nt_xent(const Kernels& kernels, const Inputs& views, const float* queue_lse
   if (total) *loss = static_cast<float>(weight * sum);
   if (grad) {
     const std::vector<float> g(count, static_cast<float>(weight));
-    nt_xent_vjp(kernels, views, lse, g.data(), grad, threads);
+    nt_xent_gradient(kernels, in, lse, g.data(), grad, threads);
   }
 }
 
@@ -284,18 +307,7 @@ void nt_xent_vjp(const Kernels& kernels, const Inputs& views, const float* lse, 
   const std::vector<int64_t> own = own_rows(views);
   Inputs in = views;
   in.exclude = own.data();
-  const int64_t count = all_rows(in), batch = count / 2, dim = in.dim;
-  const Normalizers by(in, lse);
-  const WeightedRows found(kernels, in, {by.high.data(), by.low.data(), g, nullptr, nullptr, true}, threads);
-  const float c = static_cast<float>(in.stacks[0].scale);
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t other = (r + batch) % count;
-    const void* positive = row_address(in.stacks[r < batch], r % batch, in.bf16);
-    const float both = g[r] + g[other];
-    float* to = grad + r * dim;
-    found.sum(r, to);
-    for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - both * element(positive, d, in.bf16));
-  }
+  nt_xent_gradient(kernels, in, lse, g, grad, threads);
 }
 
 }  // namespace relssl
