@@ -3,10 +3,10 @@
     u_rj = <m_j, g_mean_r>    p_rj = 2^(c <x_r, m_j> - lse_r)    w_rj = p_rj (base_r + u_rj)
 
     lse_to_log2     lse as the other two take it
-    backward_x      total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j: a block of rows, a split of the
-    queue backward_queue  grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the
-    queue and
-                passes over all rows, so nothing is added atomically
+    backward_x      total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j: a program owns a block of rows and
+                    a split of the queue
+    backward_queue  grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the queue
+                    and passes over all rows, so nothing is added atomically
 
 Products with a gradient in them need its range: beside bfloat16 they are of bfloat16, but beside float16 of
 float32 (TF32 loses no digit of a float16), since p or g may lie below the smallest float16.

@@ -7,7 +7,8 @@ import torch
 from oracle import unit
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from relssl import FeatureQueue
+from relssl import FeatureQueue, backends
+from relssl.backends.chunked import Chunked
 from relssl.functional import info_nce, queue_logsumexp, relation_loss
 
 LAYOUTS = {
@@ -26,6 +27,21 @@ CHECKED = [
     pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in QUICK))
     for case in product(LAYOUTS, SCALES, (torch.float32, torch.bfloat16))
 ]
+
+
+def test_a_backend_replaced_under_its_name(monkeypatch):
+    ran = []
+
+    class Mine(Chunked):
+        def info_nce(self, *arguments):
+            ran.append(self)
+            return super().info_nce(*arguments)
+
+    own = Mine(), Mine()
+    for backend in own:
+        monkeypatch.setitem(backends.BACKENDS, "mine", backend)
+        info_nce(unit(3, 8), unit(3, 8), unit(7, 8), backend="mine")
+    assert ran == [*own]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])

@@ -187,8 +187,8 @@ def _heuristics() -> ModuleType:
 
 @cache
 def _chip(index: int) -> Any:
-    of = torch.cuda.get_device_properties(index)
-    return _heuristics().Chip(10 * of.major + of.minor, of.multi_processor_count)
+    found = torch.cuda.get_device_properties(index)
+    return _heuristics().Chip(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def built_with() -> str:
