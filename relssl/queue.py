@@ -62,7 +62,7 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"size and dim must be at least 1, got {size} and {dim}")
         dtype = dtype or torch.get_default_dtype()
         if dtype not in FLOATS:
-            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
         self.seed = seed
         with torch.inference_mode(False):  # See _make_writable.
             self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))

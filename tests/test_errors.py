@@ -276,7 +276,7 @@ def test_feature_queue_size_is_an_integer(size, dim):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn, "float32"])
 def test_feature_queue_dtype(dtype):
-    with pytest.raises(TypeError, match=f"dtype must be float32, bfloat16, .* got {dtype}"):
+    with pytest.raises(TypeError, match=f"dtype must be float32, bfloat16, .* got {dtype!r}"):
         FeatureQueue(K, D, dtype=dtype)
 
 

@@ -20,9 +20,11 @@ class Reference(Backend):
     def lse_and_mean(
         self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(x), device=x.device)
-        scales = torch.where(rows < num_first, scale[0], scale[1]).to(accumulator(x.dtype))
-        lse, mean = logsumexp(x.to(scales.dtype) * scales[:, None], queue, 1.0, exclude, x.dtype)
+        rows, dtype = torch.arange(len(x), device=x.device), accumulator(x.dtype)
+        # As tensors: of two numbers torch.where would make float32, also for float64 rows.
+        first, second = (torch.as_tensor(scale[i], dtype=dtype, device=x.device) for i in (0, 1))
+        scales = torch.where(rows < num_first, first, second)
+        lse, mean = logsumexp(x.to(dtype) * scales[:, None], queue, 1.0, exclude, x.dtype)
         return torch.stack((lse, torch.zeros_like(lse))), mean if want_mean else mean[:, :0]
 
 
