@@ -7,6 +7,7 @@ where that is free: on the CPU, outside torch.compile and torch.func.
 import math
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +59,9 @@ def _temperature(name: str, value: Temperature, device: torch.device) -> Tempera
             return scalar
         value, number = scalar, scalar.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+        if not isinstance(value, (np.floating, np.integer)):
+            raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+        value = number = float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {number}")
     return value

@@ -1,5 +1,6 @@
 """Bad input raises at the call, names the argument, and leaves everything as it was."""
 
+import numpy as np
 import pytest
 import torch
 from oracle import unit
@@ -228,6 +229,15 @@ def test_sparse(which, loss):
         TypeError, match=f"{argument(which, loss)} must be a dense tensor, got torch.sparse_coo"
     ):
         CALLS[loss](arguments)
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_temperatures(kind, loss):
+    arguments = good()
+    found, expected = (CALLS[loss](arguments | {"tau": tau}) for tau in (kind(2), 2.0))
+    assert torch.equal(found, expected)
+    refuses(loss, {"tau": kind(-1)}, ValueError, f"{argument('tau', loss)} must be positive and finite")
 
 
 def test_assignments_are_named_by_their_own_shape():
