@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from relssl import FeatureQueue, backends
 from relssl.backends.chunked import Chunked
 from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
+from relssl.info import report
 
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -83,6 +84,7 @@ def test_a_backend_replaced_under_its_name(monkeypatch):
         monkeypatch.setitem(backends.BACKENDS, "mine", backend)
         info_nce(unit(3, 8), unit(3, 8), unit(7, 8), backend="mine")
     assert ran == [*own]
+    assert "  mine " in report()  # without a docstring, too
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
