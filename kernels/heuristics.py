@@ -48,11 +48,11 @@ def family(capability: int) -> str:
     return "sm_80" if capability == 80 else "small"
 
 
-def _line(name: str, table: Table, chip: Chip, dtype: str, dim: int) -> Tiles:
+def _look_up(name: str, table: Table, chip: Chip, dtype: str, dim: int) -> Tiles:
     if chip.capability == INTERPRETER:
         return INTERPRETED
-    of = family(chip.capability)
-    row = next(row for row in (dtype, f"{of} {dtype}", of) if row in table)
+    chips = family(chip.capability)
+    row = next(row for row in (dtype, f"{chips} {dtype}", chips) if row in table)
     widest = next(widest for widest in table[row] if dim <= widest)
     others = BY_TRITON_VERSION.get(min(chip.triton, LAST), {})
     return others.get((name, row, widest), table[row][widest])
@@ -88,17 +88,17 @@ def packs(capability: int) -> bool:
 
 def forward(chip: Chip, dtype: str, dim: int) -> Tiles:
     """Returns the tiles of forward.py, for rows of "bf16", "fp16" or "fp32"."""
-    return _line("forward", FORWARD, chip, dtype, dim)
+    return _look_up("forward", FORWARD, chip, dtype, dim)
 
 
 def backward(chip: Chip, dtype: str, dim: int) -> Tiles:
     """Returns the tiles of backward_x."""
-    return _line("backward", BACKWARD, chip, dtype, dim)
+    return _look_up("backward", BACKWARD, chip, dtype, dim)
 
 
 def backward_queue(chip: Chip, dtype: str, dim: int) -> Tiles:
     """Returns the tiles of backward_queue."""
-    return _line("backward_queue", BACKWARD_QUEUE, chip, dtype, dim)
+    return _look_up("backward_queue", BACKWARD_QUEUE, chip, dtype, dim)
 
 
 def shared_memory(chip: Chip, dtype: str, dim: int, tiles: Tiles) -> int:
@@ -111,14 +111,14 @@ def shared_memory(chip: Chip, dtype: str, dim: int, tiles: Tiles) -> int:
 def _specialised(chip: Chip, dtype: str, dim: int) -> Tiles:
     if chip.capability == INTERPRETER:
         return INTERPRETED._replace(specialised=True)
-    of = family(chip.capability)
-    if of not in ("sm_90", "sm_100"):
+    chips = family(chip.capability)
+    if chips not in ("sm_90", "sm_100"):
         raise ValueError("specialised warps need Hopper or a data centre's Blackwell")
     if dtype == "fp32" or dim not in (64, 128):
         raise ValueError(f"specialised warps take 16-bit rows of 64 or 128, not {dtype} of {dim}")
-    if of == "sm_100" and dtype == "fp16":
+    if chips == "sm_100" and dtype == "fp16":
         raise ValueError("Triton compiles no specialised warps for Blackwell with fp16's running maximum")
-    return Tiles(128, 128, 8 if of == "sm_100" else 4, 3, tma=True, specialised=True)
+    return Tiles(128, 128, 8 if chips == "sm_100" else 4, 3, tma=True, specialised=True)
 
 
 def variant(name: str, chip: Chip, dtype: str, dim: int) -> Tiles:
@@ -191,18 +191,22 @@ def combine(chip: Chip, dim: int, splits: int) -> tuple[dict[str, Any], int]:
 
 
 def resident(chip: Chip, warps: int, registers: int, shared: int, columns: int = 0) -> int:
-    """Returns how many programs a processor runs at once, by registers of a thread, bytes and columns of a
-    program.
+    """Returns how many programs a processor runs at once.
 
     Registers are handed out to warps by 256, from four equal parts. Where they are not counted it is one.
+
+    Args:
+        registers: of a thread; 0 if they are not counted.
+        shared: bytes of shared memory of a program.
+        columns: of tensor memory (Blackwell) of a program.
     """
-    of = family(chip.capability)
-    if chip.capability == INTERPRETER or of == "amd" or not registers:
+    chips = family(chip.capability)
+    if chip.capability == INTERPRETER or chips == "amd" or not registers:
         return 1
-    of_a_warp = -(-32 * registers // 256) * 256
-    fitting = 4 * (REGISTERS // 4 // of_a_warp) // warps
-    fitting = min(fitting, (48 if of == "small" else 64) // warps)
-    fitting = min(fitting, (SHARED[of] + RESERVED) // (shared + RESERVED))
+    registers_per_warp = -(-32 * registers // 256) * 256
+    fitting = 4 * (REGISTERS // 4 // registers_per_warp) // warps
+    fitting = min(fitting, (48 if chips == "small" else 64) // warps)
+    fitting = min(fitting, (SHARED[chips] + RESERVED) // (shared + RESERVED))
     return max(1, min(fitting, TENSOR_COLUMNS // columns) if columns else fitting)
 
 

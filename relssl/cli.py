@@ -5,7 +5,7 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 PLOTS = ("features", "neighbours", "curves")
 USAGE = """usage: relssl COMMAND ...
@@ -101,7 +101,7 @@ def _evaluate(arguments: list[str]) -> None:
         the features. Scores for which the data set has no labels are left out, with a warning.
         """
 
-        checkpoint: tyro.conf.Positional[Path]
+        checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
         """A checkpoint.pt that relssl train wrote."""
         data: DataName | None = None
         """Evaluate on this data set and its classes, with images resized to the checkpoint's size. Default:
@@ -144,8 +144,6 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    from typing import Annotated
-
     import torch
     import tyro
 
@@ -160,9 +158,9 @@ def _export(arguments: list[str]) -> None:
         strict=True after the printed changes: no classifier and, for a small stem, other first layers.
         """
 
-        checkpoint: tyro.conf.Positional[Path]
+        checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
         """A checkpoint.pt that relssl train wrote."""
-        out: tyro.conf.Positional[Path]
+        out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
         """The file to write: in the format safetensors with that extension, otherwise for torch.load."""
         library: Annotated[Library, tyro.conf.arg(name="for")] = "relssl"
         """Library whose names are used; relssl's are those of torchvision, and of conv4."""

@@ -72,12 +72,12 @@ def baselines(config: TrainConfig, options: EvalConfig = DEFAULTS) -> dict[str, 
     }
 
 
-def _shrink(images: Tensor, largest: int = 32) -> Tensor:
+def _shrink(images: Tensor) -> Tensor:
     """Scales to [0, 1], and to sides of at most 32 pixels: 224 would make rows of 150,000 numbers."""
     x = images / 255
-    if max(x.shape[-2:]) <= largest:
+    if max(x.shape[-2:]) <= 32:
         return x
-    return F.interpolate(x, (largest, largest), mode="bilinear", antialias=True)
+    return F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
 
 
 def _score(

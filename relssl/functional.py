@@ -117,7 +117,7 @@ def relation_loss(
     float64), and so is the loss. A queue of another dtype is converted in every call.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: an argument of a wrong type or dtype, or a tensor that is not dense.
         ValueError: wrong shapes, an empty queue, an unknown option, a backend that cannot run this, or a
             temperature that is not positive and finite; where the temperature is a tensor on an
             accelerator, the loss becomes NaN instead.
@@ -189,7 +189,7 @@ def nt_xent(
     """
     rows = None if queue is None else queue_rows(queue)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), temperature=temperature)
+    z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
     return in_batch.nt_xent(z1, z2, rows, tau, reduction, backend)
 
 
@@ -208,7 +208,7 @@ def cluster_contrast(
 
     dtypes and errors are those of `relation_loss`. A column of zeros, an empty cluster, has the cosine 0.
     """
-    p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), temperature=temperature)
+    p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
     wide = torch.promote_types(p1.dtype, torch.float32)
     c1, c2 = (p.mT.to(wide) for p in (p1, p2))
     n1, n2 = (c.norm(dim=1, keepdim=True) for c in (c1, c2))
@@ -229,7 +229,7 @@ def cluster_entropy_penalty(p: Tensor) -> Tensor:
     Returns:
         A scalar, float32 (float64 for float64). Finite, and so is its gradient, where clusters are empty.
     """
-    check_views(p, p, None, ("p", "p"))
+    check_views(p, p, None, ("p", "p"), "[N, M]")
     wide = p.to(torch.promote_types(p.dtype, torch.float32))
     share = wide.sum(0) / wide.sum()
     # 0 log 0 is 0, but its gradient is not finite.

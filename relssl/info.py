@@ -63,7 +63,7 @@ def report() -> str:
         "backends:",
     ]
     for name in backends.BACKENDS:
-        about = (backends.BACKENDS[name].__doc__ or "").splitlines()[0]
+        about = (backends.BACKENDS[name].__doc__ or "").partition("\n")[0]
         lines.append(f"  {name:<12}{about}")
     lines += ["", f"choices of relssl tune ({tuned.path()}):"]
     for device in devices:

@@ -1,12 +1,15 @@
 """FeatureQueue: the ring of past embeddings that queries are compared with."""
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl.distributed import all_gather
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the dtypes that losses take
 
 
 class FeatureQueue(nn.Module):
@@ -33,6 +36,10 @@ class FeatureQueue(nn.Module):
         dtype: dtype of the rows, by default torch's default dtype. bfloat16 halves the memory.
         device: device of the rows.
         seed: seed of the random start.
+
+    Raises:
+        TypeError: size or dim is not an integer, or dtype is none that the losses take.
+        ValueError: size or dim is below 1.
     """
 
     rows: Tensor
@@ -52,11 +59,13 @@ class FeatureQueue(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not all(isinstance(number, Integral) for number in (size, dim)):
+            raise TypeError(f"size and dim must be integers, got {size!r} and {dim!r}")
         if size < 1 or dim < 1:
             raise ValueError(f"size and dim must be at least 1, got {size} and {dim}")
         dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating-point, got {dtype}")
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
         self.seed = seed
         with torch.inference_mode(False):  # See _make_writable.
             self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))
@@ -115,13 +124,15 @@ class FeatureQueue(nn.Module):
             keys: [B, D], any B ≥ 1; of more than K rows the last K stay. Cast to the queue's dtype.
 
         Raises:
-            TypeError: keys is not a floating-point tensor.
+            TypeError: keys is not a dense floating-point tensor.
             ValueError: keys is not [B, D] with the queue's D.
             RuntimeError: keys is on another device.
         """
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
             got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
             raise TypeError(f"keys must be a floating-point tensor, got {got}")
+        if keys.layout != torch.strided:
+            raise TypeError(f"keys must be a dense tensor, got {keys.layout}")
         if not torch.compiler.is_compiling():
             self._make_writable()
         rows, pointer = self.rows, self.pointer

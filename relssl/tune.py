@@ -60,38 +60,39 @@ class Trial:
             env=os.environ | {"RELSSL_TUNE": "0"}, text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        self.errors = ThreadPoolExecutor(1)  # Standard error is read all along: its pipe must not fill up.
-        self.stderr = self.errors.submit(self.process.stderr.read)  # type: ignore[union-attr]
+        # Read all along: the process would wait while the pipe is full.
+        self.stderr_reader = ThreadPoolExecutor(1)
+        self.stderr_text = self.stderr_reader.submit(self.process.stderr.read)  # type: ignore[union-attr]
 
     def verify(self) -> None:
         self.verdict = self.request(self.task)
 
     def request(self, question: dict[str, Any]) -> dict[str, Any]:
         """Returns the process's answer, or {"refused": why there is none}."""
-        timer = Timer(self.limit, self.stop)
+        timer = Timer(self.limit, self.expire)
         timer.start()
         try:
             print(json.dumps(question), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()  # type: ignore[union-attr]
-            return json.loads(answer) if answer else {"refused": self.end()}
+            return json.loads(answer) if answer else {"refused": self.exit_reason()}
         except BrokenPipeError:
-            return {"refused": self.end()}
+            return {"refused": self.exit_reason()}
         finally:
             timer.cancel()
 
-    def stop(self) -> None:
+    def expire(self) -> None:
         self.overdue = True
         self.kill()
 
-    def end(self) -> str:
-        """Returns how the process ended, or ends it, without an answer."""
+    def exit_reason(self) -> str:
+        """Waits for the process, which has closed its output without an answer; returns how it ended."""
         status = self.process.wait()
         if self.overdue:
             return f"no answer within {self.limit:g} s"
         self.kill()  # what it started itself, and would leave behind
         if status < 0:
             return f"crashed: {signal.Signals(-status).name}"
-        last = self.stderr.result().strip().splitlines()[-1:]
+        last = self.stderr_text.result().strip().splitlines()[-1:]
         return f"crashed: exit status {status}" + "".join(f", {line}" for line in last)
 
     def kill(self) -> None:
@@ -101,7 +102,7 @@ class Trial:
     def close(self) -> None:
         self.kill()
         self.process.wait()
-        self.errors.shutdown()
+        self.stderr_reader.shutdown()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             with suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]

@@ -7,15 +7,15 @@ where that is free: on the CPU, outside torch.compile and torch.func.
 import math
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from relssl._compat import in_functorch_transform
 from relssl.backends.common import Temperature, autocasts, device_type, to_dtype
-from relssl.queue import FeatureQueue
+from relssl.queue import FLOATS, FeatureQueue
 
 T = TypeVar("T")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def savable(t: T) -> T:
@@ -36,6 +36,8 @@ def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.dim() not in shapes:
         raise ValueError(f"{name} must be {' or '.join(shapes.values())}, got shape {tuple(t.shape)}")
     if 0 in t.shape:
@@ -57,7 +59,9 @@ def _temperature(name: str, value: Temperature, device: torch.device) -> Tempera
             return scalar
         value, number = scalar, scalar.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+        if not isinstance(value, (np.floating, np.integer)):
+            raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+        value = number = float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {number}")
     return value
@@ -98,21 +102,26 @@ def check_pair(
 
 
 def check_views(
-    z1: Tensor, z2: Tensor, queue: Tensor | None, names: tuple[str, str], **temperatures: Temperature
+    z1: Tensor,
+    z2: Tensor,
+    queue: Tensor | None,
+    names: tuple[str, str],
+    shape: str,
+    **temperatures: Temperature,
 ) -> tuple[Tensor, list[Temperature]]:
-    """Checks two named views of a batch, and a queue unless it is None; returns z2 in z1's dtype, and the
-    temperatures as scalars.
+    """Checks two views of a batch, which errors name so, and a queue unless it is None; returns z2 in z1's
+    dtype, and the temperatures as scalars.
 
     Raises TypeError, ValueError or RuntimeError.
     """
     first, second = names
-    _rows(first, z1, {2: "[N, D]"})
-    _rows(second, z2, {2: "[N, D]"})
+    _rows(first, z1, {2: shape})
+    _rows(second, z2, {2: shape})
     _same_device(second, z2, z1.device)
     if z2.shape != z1.shape:
         raise ValueError(f"{second} must have the shape of {first} {tuple(z1.shape)}, got {tuple(z2.shape)}")
     if queue is not None:
-        check_queue(first, z1, queue, {2: "[N, D]"})
+        check_queue(first, z1, queue, {2: shape})
     return to_dtype(z2, z1.dtype), [_temperature(name, t, z1.device) for name, t in temperatures.items()]
 
 

@@ -90,5 +90,5 @@ def install(module, patch, path, processors=3):
     patch(backends.cuda, "_cuda", module)
     patch(backends.cuda, "_chip", lambda index: Chip(path, processors))
     patch(backends.cuda, "_place", lambda x: (0, 0))
-    patch(backends.cuda, "_path", lambda wanted, queue: path)
+    patch(backends.cuda, "_runnable", lambda wanted, queue: path)
     return backends.BACKENDS["cuda"]

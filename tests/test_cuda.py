@@ -454,7 +454,7 @@ def test_the_hopper_kernel_is_a_variant(module, monkeypatch):
     cuda, queue, ran = backends.BACKENDS["cuda"], unit(100, 64, dtype=torch.bfloat16), []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     emulated.install(module, monkeypatch.setattr, 90)
-    monkeypatch.setattr(backends.cuda, "_path", lambda wanted, queue: ran.append(wanted) or 90)
+    monkeypatch.setattr(backends.cuda, "_runnable", lambda wanted, queue: ran.append(wanted) or 90)
     monkeypatch.setattr(checks, "EMULATED", True)
     check_logsumexp(queue[:9], queue, 0.1, "cuda/sm_90a")
     check_logsumexp(queue[:9], queue, 0.1, "cuda")
@@ -471,8 +471,8 @@ def test_the_hopper_kernel_is_a_variant(module, monkeypatch):
 
 def test_overlapping_rows_use_the_sm_80_kernel():
     queue = torch.zeros(10, 64)
-    assert backends.cuda._path(90, queue) == 90
-    assert backends.cuda._path(90, queue[:1].expand(10, 64)) == backends.cuda._path(80, queue) == 80
+    assert backends.cuda._runnable(90, queue) == 90
+    assert backends.cuda._runnable(90, queue[:1].expand(10, 64)) == backends.cuda._runnable(80, queue) == 80
 
 
 # Valid arguments of a forward kernel. The addresses are never read.

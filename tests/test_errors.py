@@ -1,11 +1,12 @@
 """Bad input raises at the call, names the argument, and leaves everything as it was."""
 
+import numpy as np
 import pytest
 import torch
 from oracle import unit
 
 from relssl import FeatureQueue
-from relssl.functional import info_nce, queue_logsumexp, relation_loss
+from relssl.functional import cluster_contrast, info_nce, queue_logsumexp, relation_loss
 
 B, K, D = 3, 7, 8
 
@@ -219,6 +220,31 @@ def test_devices(which, loss):
     refuses(loss, {which: arguments[which].to("meta")}, RuntimeError, match)
 
 
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("which", ["q", "queue"])
+def test_sparse(which, loss):
+    arguments = good()
+    arguments[which] = arguments[which].to_sparse()
+    with pytest.raises(
+        TypeError, match=f"{argument(which, loss)} must be a dense tensor, got torch.sparse_coo"
+    ):
+        CALLS[loss](arguments)
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_temperatures(kind, loss):
+    arguments = good()
+    found, expected = (CALLS[loss](arguments | {"tau": tau}) for tau in (kind(2), 2.0))
+    assert torch.equal(found, expected)
+    refuses(loss, {"tau": kind(-1)}, ValueError, f"{argument('tau', loss)} must be positive and finite")
+
+
+def test_assignments_are_named_by_their_own_shape():
+    with pytest.raises(ValueError, match=r"p1 must be \[N, M\], got shape \(3,\)"):
+        cluster_contrast(torch.ones(3), torch.ones(3))
+
+
 # ---------------------------------------------------------------------------------- FeatureQueue
 
 
@@ -227,6 +253,7 @@ def test_devices(which, loss):
     [
         (torch.ones(B, D).long(), TypeError, "keys must be a floating-point tensor, got torch.int64"),
         ([[1.0] * D], TypeError, "keys must be a floating-point tensor, got list"),
+        (torch.ones(B, D).to_sparse(), TypeError, "keys must be a dense tensor, got torch.sparse_coo"),
         (torch.ones(B, D + 1), ValueError, r"keys must be \[B, 8\] with B ≥ 1, got shape \(3, 9\)"),
         (torch.ones(D), ValueError, r"keys must be \[B, 8\] with B ≥ 1, got shape \(8,\)"),
         (torch.ones(2, B, D), ValueError, r"keys must be \[B, 8\] .* got shape \(2, 3, 8\)"),
@@ -251,9 +278,16 @@ def test_empty_feature_queue(size, dim):
         FeatureQueue(size, dim)
 
 
-def test_feature_queue_dtype():
-    with pytest.raises(TypeError, match=r"dtype must be floating-point, got torch.int64"):
-        FeatureQueue(K, D, dtype=torch.int64)
+@pytest.mark.parametrize(("size", "dim"), [(1.5, D), (K, 8.0), ("7", D), (None, D)])
+def test_feature_queue_size_is_an_integer(size, dim):
+    with pytest.raises(TypeError, match=f"size and dim must be integers, got {size!r} and {dim!r}"):
+        FeatureQueue(size, dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn, "float32"])
+def test_feature_queue_dtype(dtype):
+    with pytest.raises(TypeError, match=f"dtype must be float32, bfloat16, .* got {dtype!r}"):
+        FeatureQueue(K, D, dtype=dtype)
 
 
 def test_feature_queue_of_another_width():

@@ -1,14 +1,18 @@
 """Tests the registered ops with torch's opcheck, under torch.compile, and for equal bits in every run."""
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from oracle import unit
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from relssl import FeatureQueue
-from relssl.functional import info_nce, queue_logsumexp, relation_loss
+from relssl import FeatureQueue, backends
+from relssl.backends.chunked import Chunked
+from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
+from relssl.info import report
 
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -26,6 +30,61 @@ CHECKED = [
     pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in QUICK))
     for case in product(LAYOUTS, SCALES, (torch.float32, torch.bfloat16))
 ]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_primitive_of_the_reference_in_float64(on_device):
+    """Its scales, too, keep all digits."""
+    x, queue = unit(6, 8, dtype=torch.float64), unit(20, 8, dtype=torch.float64)
+    scale = [1 / 0.07, 1 / 0.03]
+    theta = torch.cat((x[:2] * scale[0], x[2:] * scale[1]))
+    scale = torch.tensor(scale, dtype=torch.float64) if on_device else scale
+    lse, mean = backends.get("reference").lse_and_mean(x, queue, scale, 2, None, True)
+    torch.testing.assert_close(lse.sum(0), (theta @ queue.T).logsumexp(1), rtol=0, atol=1e-13)
+    torch.testing.assert_close(mean, (theta @ queue.T).softmax(1) @ queue, rtol=0, atol=1e-13)
+
+
+def test_the_backend_of_the_documentation(monkeypatch):
+    """docs/backends.md's, in float64: each loss with its gradients, and a row that is left with nothing."""
+    page = Path(__file__).parents[1] / "docs" / "backends.md"
+    (code,) = re.findall("```python\n(.*?)```", page.read_text(), re.S)
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS})
+    exec(code, {})
+    leaves = [unit(*s, 8, dtype=torch.float64).requires_grad_() for s in ((2, 5), (5,), (40,))]
+    taus = {"student_temperature": 0.07, "teacher_temperature": 0.03}
+
+    def losses(q, k, queue, backend):
+        lse, mean = queue_logsumexp(k[:1], queue[:1], 0.07, exclude=torch.tensor([0]), backend=backend)
+        assert lse == -torch.inf and not mean.any()
+        return (
+            relation_loss(q, k, queue, **taus, backend=backend)
+            + info_nce(q, k, queue, temperature=0.07, backend=backend)
+            + nt_xent(q[0], k, queue=queue, temperature=0.07, backend=backend)
+            + queue_logsumexp(k, queue, 0.07, exclude=torch.arange(5), backend=backend)[1].cos().sum()
+        )
+
+    found, expected = (losses(*leaves, backend) for backend in ("mine", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for own, other in zip(*(torch.autograd.grad(loss, leaves) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(losses(*leaves, "mine"), expected, rtol=1e-12, atol=0)
+
+
+def test_a_backend_replaced_under_its_name(monkeypatch):
+    ran = []
+
+    class Mine(Chunked):
+        def info_nce(self, *arguments):
+            ran.append(self)
+            return super().info_nce(*arguments)
+
+    own = Mine(), Mine()
+    for backend in own:
+        monkeypatch.setitem(backends.BACKENDS, "mine", backend)
+        info_nce(unit(3, 8), unit(3, 8), unit(7, 8), backend="mine")
+    assert ran == [*own]
+    assert "  mine " in report()  # without a docstring, too
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,8 +55,16 @@ Incomplete()
 """
 
 
+(OWN_BACKEND,) = re.findall(
+    "```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "backends.md").read_text(), re.S
+)
+CODE = {
+    "user": USER, "wrong_user": WRONG_USER, "wrong_backend": WRONG_BACKEND, "own_backend": OWN_BACKEND,
+}  # fmt: skip
+
+
 def test_mypy_results(tmp_path):
-    for name, code in ("user", USER), ("wrong_user", WRONG_USER), ("wrong_backend", WRONG_BACKEND):
+    for name, code in CODE.items():
         (tmp_path / f"{name}.py").write_text(code)
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "."]
     # From an empty folder, so that the source tree cannot stand in for the package.

@@ -26,11 +26,15 @@ BACKENDS: dict[str, Backend] = {
 DEFAULTS = ("cpu", "triton", "chunked", "reference")
 
 
-@cache
 def get(name: str) -> Backend:
     """Returns the backend or variant, "NAME" or "NAME/VARIANT"."""
     own, _, variant = name.partition("/")
-    return BACKENDS[own].variant(variant) if variant else BACKENDS[own]
+    return _variant(BACKENDS[own], variant) if variant else BACKENDS[own]
+
+
+@cache  # by the backend, not its name: another may be registered under that
+def _variant(backend: Backend, variant: str) -> Backend:
+    return backend.variant(variant)
 
 
 def unsupported(name: str, device: str, dtype: torch.dtype, dim: int) -> str | None:

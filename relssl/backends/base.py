@@ -8,9 +8,9 @@ product:
 
 x [R, D] and queue [K, D] have one dtype and any strides. A scale consists of Python floats, or is a tensor
 where a temperature is one. exclude is None or int64 [R] (-1: none). Everything else is float32 (float64 for
-float64 input), and so are results. lse comes in two parts, [2, R], whose sum it is: rounded to one float, a
-large one would carry its rounding into every p. An empty row (its only queue row is excluded) has lse = -inf
-and mean = 0.
+float64 input), and so are results, which are contiguous, as torch.compile expects them, and share no memory
+with the arguments. lse comes in two parts, [2, R], whose sum it is: rounded to one float, a large one would
+carry its rounding into every p. An empty row (its only queue row is excluded) has lse = -inf and mean = 0.
 """
 
 from abc import ABC, abstractmethod

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 Temperature = float | Tensor
-Scale = list[float] | Tensor  # 1/temperature: by value, or on the device
+Scale = list[float] | Tensor
+"""1/temperature for each group of rows: by value, or on the device."""
 F = TypeVar("F", bound=Callable)
 
 

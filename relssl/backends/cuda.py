@@ -53,9 +53,9 @@ TRITON = Triton()
 class Cuda(SplitCombine[Partials, Number]):
     """CUDA C++ (csrc/cuda): the whole loss in two launches, for 16-bit rows on NVIDIA GPUs from Ampere on."""
 
-    def __init__(self, path: int = 80) -> None:
-        """The path is the compute capability that the kernel is for, times 10: 80 or 90."""
-        self._path = path
+    def __init__(self, capability: int = 80) -> None:
+        """The compute capability, times 10, of the kernel to run: 80 or 90."""
+        self._capability = capability
 
     def supports(self, device: str, dtype: torch.dtype, dim: int) -> str | None:
         if device != "cuda" or torch.version.hip:
@@ -84,7 +84,7 @@ class Cuda(SplitCombine[Partials, Number]):
     def variant(self, name: str) -> "Cuda":
         if name != HOPPER:
             raise ValueError(f"the variants of cuda are {HOPPER} alone, not {name!r}")
-        return Cuda(path=90)
+        return Cuda(capability=90)
 
     def kernel_layout(self, t: Tensor) -> Tensor:
         if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0:
@@ -107,15 +107,15 @@ class Cuda(SplitCombine[Partials, Number]):
         (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
         place = _place(queue)
         chip = _chip(place[0])
-        path = _path(self._path, queue)
-        kernel = _kernel(dim, path)
+        capability = _runnable(self._capability, queue)
+        kernel = _kernel(dim, capability)
         fitting = (_shared(place[0]) + RESERVED) // (kernel.shared + RESERVED)
         slots = chip._replace(processors=chip.processors * min(kernel.blocks, fitting))
         number, step = _heuristics().split_queue(rows, size, dim, kernel.tiles, slots)
         stats = queue.new_empty((3, number, rows), dtype=torch.float32)
         means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)
         _cuda.forward(
-            place, path, _rows(first), scales[0], _rows(second), scales[1], _rows(queue), dim,
+            place, capability, _rows(first), scales[0], _rows(second), scales[1], _rows(queue), dim,
             _is_bf16(queue), 0 if exclude is None else exclude.data_ptr(), number, step, stats.data_ptr(),
             _wanted(means),
         )  # fmt: skip
@@ -187,8 +187,8 @@ def _heuristics() -> ModuleType:
 
 @cache
 def _chip(index: int) -> Any:
-    of = torch.cuda.get_device_properties(index)
-    return _heuristics().Chip(10 * of.major + of.minor, of.multi_processor_count)
+    found = torch.cuda.get_device_properties(index)
+    return _heuristics().Chip(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def built_with() -> str:
@@ -210,15 +210,15 @@ def _shared(index: int) -> int:
     return _cuda.shared_memory(index)
 
 
-def _path(path: int, queue: Tensor) -> int:
-    """Returns the capability of the kernel to run. TMA takes no rows that overlap."""
+def _runnable(capability: int, queue: Tensor) -> int:
+    """Returns the capability, or 80 for rows that overlap, which TMA does not take."""
     apart = queue.stride(0) >= queue.shape[1] or queue.shape[0] == 1
-    return path if apart else 80
+    return capability if apart else 80
 
 
 @cache
-def _kernel(dim: int, path: int) -> Kernel:
-    m, n, warps, stages, blocks, shared = _cuda.tiles(dim, path)
+def _kernel(dim: int, capability: int) -> Kernel:
+    m, n, warps, stages, blocks, shared = _cuda.tiles(dim, capability)
     return Kernel(_heuristics().Tiles(m, n, warps, stages), blocks, shared)
 
 

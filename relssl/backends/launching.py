@@ -67,10 +67,13 @@ def device_guard(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
-def precision(of: Any, dtype: torch.dtype) -> str:
-    """Returns that of float32 products, as torch is set; beside float16 gradients lose nothing in TF32."""
+def precision(chip: Any, dtype: torch.dtype) -> str:
+    """Returns the precision of float32 products beside rows of a dtype: for float32 rows as torch is set.
+
+    Beside float16 rows the products of gradients are of float32, and lose nothing in TF32.
+    """
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return kernels().heuristics.precision(of.capability, exact=exact)
+    return kernels().heuristics.precision(chip.capability, exact=exact)
 
 
 class Launch:
@@ -111,11 +114,11 @@ def _layout_key(t: Tensor) -> tuple:
     return t.dtype, t.shape, t.stride(), t.data_ptr() % 16
 
 
-def with_resident(of: Any, kernel: Any, tiles: Any, constants: dict[str, Any], *arguments: Any) -> Any:
+def with_resident(chip: Any, kernel: Any, tiles: Any, constants: dict[str, Any], *arguments: Any) -> Any:
     """Returns the chip with as many processors as programs of a compiled kernel run on it at once."""
     heuristics = kernels().heuristics
-    if of.capability == heuristics.INTERPRETER:
-        return of
+    if chip.capability == heuristics.INTERPRETER:
+        return chip
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     compiled = kernel.warmup(
         *arguments, **constants, grid=(1, 1, 1), num_warps=tiles.warps, num_stages=tiles.stages
@@ -123,9 +126,9 @@ def with_resident(of: Any, kernel: Any, tiles: Any, constants: dict[str, Any], *
     _ = compiled.run  # loads it, which counts its registers
     made = compiled.metadata
     count = heuristics.resident(
-        of, made.num_warps, compiled.n_regs, made.shared, getattr(made, "tmem_size", None) or 0
+        chip, made.num_warps, compiled.n_regs, made.shared, getattr(made, "tmem_size", None) or 0
     )
-    return of._replace(processors=of.processors * count)
+    return chip._replace(processors=chip.processors * count)
 
 
 def set_allocator() -> None:

@@ -21,6 +21,8 @@ KernelScale = TypeVar("KernelScale")
 
 
 class SplitCombine(Backend, Generic[Partials, KernelScale]):
+    """A backend whose kernels leave partials of each split of the queue, which further kernels combine."""
+
     @abstractmethod
     def kernel_layout(self, t: Tensor) -> Tensor:
         """Returns t [R, D] as the kernels read rows: itself, or a copy."""
@@ -94,7 +96,7 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
     def lse_and_mean(
         self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
-        x, queue, scale = self.kernel_layout(x), self.kernel_layout(queue), _kept(scale)
+        x, queue, scale = self.kernel_layout(x), self.kernel_layout(queue), _contiguous_float(scale)
         exclude = exclude if exclude is None else exclude.contiguous()
         count, dim = x.shape
         lse = x.new_empty(2, count, dtype=torch.float32)
@@ -112,7 +114,7 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         batch, dim = k.shape
         views = q.shape[:-1]
         q, k, queue = self.kernel_layout(flat(q)), self.kernel_layout(k), self.kernel_layout(queue)
-        scale = _kept(scale)
+        scale = _contiguous_float(scale)
         count = q.shape[0]
         lse = q.new_empty((2, batch + count), dtype=torch.float32)
         shapes = views, batch, (*views, dim) if want_grad else (count, 0), (batch, dim)
@@ -137,7 +139,7 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         views = q.shape[:-1]
         q, k, queue = self.kernel_layout(flat(q)), self.kernel_layout(k), self.kernel_layout(queue)
-        scale = _kept(scale)
+        scale = _contiguous_float(scale)
         count, dim = q.shape
         lse = q.new_empty((2, count), dtype=torch.float32)
         shapes = views, views, (*views, dim) if want_grad else (count, 0)
@@ -151,6 +153,6 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         return losses if loss is None else loss, sigma, grad_q, lse
 
 
-def _kept(scale: Scale) -> Scale:
-    """Returns the scale as kernels read it. The caller keeps a copy alive while its address is in use."""
+def _contiguous_float(scale: Scale) -> Scale:
+    """Returns the scale as kernels read it. The caller must hold it while its address is in use."""
     return scale.float().contiguous() if isinstance(scale, Tensor) else scale

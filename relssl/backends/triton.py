@@ -79,10 +79,11 @@ class Triton(SplitCombine[Partials, Any]):
     ) -> Partials:  # fmt: skip
         """What a kernel of specialised warps cannot take, the default kernel does."""
         device_scales = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
-        allowed = queue.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
+        # Not read from the arguments, but launches differ by it: see launching.precision.
+        fp32_precision = queue.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
         launch = launching.cached_launch(
             _forward_launch, queue.get_device(), first, second, queue, exclude, *device_scales,
-            want_mean, allowed, self._variant,
+            want_mean, fp32_precision, self._variant,
         )  # fmt: skip
         return launch(first, second, queue, exclude, *scales)
 
@@ -197,14 +198,14 @@ def _too_old() -> str | None:
 
 
 def _tiles(variant: str, chip: Any, dtype: str, dim: int) -> Any:
-    tiles = _of_name(variant, chip, dtype, dim)
+    tiles = _tiles_of_variant(variant, chip, dtype, dim)
     if tiles.specialised and not launching.kernels().specialises:
         raise ValueError(f"Triton {launching.kernels().version} has no specialised warps")
     return tiles
 
 
 @cache
-def _of_name(variant: str, chip: Any, dtype: str, dim: int) -> Any:
+def _tiles_of_variant(variant: str, chip: Any, dtype: str, dim: int) -> Any:
     return launching.kernels().heuristics.variant(variant, chip, dtype, dim)
 
 
@@ -217,7 +218,7 @@ def _describable(t: Tensor) -> bool:
 def _forward_launch(
     device: int, first: Tensor, second: Tensor, queue: Tensor, exclude: Tensor | None, *rest: Any
 ) -> Any:
-    *device_scales, want_mean, _, variant = rest
+    *device_scales, want_mean, _fp32_precision, variant = rest
     kernels, chip = launching.kernels(), launching.chip(device)
     heuristics, (size, dim) = kernels.heuristics, queue.shape
     num_first, rows = first.shape[0], first.shape[0] + second.shape[0]

@@ -62,7 +62,7 @@ class Augment(nn.Module):
 
 
 class Normalize(nn.Module):
-    """Subtracts the data set's mean from images in [0, 1], and divides by its standard deviation."""
+    """Subtracts a mean [3] by channel from images in [0, 1], and divides by a standard deviation [3]."""
 
     mean: Tensor
     std: Tensor
