@@ -4,6 +4,7 @@
 
     lse_to_log2     converts lse for the other two
     backward_x      total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j, of a block of rows and a split
+                    SYMMETRIC: the queue is x itself and w_rj = p_rj base_r + p_jr base_j
     backward_queue  grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the queue
                     and passes over all rows, so nothing is added atomically
 
@@ -63,6 +64,7 @@ def backward_x(
     rows, size, step,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EXCLUDE: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -98,6 +100,11 @@ def backward_x(
             w *= own_base[:, None] + u
         else:
             w *= own_base[:, None]
+        if SYMMETRIC:
+            column_high = tl.load(lse + n, mask=n < size, other=0.0)
+            column_low = tl.load(lse + rows + n, mask=n < size, other=0.0)
+            column_base = tl.load(base + n, mask=n < size, other=0.0)
+            w += tl.exp2((s - column_high[None, :]) * c - column_low[None, :]) * column_base[None, :]
         total += tl.sum(w, 1)
         if WEIGHTED:
             grad = tl.dot(as_weight(w, tile.dtype, PACK), wide, grad, input_precision=PRECISION)

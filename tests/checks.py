@@ -12,6 +12,8 @@ from oracle import (
     largest_logit,
     logsumexp,
     logsumexp_scales,
+    nt_xent,
+    nt_xent_scales,
     relation,
     relation_scales,
     unit,
@@ -19,6 +21,7 @@ from oracle import (
 
 from relssl import backends
 from relssl.functional import info_nce as our_info_nce
+from relssl.functional import nt_xent as our_nt_xent
 from relssl.functional import queue_logsumexp, relation_loss
 
 EMULATED = False  # set by tests while the CUDA kernels run on the CPU (emulated.py)
@@ -112,6 +115,22 @@ def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
         {"q": q, "k": k, "queue": queue, "tau": temperature(tau, q)},
         [g], info_nce_scales(q, k, queue, tau, weights, ones), q.dtype,
         largest_logit((q, tau), queue=torch.cat((queue, k))), drawn,
+    )  # fmt: skip
+
+
+def check_nt_xent(z1, z2, queue, tau, backend, reduction="none", drawn=False):
+    z1, z2 = to_device(backend, z1, z2)
+    inputs = {"z1": z1, "z2": z2, "tau": temperature(tau, z1)}
+    if queue is not None:
+        inputs["queue"] = to_device(backend, queue)
+    g, weights, ones = weigh(torch.Size([2 * len(z1)]), reduction)
+    agree(
+        lambda z1, z2, tau, queue=None: our_nt_xent(
+            z1, z2, temperature=tau, queue=queue, reduction=reduction, backend=backend
+        ),
+        lambda z1, z2, tau, queue=None: reduced(nt_xent(z1, z2, queue, tau), reduction),
+        inputs, [g], nt_xent_scales(z1, z2, queue, tau, weights, ones), z1.dtype,
+        largest_logit((z1, tau), (z2, tau), queue=torch.cat([z1, z2, inputs.get("queue", z1)])), drawn,
     )  # fmt: skip
 
 

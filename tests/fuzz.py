@@ -16,7 +16,7 @@ from time import perf_counter
 import checks
 import emulated
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_relation
+from checks import batch, check_info_nce, check_logsumexp, check_nt_xent, check_relation
 from oracle import unit
 
 from relssl import _cpu
@@ -62,12 +62,16 @@ def good_cuda(module, seed):
 
 
 def check(inputs, taus, backend):
-    _, k, queue = inputs = [strided(t) for t in inputs]
-    what = random.randrange(4)
+    q, k, queue = inputs = [strided(t) for t in inputs]
+    what = random.randrange(5)
     if what < 2:
         check_relation(*inputs, *taus, ("kl", "ce")[what], backend, drawn=True)
     elif what == 2:
         check_info_nce(*inputs, taus[0], backend, drawn=True)
+    elif what == 3:
+        reduction = random.choice(["mean", "sum", "none"])
+        negatives = random.choice([None, queue])
+        check_nt_xent(q if q.dim() == 2 else q[0], k, negatives, taus[0], backend, reduction, drawn=True)
     else:
         some = len(queue) > 1 and random.random() < 0.5
         exclude = torch.randint(-1, len(queue), (len(k),)) if some else None
@@ -82,7 +86,6 @@ def bad():
         lambda: relation_loss(q, k, queue[:0], backend="cpu"),
         lambda: relation_loss(q, unit(rows, dim + 1), queue, backend="cpu"),
         lambda: relation_loss(q, k, unit(size, dim + 1), backend="cpu"),
-        lambda: relation_loss(q, k.double(), queue, backend="cpu"),
         lambda: relation_loss(q.double(), k.double(), queue.double(), backend="cpu"),
         lambda: relation_loss(q.int(), k, queue, backend="cpu"),
         lambda: relation_loss(q, k, queue, student_temperature=-random.random(), backend="cpu"),

@@ -50,6 +50,15 @@ def info_nce(q, k, queue, tau):
     return loss.view(labels.shape)
 
 
+def nt_xent(z1, z2, queue, tau):
+    """Returns [2N]: the cross-entropy of each row's other view, among all rows but itself and the queue's."""
+    z = torch.cat((z1, z2))
+    logits = (z @ z.mT / tau).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+    if queue is not None:
+        logits = torch.cat((logits, z @ queue.mT / tau), -1)
+    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z1)), reduction="none")
+
+
 def logsumexp(x, queue, tau, exclude=None):
     """Returns lse [R] and mean [R, D]; with `exclude`, row by row over the other queue rows."""
     if exclude is None:
@@ -161,6 +170,20 @@ def info_nce_scales(q, k, queue, tau, g, ones):
         "k": theta * w,
         "queue": theta * w,
         "tau": c * theta * m * w,
+    }
+
+
+def nt_xent_scales(z1, z2, queue, tau, g, ones):
+    """Each row is an anchor and a negative: its gradient has twice the slope, as the temperature's has."""
+    c, w = 1 / float(tau), 2 * float(g.norm())
+    z = max(_widest(z1), _widest(z2))
+    m, size = (z, 0) if queue is None else (max(z, _widest(queue)), len(queue))
+    return {
+        "0": (c * z * m + log(2 * len(z1) + size) + LEAST) * ones,
+        "z1": c * m * w,
+        "z2": c * m * w,
+        "queue": c * z * w,
+        "tau": c * c * z * m * w,
     }
 
 

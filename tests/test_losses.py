@@ -11,6 +11,7 @@ from checks import (
     batch,
     check_info_nce,
     check_logsumexp,
+    check_nt_xent,
     check_relation,
     check_weight,
     every,
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import relation, unit
 
+from relssl.backends import tiles
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import queue_logsumexp, relation_loss
 
@@ -70,6 +72,22 @@ def test_relation(dtype, shape, form, backend):
 @every(*DTYPES)
 def test_info_nce(dtype, shape, backend):
     check_info_nce(*batch(*shape, dtype), 0.2, backend)
+
+
+# N, K, D. The similarities of 2 x 129 rows exceed a tile of "chunked", and of 2 x 257 what "cpu" keeps.
+PAIRS = [(1, 0, 8), (1, 1, 130), (3, 17, 96), (17, 0, 130), (40, 300, 24), (129, 0, 8), (257, 0, 16)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [slow_if_interpreted(s) if s[0] > 100 else s for s in PAIRS], ids=str)
+@every(*DTYPES)
+def test_nt_xent(dtype, shape, reduction, backend, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_CPU", 2**16)
+    count, size, dim = shape
+    queue = unit(size, dim, dtype=dtype) if size else None
+    check_nt_xent(
+        unit(count, dim, dtype=dtype), unit(count, dim, dtype=dtype), queue, 0.3, backend, reduction
+    )
 
 
 @shapes(*(s for s in SHAPES if s[0] is None))

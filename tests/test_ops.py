@@ -104,6 +104,11 @@ def test_opcheck(layout, scale, dtype, backend):
     for views, reduction, want in ((q, "mean", True), (q[0], "none", False)):
         one = (by_value[:1], None if on_device is None else on_device[:1])
         torch.library.opcheck(ops.info_nce.default, (views, k, queue, *one, reduction, want, backend))
+        for negatives in (None, queue):
+            arguments = (q[0], k, negatives, *one, reduction, want, backend)
+            torch.library.opcheck(ops.nt_xent.default, arguments)
+    lse = ops.nt_xent.default(q[0], k, None, *one, "none", True, backend)[2]
+    torch.library.opcheck(ops.nt_xent_vjp.default, (q[0], k, *one, lse, torch.randn(10), backend))
     exclude = torch.tensor([0, -1, 3, 39, -1])
     for out, want in ((None, True), (exclude, True), (exclude, False)):
         arguments = (k, queue, by_value, on_device, 3, out, want, backend)
@@ -126,6 +131,7 @@ def losses(q, k, queue, tau):
         relation_loss(q, k, queue),
         relation_loss(torch.stack((q, k)), k, queue, student_temperature=tau, form="ce"),
         info_nce(q, k, queue, temperature=tau),
+        nt_xent(q, k, queue=queue, temperature=tau, reduction="none").square().sum(),
         lse.square().mean() + mean.square().sum(),
     )
 

@@ -73,7 +73,12 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
         yield Case("specialised", specialised.specialised, dtype, dim, tiles, common | flags)
     tiles = heuristics.backward(chip, dtype, dim)
     yield Case(
-        "backward_x", backward.backward_x, dtype, dim, tiles, common | {"G_MEAN": True, "WEIGHTED": True}
+        "backward_x",
+        backward.backward_x,
+        dtype,
+        dim,
+        tiles,
+        common | {"G_MEAN": True, "WEIGHTED": True, "SYMMETRIC": False},
     )
     tiles = heuristics.backward_queue(chip, dtype, dim)
     yield Case(

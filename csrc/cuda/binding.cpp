@@ -61,12 +61,12 @@ int width(int64_t dim) {
 }
 
 // Returns the tile sizes of the kernel for a capability, 80 or 90.
-Tiles tiles(int path, int64_t dim) {
+Tiles tiles(int capability, int64_t dim) {
   width(dim);
 #ifdef RELSSL_SM90A
-  if (path == 90) return tiles_sm90(dim);
+  if (capability == 90) return tiles_sm90(dim);
 #endif
-  if (path != 80) throw py::value_error("there is no kernel for sm_" + std::to_string(path));
+  if (capability != 80) throw py::value_error("there is no kernel for sm_" + std::to_string(capability));
   return tiles_sm80(dim);
 }
 
@@ -88,9 +88,10 @@ void check_32_bits(int64_t n, const char* name) {
   if (n >= (int64_t{1} << 31) - 1024) throw py::value_error(std::string(name) + " is too long: " + std::to_string(n));
 }
 
-void run_forward(const Forward& in, int path, int dim, bool bf16, bool mean, int num_splits, const DeviceStream& on) {
+void run_forward(const Forward& in, int capability, int dim, bool bf16, bool mean, int num_splits,
+                 const DeviceStream& on) {
 #ifdef RELSSL_SM90A
-  if (path == 90) switch (dim) {
+  if (capability == 90) switch (dim) {
       case 64: return forward_sm90<64>(in, bf16, mean, num_splits, on);
       case 128: return forward_sm90<128>(in, bf16, mean, num_splits, on);
       case 256: return forward_sm90<256>(in, bf16, mean, num_splits, on);
@@ -122,9 +123,10 @@ RELSSL_DEFINE(RELSSL_MODULE) {
 
   // Returns a kernel's tile sizes: rows of x and of the queue, warps, stages, blocks per multiprocessor, and its
   // bytes of shared memory.
-  m.def("tiles", [](int64_t dim, int path) {
-    const Tiles t = tiles(path, dim);
-    return std::make_tuple(t.m, t.n, t.warps, t.stages, t.blocks, path == 90 ? shared_sm90(dim) : shared_sm80(dim));
+  m.def("tiles", [](int64_t dim, int capability) {
+    const Tiles t = tiles(capability, dim);
+    return std::make_tuple(t.m, t.n, t.warps, t.stages, t.blocks,
+                           capability == 90 ? shared_sm90(dim) : shared_sm80(dim));
   });
 
   // Returns the reason why the kernels cannot run on a device, or an empty string.
@@ -139,7 +141,7 @@ RELSSL_DEFINE(RELSSL_MODULE) {
 
   m.def("shared_memory", max_shared_memory);
 
-  m.def("forward", [](const StreamArg& stream, int path, const RowsArg& first, const ScaleArg& scale_first,
+  m.def("forward", [](const StreamArg& stream, int capability, const RowsArg& first, const ScaleArg& scale_first,
                       const RowsArg& second, const ScaleArg& scale_second, const RowsArg& queue, int64_t dim, bool bf16,
                       Address exclude, int64_t num_splits, int64_t step, Address stats, Address means) {
     Forward in{};
@@ -156,7 +158,7 @@ RELSSL_DEFINE(RELSSL_MODULE) {
     in.rows = count(std::get<2>(first) + std::get<2>(second), "x");
     in.size = count(std::get<2>(queue), "queue");
     in.step = count(step, "step");
-    const Tiles t = tiles(path, dim);
+    const Tiles t = tiles(capability, dim);
     if (num_splits < 1 || num_splits > MAX_SPLITS || step % t.n || num_splits * step < in.size ||
         (num_splits - 1) * step >= in.size)
       throw py::value_error(std::to_string(num_splits) + " splits of " + std::to_string(step) +
@@ -166,7 +168,7 @@ RELSSL_DEFINE(RELSSL_MODULE) {
     in.stats = pointer<float>(stats, "stats");
     in.means = optional<float>(means);
     launch_or_explain(stream, "forward", in.rows, dim, in.size,
-                      [&](const DeviceStream& on) { run_forward(in, path, dim, bf16, means, num_splits, on); });
+                      [&](const DeviceStream& on) { run_forward(in, capability, dim, bf16, means, num_splits, on); });
   });
 
   m.def("combine_lse_and_mean", [](const StreamArg& stream, const PartialsArg& parts, const ScaleArg& scale_first,

@@ -161,6 +161,11 @@ class Cuda(SplitCombine[Partials, Number]):
         borrow = super().vjp if refused else TRITON.vjp
         return borrow(saved, cotangents, want_x, want_queue)
 
+    def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
+        refused = TRITON.supports(z.device.type, z.dtype, z.shape[1])
+        borrow = super().nt_xent_vjp if refused else TRITON.nt_xent_vjp
+        return borrow(z, scale, lse, g)
+
 
 @constant_result
 def _unsupported_widths() -> list[tuple[int, str | None]]:

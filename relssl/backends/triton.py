@@ -14,8 +14,9 @@ from torch import Tensor
 
 from relssl._compat import constant_result
 from relssl.backends import launching
-from relssl.backends.common import Cotangents, Saved, Scale, row_contiguous
+from relssl.backends.common import Cotangents, Saved, Scale, row_contiguous, to_dtype
 from relssl.backends.split_combine import SplitCombine
+from relssl.backends.triton_backward import Backward
 
 WIDEST = 1024
 _installed = importlib.util.find_spec("triton") is not None
@@ -129,7 +130,7 @@ class Triton(SplitCombine[Partials, Any]):
     ) -> tuple[Tensor, Tensor]:
         x, queue, scale, exclude, lse, mean = saved
         x, queue = row_contiguous(x), row_contiguous(queue)
-        (rows, dim), size, lse = x.shape, queue.shape[0], lse.contiguous()
+        (rows, dim), lse = x.shape, lse.contiguous()
         exclude, g_lse, g_mean, g_row = (
             t if t is None else t.contiguous()
             for t in (exclude, cotangents.g_lse, cotangents.g_mean, cotangents.g_row)
@@ -141,37 +142,9 @@ class Triton(SplitCombine[Partials, Any]):
         if g_mean is not None:
             base = base - (mean * g_mean).sum(1)
         with launching.device_guard(x):
-            kernels, device = launching.kernels(), x.get_device()
-            chip = launching.chip(device)
-            common = {
-                "DIM": dim, "BLOCK_D": kernels.heuristics.width(dim), "EXCLUDE": exclude is not None,
-                "G_MEAN": g_mean is not None, "DEVICE_SCALE": isinstance(scale, Tensor),
-                "PRECISION": launching.precision(chip, x.dtype), "PACK":
-                kernels.heuristics.packs(chip.capability),
-            }  # fmt: skip
-            c = scale.float() if isinstance(scale, Tensor) else kernels.heuristics.log2_scale(scale)
-            log2_lse = torch.empty_like(lse)
-            kernels.lse_to_log2[(-(-rows // 256),)](
-                lse, c, log2_lse, rows, BLOCK=256, DEVICE_SCALE=isinstance(scale, Tensor)
-            )
+            launch = Backward(x, queue, exclude, scale, lse, g_mean)
             if want_x or g_mean is not None:
-                tiles = kernels.heuristics.backward(chip, launching.DTYPE_NAMES[x.dtype], dim)
-                options = common | {
-                    "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "EVEN": size % tiles.block_n == 0,
-                    "WEIGHTED": want_x, "CHUNK": tiles.chunk,
-                }  # fmt: skip
-                like = c if isinstance(c, Tensor) else 1.0
-                num_splits, step = launching.cached_launch(
-                    _backward_x_splits, device, x, queue, exclude, like, lse, g_mean,
-                    tuple(options.items()), tiles,
-                )  # fmt: skip
-                totals = lse.new_empty(num_splits, rows)
-                weighted = lse.new_empty((num_splits, rows, dim) if want_x else 0)
-                kernels.backward_x[(-(-rows // tiles.block_m), num_splits)](
-                    x, queue, exclude, c, log2_lse, base, g_mean, totals, weighted,
-                    x.stride(0), queue.stride(0), rows, size, step,
-                    num_warps=tiles.warps, num_stages=tiles.stages, **options,
-                )  # fmt: skip
+                totals, weighted = launch.x(base, want_x)
                 # sum_j w_j must be g_lse. What rounding leaves goes out along the mean: without it a sharp
                 # row loses every digit, since u_j - ubar nearly vanishes where p_j does not.
                 rest = totals.sum(0) - g_lse
@@ -179,15 +152,16 @@ class Triton(SplitCombine[Partials, Any]):
                 if want_x:
                     grad_x = (weighted.sum(0) - rest[:, None] * mean) * scale
             if want_queue:
-                tiles = kernels.heuristics.backward_queue(chip, launching.DTYPE_NAMES[x.dtype], dim)
-                grad_queue = lse.new_empty(size, dim)
-                kernels.backward_queue[(-(-size // tiles.block_n),)](
-                    x, queue, exclude, c, log2_lse, base, g_mean, g_row, grad_queue,
-                    x.stride(0), queue.stride(0), rows, size,
-                    BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, G_ROW=g_row is not None,
-                    CHUNK=tiles.chunk, num_warps=tiles.warps, num_stages=tiles.stages, **common,
-                )  # fmt: skip
+                grad_queue = launch.queue(base, g_row)
         return grad_x, grad_queue
+
+    def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
+        z, lse, g, half = row_contiguous(z), lse.contiguous(), g.contiguous(), len(z) // 2
+        own = torch.arange(len(z), device=z.device)
+        with launching.device_guard(z):
+            _, weighted = Backward(z, z, own, scale[0], lse, None).x(g, True, symmetric=True)
+        positive = to_dtype(z, lse.dtype).roll(half, 0) * (g + g.roll(half))[:, None]
+        return (weighted.sum(0) - positive) * scale[0]
 
 
 @constant_result
@@ -298,16 +272,3 @@ def _combine(
     return launching.cached_launch(
         _combine_launch, like.get_device(), name, dim, num_splits, rows, flags, *tensors
     )
-
-
-def _backward_x_splits(
-    device: int, x: Tensor, queue: Tensor, exclude: Tensor | None, scale: float | Tensor, lse: Tensor,
-    g_mean: Tensor | None, options: tuple[tuple[str, Any], ...], tiles: Any,
-) -> tuple[int, int]:  # fmt: skip
-    kernels, (rows, dim), size = launching.kernels(), x.shape, queue.shape[0]
-    sizes = x.stride(0), queue.stride(0), rows, size, 1
-    arguments = x, queue, exclude, scale, lse, lse, g_mean, torch.float32, torch.float32, *sizes
-    chip = launching.with_resident(
-        launching.chip(device), kernels.backward_x, tiles, dict(options), *arguments
-    )
-    return kernels.heuristics.split_queue(rows, size, dim, tiles, chip)
