@@ -1,7 +1,9 @@
-"""The losses and the queue in plain PyTorch, step by step as in published training code.
+"""The losses and the queue in plain PyTorch, step by step as in published training code, and shorter NT-Xent.
 
 There the queue has the shape [D, K], and products use a clone of it, since enqueueing modifies it in place.
 """
+
+from math import log
 
 import torch
 from torch import Tensor
@@ -37,7 +39,29 @@ def queue_cross_entropy(q: Tensor, queue: Tensor, targets: Tensor, tau: float) -
     return F.cross_entropy(q @ queue.T / tau, targets)
 
 
-def nt_xent(z1: Tensor, z2: Tensor, tau: float) -> Tensor:
+def nt_xent(z1: Tensor, z2: Tensor, tau: float, queue: Tensor | None = None) -> Tensor:
+    """The shortest code: the cross-entropy of similarities whose diagonal is -inf; queue [K, D]."""
+    z = torch.cat((z1, z2))
+    logits = (z @ z.T / tau).fill_diagonal_(-torch.inf)
+    if queue is not None:
+        logits = torch.cat((logits, z @ queue.T / tau), dim=1)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
+
+
+def sacc(views: Tensor, assigned: Tensor, tau: float) -> Tensor:
+    """SACC's loss of embeddings [3, N, D] and assignments [3, N, M] of two weak views and a strong one."""
+    w1, w2, s = views
+    loss = nt_xent(w1, w2, tau) + nt_xent(w2, s, tau)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        columns = [F.normalize(assigned[view].T, dim=1) for view in (i, j)]
+        loss = loss + nt_xent(*columns, 1.0)
+        for view in (i, j):
+            share = assigned[view].sum(0) / assigned[view].sum()
+            loss = loss + log(len(share)) + (share * share.log()).sum()
+    return loss
+
+
+def published_nt_xent(z1: Tensor, z2: Tensor, tau: float) -> Tensor:
     """CC and SACC: the cross-entropy of the positive and the 2N - 2 negatives that a mask selects."""
     n = 2 * len(z1)
     z = torch.cat((z1, z2))

@@ -33,11 +33,11 @@ ALT = {
 # The rows of README.md by work, B and K: first those of CPUs, then what GPUs have instead.
 SUMMARY = [
     ("relation", 256, 65_536),  # on a CPU in float32 and bfloat16
-    ("relation", 64, 262_144),
-    ("relation", 64, 4_096),  # where relssl is slower
-    ("multi_crop", 64, 16_384),
+    ("relation", 64, 4_096),
     ("info_nce", 256, 65_536),
-    ("nt_xent", 1024, 0),
+    ("nt_xent", 200, 0),
+    ("nt_xent_queue", 200, 65_536),
+    ("sacc", 200, 0),
     ("ressl_step", 128, 65_536),
     ("multi_crop", 256, 65_536),
     ("nt_xent", 4096, 0),

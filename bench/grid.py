@@ -15,12 +15,16 @@ SMALL = [
     Case("relation", 256, 65_536, 128, grad=False),
     Case("relation", 1024, 65_536, 256),
     *(Case("relation", 64, size, 128) for size in SWEEP),
+    Case("relation", 256, 4_096, 128),
     Case("relation", 8, 64, 32),
     Case("info_nce", 256, 65_536, 128),
     Case("in_queue", 256, 65_536, 128),
     Case("multi_crop", 64, 16_384, 128, views=5),  # ReSSL's five crops
     Case("nt_xent", 64, 0, 128),
+    Case("nt_xent", 200, 0, 128),  # SACC's batch
     Case("nt_xent", 1024, 0, 128),
+    Case("nt_xent_queue", 200, 65_536, 128),
+    Case("sacc", 200, 0, 128, views=3),
 ]
 # ReSSL's own on ImageNet, per GPU; few rows; 16 bits; a million rows.
 LARGE = [
@@ -28,9 +32,11 @@ LARGE = [
     Case("relation", 4, 65_536, 128),
     Case("relation", 256, 65_536, 128, "bfloat16"),
     *(Case("relation", 64, size, 128) for size in (4_096, 1_048_576)),
-    *(Case("relation", 256, size, 128) for size in (4_096, 262_144)),
+    Case("relation", 256, 262_144, 128),
     Case("info_nce", 256, 262_144, 128),
     Case("multi_crop", 32, 131_072, 512, views=5),
+    Case("nt_xent_queue", 200, 16_384, 128),
+    *(Case("nt_xent_queue", 1024, size, 128) for size in (16_384, 65_536)),
 ]
 # First the two of the plots, complete; then as many as the time allows.
 GPU = [
@@ -43,6 +49,8 @@ GPU = [
     Case("multi_crop", 256, 65_536, 128, "bfloat16", views=5),
     Case("nt_xent", 64, 0, 128, "bfloat16"),
     Case("nt_xent", 4096, 0, 128, "bfloat16"),
+    Case("nt_xent_queue", 200, 65_536, 128, "bfloat16"),
+    Case("sacc", 200, 0, 128, "bfloat16", views=3),
 ]
 GPU += [
     case

@@ -21,6 +21,7 @@ from work import INFO_NCE, NT_XENT, STUDENT, TEACHER, Case, Problem
 
 from relssl import FeatureQueue, backends
 from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
+from relssl.nn import ClusterLoss, NTXentLoss
 
 Loss = Callable[[], Tensor]
 GRAPH = ", graph"  # The names of peers that are replayed as CUDA graphs end so.
@@ -100,8 +101,19 @@ def check_backend(p: Problem, backend: str) -> str:
 def ours(p: Problem, backend: str) -> Loss:
     """Returns relssl's loss by one of its backends; "auto" is the default."""
     name, case = check_backend(p, backend), p.case
-    if case.work == "nt_xent":
-        return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, backend=name)
+    if case.work in ("nt_xent", "nt_xent_queue"):
+        queue = p.queue if case.size else None
+        return lambda: nt_xent(p.q, p.k, temperature=NT_XENT, queue=queue, backend=name)
+    if case.work == "sacc":
+        instance = NTXentLoss(temperature=NT_XENT, backend=name)
+        clusters = ClusterLoss(temperature=1.0, backend=name)
+
+        def sacc() -> Tensor:
+            (w1, w2, s), (p1, p2, p3) = p.q, p.assigned
+            loss = instance(w1, w2) + instance(w2, s)
+            return loss + clusters(p1, p2) + clusters(p1, p3) + clusters(p2, p3)
+
+        return sacc
     if case.work == "info_nce":
         return lambda: info_nce(p.q, p.k, p.queue, temperature=INFO_NCE, backend=name)
     if case.work == "in_queue":
@@ -114,7 +126,7 @@ def ours(p: Problem, backend: str) -> Loss:
     return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)
 
 
-for _work in ("relation", "multi_crop", "info_nce", "in_queue", "nt_xent"):
+for _work in ("relation", "multi_crop", "info_nce", "in_queue", "nt_xent", "nt_xent_queue", "sacc"):
     for _name in backends.BACKENDS:
         _traits = {"memory": matrices} if _name == "reference" else {}
         peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
@@ -170,6 +182,8 @@ EAGER: dict[str, Callable[[Problem], tuple]] = {
     "info_nce": lambda p: (eager.info_nce, p.q, p.k, p.columns, INFO_NCE),
     "in_queue": lambda p: (eager.queue_cross_entropy, p.q, p.queue, p.targets, INFO_NCE),
     "nt_xent": lambda p: (eager.nt_xent, p.q, p.k, NT_XENT),
+    "nt_xent_queue": lambda p: (eager.nt_xent, p.q, p.k, NT_XENT, p.queue),
+    "sacc": lambda p: (eager.sacc, p.q, p.assigned, NT_XENT),
 }
 
 
@@ -192,6 +206,11 @@ def compiled(p: Problem) -> Loss:
 for _work in EAGER:
     peer(_work, "eager", memory=matrices)(plain)
     peer(_work, "torch.compile", memory=matrices)(compiled)
+
+
+@peer("nt_xent", "published code", memory=matrices)
+def _(p: Problem) -> Loss:
+    return lambda: eager.published_nt_xent(p.q, p.k, NT_XENT)
 
 
 class _Attention(torch.autograd.Function):

@@ -85,7 +85,7 @@ class SACC:
 
     def losses(self, views: Tensor) -> Tensor:
         assigned = (views[:, :, : self.config.clusters] * 10).softmax(2)
-        return self.method.instance_loss(views) + self.method.clusters_loss(assigned)
+        return self.method.instance_losses(views) + self.method.cluster_losses(assigned)
 
 
 def prepared(method):

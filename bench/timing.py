@@ -14,14 +14,22 @@ import torch
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-PAUSE = 0.01  # seconds; OpenMP's threads spin for some milliseconds after a parallel loop.
+
+def work_before() -> None:
+    """Runs a product on all of torch's threads. In a training step a loss follows such work, whose threads
+    still spin.
+    """
+    torch.mm(_FACTOR, _FACTOR)
+
+
+_FACTOR = torch.ones(512, 512)
 
 
 class Clock:
     """Keeps the seconds that each of several pieces of code took, on a GPU those of the device.
 
-    On a GPU nothing waits until `seconds` is called: earlier work keeps the device busy while the host
-    enqueues the code to be timed, so that launches do not count.
+    On a CPU each call follows other work of torch. On a GPU nothing waits until `seconds` is called: earlier
+    work keeps the device busy while the host enqueues the code to be timed, so that launches do not count.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -31,11 +39,12 @@ class Clock:
     def time(self, name: str, run: Callable, calls: int = 1) -> None:
         """Times a piece of code once more: the mean of so many calls."""
         if self.device == "cpu":
-            time.sleep(PAUSE)
-            began = time.perf_counter()
+            took: Any = 0.0
             for _ in range(calls):
+                work_before()
+                began = time.perf_counter()
                 run()
-            took: Any = (time.perf_counter() - began) / calls
+                took += (time.perf_counter() - began) / calls
         else:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -83,8 +92,8 @@ def alternate(
     """Returns the seconds of "ours", "peer" and "between", which precedes both: same caches, same threads.
 
     There are as many rounds as fit into the given seconds, within limits. They are pytest-benchmark's rounds,
-    and its statistics are of the peer's seconds for a call: without the pause on a CPU, of the device on a
-    GPU.
+    and its statistics are of the peer's seconds for a call: without the work before on a CPU, of the device
+    on a GPU.
     """
     clock = Clock(device)
     if device != "cpu":  # The first call may compile.
@@ -92,8 +101,7 @@ def alternate(
         peer()
     for name, run in {"ours": ours, "peer": peer}.items():
         clock.time(name, run)
-    # Short code is called several times, since on a CPU the first call after a pause is slow. On a GPU there
-    # is no pause, and a second call would find the queue in the cache.
+    # Short code is called several times on a CPU. On a GPU a second call would find the queue in the cache.
     shortest, most = (0.01, 11) if device == "cpu" else (0.0, 30)
     calls = {name: max(1, int(shortest / took[-1])) for name, took in clock.seconds().items()}
     one_round = sum(calls[name] * took[-1] + 0.02 for name, took in clock.seconds().items())

@@ -20,6 +20,8 @@ TITLES = {
     "info_nce": "InfoNCE with a queue",
     "in_queue": "InfoNCE over a queue that holds the positives",
     "nt_xent": "NT-Xent",
+    "nt_xent_queue": "NT-Xent with a queue",
+    "sacc": "SACC's loss",
     "multi_crop": "relation loss, multi-crop",
     "enqueue": "enqueueing",
     "ressl_step": "a training step of ReSSL",
@@ -29,7 +31,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Work of one size. K is 0 for nt_xent, which has no queue; V > 1 only for multi_crop."""
+    """Work of one size. K is 0 for nt_xent and sacc, which have no queue; V > 1 for multi_crop and sacc."""
 
     work: str
     rows: int
@@ -56,22 +58,30 @@ class Case:
     @property
     def pairs(self) -> int:
         """The number of similarities of one side."""
-        return 4 * self.rows**2 if self.work == "nt_xent" else self.views * self.rows * self.size
+        in_batch = {"nt_xent": 1, "nt_xent_queue": 1, "sacc": 2}.get(self.work, 0) * 4 * self.rows**2
+        sides = 2 if self.work == "nt_xent_queue" else self.views
+        return in_batch + sides * self.rows * self.size
 
     @property
     def flop(self) -> int:
         """The least flop of products that compute loss and gradient without storing similarities."""
-        product = 2 * self.rows * (self.size or 4 * self.rows) * self.dim  # of one side's rows
-        return product * UNITS[self.work](self)
+        product = 2 * self.rows * self.size * self.dim  # of one side's rows
+        within = 8 * self.rows**2 * self.dim  # of both views with themselves
+        with_queue, in_batch = UNITS[self.work](self)
+        return product * with_queue + within * in_batch
 
 
-# The matrix products of a case: similarities and, with a gradient, the queue's means.
-UNITS: dict[str, Callable[[Case], int]] = {
-    "relation": lambda case: 4 if case.grad else 2,
-    "multi_crop": lambda case: (case.views + 1) * (2 if case.grad else 1),
-    "info_nce": lambda case: 2 if case.grad else 1,
-    "in_queue": lambda case: 2 if case.grad else 1,
-    "nt_xent": lambda case: 3 if case.grad else 1,  # the sums, then again with (E / Z_i + E / Z_j) z_j
+# The matrix products of a case with the queue, and of a batch of two views with itself: similarities and,
+# with a gradient, the means. Within a batch the similarities are needed twice: for the sums, then to weigh
+# z_j by E / Z_i + E / Z_j. SACC's clusters are few beside its rows.
+UNITS: dict[str, Callable[[Case], tuple[int, int]]] = {
+    "relation": lambda case: (4 if case.grad else 2, 0),
+    "multi_crop": lambda case: ((case.views + 1) * (2 if case.grad else 1), 0),
+    "info_nce": lambda case: (2 if case.grad else 1, 0),
+    "in_queue": lambda case: (2 if case.grad else 1, 0),
+    "nt_xent": lambda case: (0, 3 if case.grad else 1),
+    "nt_xent_queue": lambda case: (4, 3) if case.grad else (2, 1),
+    "sacc": lambda case: (0, 6 if case.grad else 2),
 }
 
 
@@ -94,9 +104,12 @@ class Problem:
             dim=-1,
         )
         self.q, self.k = q.to(dtype).requires_grad_(), k.to(dtype)
-        if case.work == "nt_xent":
+        if case.work in ("nt_xent", "nt_xent_queue"):
             self.k.requires_grad_()
-        self.leaves = [t for t in (self.q, self.k) if t.requires_grad]
+        if case.work == "sacc":
+            self.assigned = (10 * self.q.detach()[:, :, :10]).softmax(2).requires_grad_()
+        leaves = self.q, self.k, *([self.assigned] if case.work == "sacc" else [])
+        self.leaves = [t for t in leaves if t.requires_grad]
         self.queue = unit(case.size).to(dtype)
         if case.work == "in_queue":  # as if k had been enqueued already
             self.queue[: case.rows] = self.k
@@ -113,15 +126,9 @@ class Problem:
         case = self.case
         queue = self.queue.double()
         losses: dict[str, float] = {}
-        if case.work == "nt_xent":
+        if case.work in ("nt_xent", "nt_xent_queue", "sacc"):
             z = [t.detach().double().requires_grad_() for t in self.leaves]
-            both = torch.cat(z)
-            logits = both @ both.T / NT_XENT
-            logits = logits.masked_fill(
-                torch.eye(len(both), dtype=torch.bool, device=both.device), -torch.inf
-            )
-            partner = torch.arange(len(both), device=both.device).roll(len(z[0]))
-            loss = F.cross_entropy(logits, partner)
+            loss = _sacc(*z) if case.work == "sacc" else _nt_xent(*z, queue, NT_XENT)
             return {"ce": loss.item()}, list(torch.autograd.grad(loss, z))
         q = self.q.detach().double().requires_grad_()
         rows = q.flatten(0, -2)
@@ -160,3 +167,22 @@ class Problem:
                 away, true = (g - (g * unit).sum(-1, keepdim=True) * unit for g in (away, true))
             worst = max(worst, (away.norm() / true.norm()).item())
         return worst
+
+
+def _nt_xent(z1: Tensor, z2: Tensor, queue: Tensor, tau: float) -> Tensor:
+    both = torch.cat((z1, z2))
+    own = torch.eye(len(both), dtype=torch.bool, device=both.device)
+    logits = torch.cat(((both @ both.T / tau).masked_fill(own, -torch.inf), both @ queue.T / tau), 1)
+    return F.cross_entropy(logits, torch.arange(len(both), device=both.device).roll(len(z1)))
+
+
+def _sacc(views: Tensor, assigned: Tensor) -> Tensor:
+    """SACC's loss with sigma 1; assigned [3, N, M]."""
+    none = views.new_empty(0, views.shape[2])
+    loss = sum(_nt_xent(views[i], views[j], none, NT_XENT) for i, j in ((0, 1), (1, 2)))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        columns = [assigned[view].T / assigned[view].norm(dim=0)[:, None] for view in (i, j)]
+        loss = loss + _nt_xent(*columns, columns[0][:0], 1.0)
+        shares = torch.stack([assigned[view].sum(0) / assigned[view].sum() for view in (i, j)])
+        loss = loss + (shares * (shares * shares.shape[1]).log()).sum()
+    return loss

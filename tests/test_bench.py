@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from math import log
 from pathlib import Path
 
 import figures
@@ -26,6 +27,8 @@ SMALL = {
     "info_nce": work.Case("info_nce", 6, 64, 16),
     "in_queue": work.Case("in_queue", 6, 64, 16),
     "nt_xent": work.Case("nt_xent", 6, 0, 16),
+    "nt_xent_queue": work.Case("nt_xent_queue", 6, 64, 16),
+    "sacc": work.Case("sacc", 6, 0, 16, views=3),
 }
 
 
@@ -67,10 +70,15 @@ def formula(p):
         rows = [torch.cat((queue[:i], queue[i + 1 :])) for i in range(len(q))]
         pairs = zip(q.split(1), k.split(1), rows, strict=True)
         loss = torch.cat([oracle.info_nce(a, b, rest, work.INFO_NCE) for a, b, rest in pairs])
+    elif p.case.work == "sacc":
+        views, assigned = leaves
+        loss = sum(oracle.nt_xent(*views[[i, i + 1]], None, work.NT_XENT).mean() for i in (0, 1))
+        for pair in ([0, 1], [0, 2], [1, 2]):
+            columns = [torch.nn.functional.normalize(p.T) for p in assigned[pair]]
+            loss = loss + oracle.nt_xent(*columns, None, 1.0).mean() + 2 * log(10)
+            loss = loss - torch.special.entr(torch.stack([p.sum(0) / p.sum() for p in assigned[pair]])).sum()
     else:
-        z = torch.cat(leaves)
-        lse, _ = oracle.logsumexp(z, z, work.NT_XENT, torch.arange(len(z)))
-        loss = lse - (z * z.roll(len(q), 0)).sum(1) / work.NT_XENT
+        loss = oracle.nt_xent(*leaves, queue if len(queue) else None, work.NT_XENT)
     loss = loss.mean()
     return loss, torch.autograd.grad(loss, leaves)
 
@@ -112,6 +120,19 @@ def test_peers_agree(case, name, monkeypatch):
     assert problem.error(value, grads, peer.form, peer.normalises) < 1e-5
 
 
+@pytest.mark.parametrize(("name", "size"), [("ReSSL", 64), ("SACC", 0)])
+def test_steps_agree(name, size):
+    steps = pytest.importorskip("test_step")
+    views = oracle.unit(3, 8, steps.DIM).requires_grad_()
+    images = torch.randint(256, (8, 3, steps.SIZE, steps.SIZE), dtype=torch.uint8)
+    grads = []
+    for side in ("relssl", "eager"):
+        method = steps.METHODS[name](size, side)
+        grads.append(torch.autograd.grad(method.losses(views), views)[0])
+        assert method.loss(images).isfinite()
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["eager", "relssl"])
 def test_queues_agree(name):
     start, keys = oracle.unit(12, 4), oracle.unit(2, 3, 4)
@@ -137,6 +158,8 @@ def test_flop():
     assert work.Case("relation", 6, 64, 16, grad=False).flop == 2 * product
     assert work.Case("multi_crop", 6, 64, 16, views=5).flop == 12 * product
     assert work.Case("nt_xent", 6, 0, 16).flop == 3 * (2 * 12 * 12 * 16)
+    assert work.Case("nt_xent_queue", 6, 64, 16).flop == 3 * (2 * 12 * 12 * 16) + 4 * product
+    assert work.Case("sacc", 6, 0, 16, views=3).flop == 6 * (2 * 12 * 12 * 16)
 
 
 def test_slowdown():
@@ -255,7 +278,15 @@ print(compile_all(("float16", (None, 3, 17, 16), "info_nce"), 90, 132))
 @pytest.mark.slow
 def test_kernels_are_compiled_before_tests_need_them(tmp_path):
     """There are two launches forward and two backward: exponents, and the gradient of the queue."""
-    command = [sys.executable, "-P", "-W", "ignore", "-c", COMPILE, ROOT / "tests", ROOT / "tools"]
+    command = [
+        sys.executable,
+        "-P",
+        "-W",
+        "ignore",
+        "-c",
+        COMPILE,
+        *(ROOT / name for name in ("tests", "tools", "bench")),
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -19,13 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 Job = tuple[str, tuple, str]  # dtype; views, B, K and D; which of the tests' checks
 
 
-def jobs(checks: tuple[str, ...] = ("relation", "info_nce", "logsumexp")) -> list[Job]:
+def jobs(checks: tuple[str, ...] = ("relation", "info_nce", "logsumexp", "nt_xent")) -> list[Job]:
     """Returns the shapes of the tests, the widest first: they take longest."""
     from test_gpu import LARGE_LOGITS, PUBLISHED, WIDTHS
-    from test_losses import LARGE, SHAPES  # type: ignore[attr-defined]  # of tests/, not of bench/
+    from test_losses import LARGE, PAIRS, SHAPES  # type: ignore[attr-defined]  # of tests/, not of bench/
 
     shapes = [*SHAPES, LARGE, (None, *PUBLISHED), *((None, *LARGE_LOGITS, d) for d in WIDTHS["triton"])]
-    found = [(dtype, s, c) for s in shapes for dtype in ("float32", "bfloat16", "float16") for c in checks]
+    dtypes, queued = ("float32", "bfloat16", "float16"), [c for c in checks if c != "nt_xent"]
+    found = [(dtype, s, c) for s in shapes for dtype in dtypes for c in queued]
+    if "nt_xent" in checks:
+        found += [(dtype, (None, *s), "nt_xent") for s in PAIRS for dtype in dtypes]
     return sorted(found, key=lambda job: -job[1][-1])
 
 
@@ -57,6 +60,8 @@ def compile_all(job: Job, capability: int, processors: int) -> int:
     q, k, queue = checks.batch(*shape, getattr(torch, dtype))
     if check == "logsumexp":
         checks.check_logsumexp(k, queue, 0.1, "triton")
+    elif check == "nt_xent":
+        checks.check_nt_xent(q, k, queue if len(queue) else None, 0.3, "triton", "mean")
     elif check == "info_nce":
         checks.check_info_nce(q, k, queue, 0.2, "triton")
     else:
@@ -70,7 +75,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, help="10 * major + minor; default: this GPU's")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+    sys.path[:0] = [str(ROOT / name) for name in ("tests", "tools", "bench")]
     import torch
 
     capability, processors = options.capability, 132
