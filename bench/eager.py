@@ -53,8 +53,7 @@ def sacc(views: Tensor, assigned: Tensor, tau: float) -> Tensor:
     w1, w2, s = views
     loss = nt_xent(w1, w2, tau) + nt_xent(w2, s, tau)
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        columns = [F.normalize(assigned[view].T, dim=1) for view in (i, j)]
-        loss = loss + nt_xent(*columns, 1.0)
+        loss = loss + nt_xent(F.normalize(assigned[i].T, dim=1), F.normalize(assigned[j].T, dim=1), 1.0)
         for view in (i, j):
             share = assigned[view].sum(0) / assigned[view].sum()
             loss = loss + log(len(share)) + (share * share.log()).sum()

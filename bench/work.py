@@ -128,7 +128,7 @@ class Problem:
         losses: dict[str, float] = {}
         if case.work in ("nt_xent", "nt_xent_queue", "sacc"):
             z = [t.detach().double().requires_grad_() for t in self.leaves]
-            loss = _sacc(*z) if case.work == "sacc" else _nt_xent(*z, queue, NT_XENT)
+            loss = _sacc(*z) if case.work == "sacc" else _nt_xent(z[0], z[1], queue, NT_XENT)
             return {"ce": loss.item()}, list(torch.autograd.grad(loss, z))
         q = self.q.detach().double().requires_grad_()
         rows = q.flatten(0, -2)
@@ -178,11 +178,11 @@ def _nt_xent(z1: Tensor, z2: Tensor, queue: Tensor, tau: float) -> Tensor:
 
 def _sacc(views: Tensor, assigned: Tensor) -> Tensor:
     """SACC's loss with sigma 1; assigned [3, N, M]."""
-    none = views.new_empty(0, views.shape[2])
-    loss = sum(_nt_xent(views[i], views[j], none, NT_XENT) for i, j in ((0, 1), (1, 2)))
+    none = views[0, :0]
+    loss = _nt_xent(views[0], views[1], none, NT_XENT) + _nt_xent(views[1], views[2], none, NT_XENT)
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        columns = [assigned[view].T / assigned[view].norm(dim=0)[:, None] for view in (i, j)]
-        loss = loss + _nt_xent(*columns, columns[0][:0], 1.0)
+        c1, c2 = (assigned[view].T / assigned[view].norm(dim=0)[:, None] for view in (i, j))
+        loss = loss + _nt_xent(c1, c2, c1[:0], 1.0)
         shares = torch.stack([assigned[view].sum(0) / assigned[view].sum() for view in (i, j)])
         loss = loss + (shares * (shares * shares.shape[1]).log()).sum()
     return loss
