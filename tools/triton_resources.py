@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
-    """Yields the forward kernels with a gradient, both backward kernels, and the combine kernels."""
+    """Yields the forward kernels with a gradient, the backward kernels, and the combine kernels."""
     chip = Chip(capability, PROCESSORS, heuristics.version(triton.__version__))
     common = {
         "DIM": dim,
@@ -72,14 +72,10 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
         tiles = heuristics.variant("specialised", chip, dtype, dim)
         yield Case("specialised", specialised.specialised, dtype, dim, tiles, common | flags)
     tiles = heuristics.backward(chip, dtype, dim)
-    yield Case(
-        "backward_x",
-        backward.backward_x,
-        dtype,
-        dim,
-        tiles,
-        common | {"G_MEAN": True, "WEIGHTED": True, "SYMMETRIC": False},
-    )
+    flags = {"G_MEAN": True, "WEIGHTED": True, "SYMMETRIC": False}
+    yield Case("backward_x", backward.backward_x, dtype, dim, tiles, common | flags)
+    flags = {"G_MEAN": False, "WEIGHTED": True, "SYMMETRIC": True, "EXCLUDE": True}
+    yield Case("backward_x_symmetric", backward.backward_x, dtype, dim, tiles, common | flags)
     tiles = heuristics.backward_queue(chip, dtype, dim)
     yield Case(
         "backward_queue", backward.backward_queue, dtype, dim, tiles, common | {"G_MEAN": True, "G_ROW": True}
