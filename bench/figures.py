@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from report import cells, groups, is_relssl, number
+from report import cells, groups, is_relssl, number, rate_limits
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -137,12 +137,14 @@ def limits(path: Path, document: dict, folder: Path) -> str:
     ours = next(e for e in entries if "ms" in e and is_relssl(e["peer"]))
     pairs = ours["rows"] * ours["size"]
     queue = ours["size"] * ours["dim"] * (4 if ours["dtype"] == "float32" else 2)
+    flop = 8 * pairs * ours["dim"]
     needed = {
-        "matmul": ("flop of matrix products", 8 * pairs * ours["dim"]),
+        "fma": ("flop of multiply-adds in registers", flop),
+        "matmul": ("flop of torch.mm", flop),
         "exponentials": ("exponentials", 2 * pairs),
         "bandwidth": ("bytes of the queue", queue),
     }
-    rates = document["limits"]
+    rates = rate_limits(document)
     rows = [
         [name, number(rates[key] / 1e9), number(1e3 * amount / rates[key])]
         for key, (name, amount) in needed.items()

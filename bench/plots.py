@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from report import is_relssl
+from report import is_relssl, rate_limits
 
 OURS, GREY = "#1f5fa8", "#8a8a8a"
 COLOURS = {
@@ -125,7 +125,7 @@ def roofline(document: dict) -> Figure | None:
     The queue counts once: B rows make 8 B D flop of each of its rows, and what several blocks of rows read
     again comes from a cache.
     """
-    limits, dim = document["limits"], 128
+    limits, dim = rate_limits(document), 128
     dtype, bytes_each = ("bfloat16", 2) if "driver" in document else ("float32", 4)
     entries = [
         e
@@ -137,10 +137,12 @@ def roofline(document: dict) -> Figure | None:
     figure, axis = plt.subplots(figsize=(8.4, 4.2), layout="constrained")
     intensity = [2.0**n for n in range(1, 14)]
     scale = 1e9 if limits["matmul"] < 1e13 else 1e12
-    tops = {"products of matrices": limits["matmul"]}
+    tops = {"torch.mm": limits["matmul"]}
+    if "fma" in limits:
+        tops["multiply-adds in registers"] = limits["fma"]
     if "exponentials" in limits:  # Two for 8 D flop.
         tops[f"exponentials, D {dim}"] = 4 * dim * limits["exponentials"]
-    for (name, top), line in zip(tops.items(), ("-", ":"), strict=False):
+    for (name, top), line in zip(tops.items(), ("-", "-", ":"), strict=False):
         axis.axhline(top / scale, color="black", linestyle=line, linewidth=1.2)
         axis.text(intensity[-1], top / scale, name, ha="right", va="bottom", fontsize=9)
     axis.plot(

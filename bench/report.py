@@ -159,3 +159,13 @@ def cells(entry: dict) -> list[str]:
 def number(value: float) -> str:
     """Returns a number with three digits, or more where it is larger."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def rate_limits(document: dict) -> dict[str, float]:
+    """Returns a device's rates: "matmul", "bandwidth" and, where measured, "exponentials" and "fma"."""
+    rates = [
+        e["flop_rate"] / e["of_fma_rate"]
+        for e in document["results"]
+        if "of_fma_rate" in e and e["dtype"] == "float32"
+    ]
+    return document["limits"] | ({"fma": median(rates)} if rates else {})
