@@ -4,7 +4,7 @@
 
     lse_to_log2     converts lse for the other two
     backward_x      total_r = sum_j w_rj and weighted_r = sum_j w_rj m_j, of a block of rows and a split
-                    SYMMETRIC: the queue is x itself and w_rj = p_rj base_r + p_jr base_j
+                    SYMMETRIC: the queue is x itself, and w_rj = p_rj base_r + p_jr base_j, but w_rr = 0
     backward_queue  grad_queue_j = sum_r w_rj x_r / tau + p_rj g_row_r: a program owns a tile of the queue
                     and passes over all rows, so nothing is added atomically
 
@@ -92,7 +92,8 @@ def backward_x(
         tile_at = addresses(queue, queue_stride, n)
         tile = load(tile_at, n < size, d, DIM, EVEN)
         s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
-        s = mask(s, n, size, excluded, EVEN, EXCLUDE)
+        # Without EXCLUDE, `excluded` is the row itself.
+        s = mask(s, n, size, excluded, EVEN, EXCLUDE or SYMMETRIC)
         w = tl.exp2((s - high[:, None]) * c - low[:, None])
         wide = as_weight(tile, tile.dtype, PACK)
         if G_MEAN:

@@ -12,6 +12,7 @@ from relssl.kernels.tiles import (
     AMD,
     BACKWARD,
     BACKWARD_QUEUE,
+    BACKWARD_SYMMETRIC,
     BY_TRITON_VERSION,
     FORWARD,
     INTERPRETED,
@@ -91,9 +92,9 @@ def forward(chip: Chip, dtype: str, dim: int) -> Tiles:
     return _look_up("forward", FORWARD, chip, dtype, dim)
 
 
-def backward(chip: Chip, dtype: str, dim: int) -> Tiles:
+def backward(chip: Chip, dtype: str, dim: int, symmetric: bool = False) -> Tiles:
     """Returns the tiles of backward_x."""
-    return _look_up("backward", BACKWARD, chip, dtype, dim)
+    return _look_up("backward", BACKWARD_SYMMETRIC if symmetric else BACKWARD, chip, dtype, dim)
 
 
 def backward_queue(chip: Chip, dtype: str, dim: int) -> Tiles:

@@ -184,3 +184,8 @@ BACKWARD["sm_100"] = BACKWARD["sm_90"] | {512: Tiles(64, 32, 8, 2)}
 BACKWARD_QUEUE["sm_100"] = BACKWARD_QUEUE["sm_90"] | {256: Tiles(64, 64, 8, 1)}
 for _table in (BACKWARD, BACKWARD_QUEUE):
     _table["sm_100 fp16"] = _table["sm_90 fp16"]
+# backward_x with SYMMETRIC has a second exponential for each pair, which these tiles leave registers for.
+BACKWARD_SYMMETRIC = BACKWARD | {
+    "sm_100": BACKWARD["sm_100"] | {256: Tiles(64, 64, 8, 2)},
+    "amd": BACKWARD["amd"] | {64: Tiles(64, 32, 8, 2)},
+}

@@ -210,10 +210,10 @@ def cluster_contrast(
     """
     p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
     wide = torch.promote_types(p1.dtype, torch.float32)
-    c1, c2 = (p.mT.to(wide) for p in (p1, p2))
-    n1, n2 = (c.norm(dim=1, keepdim=True) for c in (c1, c2))
+    columns = torch.cat((p1.mT, p2.mT)).to(wide)
+    norms = columns.norm(dim=1, keepdim=True)
     # An empty cluster's column stays as it is: divided by its length, it would have an infinite gradient.
-    c1, c2 = (c / n.masked_fill(n < 1e-8, 1.0) for c, n in ((c1, n1), (c2, n2)))
+    c1, c2 = (columns / norms.masked_fill(norms < 1e-8, 1.0)).chunk(2)
     return nt_xent(c1, c2, temperature=tau, backend=backend)
 
 

@@ -7,7 +7,7 @@ from oracle import relation, unit
 from torch.autograd import gradcheck, gradgradcheck
 
 from relssl import FeatureQueue
-from relssl.functional import info_nce, queue_logsumexp, relation_loss
+from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +46,18 @@ def test_info_nce_to_second_order(backend):
         return info_nce(q, k, queue, temperature=tau, backend=backend)
 
     inputs = leaves(*batch(2), TAU_S)
+    assert gradcheck(loss, inputs) and gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("negatives", [False, True], ids=["batch", "queue"])
+def test_nt_xent_to_second_order(backend, reduction, negatives):
+    def loss(z1, z2, tau, queue=None):
+        return nt_xent(z1, z2, temperature=tau, queue=queue, reduction=reduction, backend=backend)
+
+    z1, z2, queue = batch()
+    inputs = leaves(z1, z2, TAU_S, *([queue] if negatives else []))
     assert gradcheck(loss, inputs) and gradgradcheck(loss, inputs)
 
 

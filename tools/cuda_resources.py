@@ -24,7 +24,7 @@ import tables
 INSTRUCTIONS = {"HMMA": "mma.sync", "HGMMA": "wgmma", "LDGSTS": "cp.async", "UTMALDG": "bulk tensor copy"}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/")  # the address that the disassembler puts before each
 FORWARD = re.compile(r"_ZN6relssl\d+(sm\d+)7forwardINS_4(BF16|FP16)ELi(\d+)ELb([01])E")
-COMBINE = re.compile(r"_ZN6relssl.*?(combine_(?:rows|relation|info_nce))(?:INS_4(BF16|FP16)E)?")
+COMBINE = re.compile(r"_ZN6relssl.*?(combine_(?:lse_and_mean|relation|info_nce))(?:INS_4(BF16|FP16)E)?")
 
 
 class Resources(NamedTuple):

@@ -74,7 +74,8 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     tiles = heuristics.backward(chip, dtype, dim)
     flags = {"G_MEAN": True, "WEIGHTED": True, "SYMMETRIC": False}
     yield Case("backward_x", backward.backward_x, dtype, dim, tiles, common | flags)
-    flags = {"G_MEAN": False, "WEIGHTED": True, "SYMMETRIC": True, "EXCLUDE": True}
+    tiles = heuristics.backward(chip, dtype, dim, symmetric=True)
+    flags = {"G_MEAN": False, "WEIGHTED": True, "SYMMETRIC": True}
     yield Case("backward_x_symmetric", backward.backward_x, dtype, dim, tiles, common | flags)
     tiles = heuristics.backward_queue(chip, dtype, dim)
     yield Case(

@@ -157,9 +157,8 @@ class Triton(SplitCombine[Partials, Any]):
 
     def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
         z, lse, g, half = row_contiguous(z), lse.contiguous(), g.contiguous(), len(z) // 2
-        own = torch.arange(len(z), device=z.device)
         with launching.device_guard(z):
-            _, weighted = Backward(z, z, own, scale[0], lse, None).x(g, True, symmetric=True)
+            _, weighted = Backward(z, z, None, scale[0], lse, None).x(g, True, symmetric=True)
         positive = to_dtype(z, lse.dtype).roll(half, 0) * (g + g.roll(half))[:, None]
         return (weighted.sum(0) - positive) * scale[0]
 

@@ -34,7 +34,7 @@ class Backward:
         """Returns the totals [S, R] of S splits, and weighted [S, R, D] or [0]."""
         (x, queue, exclude), c, lse = self.tensors, self.c, self.lse
         (rows, dim), size = x.shape, len(queue)
-        tiles = self.kernels.heuristics.backward(self.chip, self.dtype, dim)
+        tiles = self.kernels.heuristics.backward(self.chip, self.dtype, dim, symmetric)
         options = self.common | {
             "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "EVEN": size % tiles.block_n == 0,
             "WEIGHTED": want_weighted, "CHUNK": tiles.chunk, "SYMMETRIC": symmetric,
