@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from relssl import _cpu, backends
 from relssl.backends import common
-from relssl.functional import queue_logsumexp, relation_loss
+from relssl.functional import nt_xent, queue_logsumexp, relation_loss
 
 SETS = _cpu.instruction_sets()
 
@@ -303,6 +303,17 @@ def test_inside_a_parallel_region(threads, provider):
     for results in found:
         assert all(torch.equal(a, b) for a, b in zip(everything(*inputs), results, strict=True))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("power", [6, 9, 12, 15, 17])
+def test_enormous_rows(instruction_set, power):
+    """Logits of 1e12 and more leave the log-sum-exp few digits, but the gradient stays below its bound."""
+    z1, z2 = (unit(40, 16, norm=10.0**power).requires_grad_() for _ in range(2))
+    loss = nt_xent(z1, z2, backend="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(loss, nt_xent(z1, z2, backend="reference"))
+    for gradient in torch.autograd.grad(loss, (z1, z2)):
+        assert gradient.norm(dim=1).max() <= 4 * 10.0**power / 0.5
 
 
 class Losses(Dataset):

@@ -354,6 +354,9 @@ struct PanelTerms {
   const float *scale, *high, *low, *base;
 };
 
+// Returns the probability 2^exponent, at most 1: the log-sum-exp of enormous logits is less precise than they are.
+inline Float probability(Float exponent) { return exp2(exponent > 0.0f ? broadcast(0) : exponent); }
+
 // Replaces similarities s[j][lane] by weights w = p (base + u). A null u[j][lane] means zero. Writes p to `keep`
 // unless it is null.
 template <int V>
@@ -362,7 +365,7 @@ void vjp_weights(float* s, int64_t s_stride, int64_t count, const PanelTerms& te
     for (int v = 0; v < V; ++v) {
       const int64_t lane = v * kLanes, at = j * s_stride + lane;
       const Float above = load<Float>(s + at) - load<Float>(terms.high + lane);
-      const Float p = exp2(above * load<Float>(terms.scale + lane) - load<Float>(terms.low + lane));
+      const Float p = probability(above * load<Float>(terms.scale + lane) - load<Float>(terms.low + lane));
       const Float base = load<Float>(terms.base + lane);
       if (keep) store(keep + at, p);
       store(s + at, p * (u ? base + load<Float>(u + j * kPanel + lane) : base));
@@ -378,8 +381,8 @@ void symmetric_weights(float* s, int64_t count, const PanelTerms& terms, const C
     for (int v = 0; v < V; ++v) {
       const int64_t lane = v * kLanes;
       const Float similarity = load<Float>(s + j * kPanel + lane), scale = load<Float>(terms.scale + lane);
-      const Float p_rj = exp2((similarity - load<Float>(terms.high + lane)) * scale - load<Float>(terms.low + lane));
-      const Float p_jr = exp2((similarity - high) * scale - low);
+      const Float own = (similarity - load<Float>(terms.high + lane)) * scale - load<Float>(terms.low + lane);
+      const Float p_rj = probability(own), p_jr = probability((similarity - high) * scale - low);
       store(s + j * kPanel + lane, p_rj * load<Float>(terms.base + lane) + p_jr * base);
     }
   }
