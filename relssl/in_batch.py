@@ -74,32 +74,19 @@ def loss_op(
 
 
 def _vjp_fake(
-    z1: Tensor,
-    z2: Tensor,
-    scale: list[float],
-    device_scale: Tensor | None,
-    lse: Tensor,
-    g: Tensor,
-    backend: str,
+    z: Tensor, scale: list[float], device_scale: Tensor | None, lse: Tensor, g: Tensor, backend: str
 ) -> Tensor:
-    return lse.new_empty(2 * z1.shape[0], z1.shape[1])
+    return lse.new_empty(z.shape)
 
 
 @ops.op(
-    "nt_xent_vjp(Tensor z1, Tensor z2, float[] scale, Tensor? device_scale, Tensor lse, Tensor g,"
-    " str backend) -> Tensor",
+    "nt_xent_vjp(Tensor z, float[] scale, Tensor? device_scale, Tensor lse, Tensor g, str backend) -> Tensor",
     _vjp_fake,
 )
 def vjp_op(
-    z1: Tensor,
-    z2: Tensor,
-    scale: list[float],
-    device_scale: Tensor | None,
-    lse: Tensor,
-    g: Tensor,
-    backend: str,
+    z: Tensor, scale: list[float], device_scale: Tensor | None, lse: Tensor, g: Tensor, backend: str
 ) -> Tensor:
-    return backends.get(backend).nt_xent_vjp(torch.cat((z1, z2)), ops.scale_of(scale, device_scale), lse, g)
+    return backends.get(backend).nt_xent_vjp(z, ops.scale_of(scale, device_scale), lse, g)
 
 
 class NTXent(torch.autograd.Function):
@@ -119,11 +106,8 @@ class NTXent(torch.autograd.Function):
         loss, grad, lse, mean = loss_op(
             to_dtype(z1, dtype), to_dtype(z2, dtype), rows, *scale, reduction, True, backend
         )
-        kept = (z1, z2, tensor_of(tau), grad, lse, mean)
-        if queue is None:
-            save(ctx, z1, False, *kept)
-        else:
-            save(ctx, queue, needs_queue, *kept)
+        guarded = z1 if queue is None else queue
+        save(ctx, guarded, needs_queue, z1, z2, tensor_of(tau), grad, lse, mean)
         ctx.has_queue = queue is not None
         ctx.number = number_of(tau)
         ctx.settings = settings
@@ -143,36 +127,29 @@ class NTXent(torch.autograd.Function):
 
             return *recompute(run, (z1, z2, queue, tau), needs, (g,)), None
 
+        of_queue = of_tau = None
         fixed = reduction != "none"
         if fixed:  # Forward had the rows' weights.
             grad = grad * g
-        if not (needs_tau or needs_queue) and fixed:
-            of_1, of_2 = grad.chunk(2)
-            return to_dtype(of_1, z1.dtype), to_dtype(of_2, z2.dtype), None, None, None
-
-        (c,) = scale = scales((tau,), z1)
-        views = to_dtype(z1, dtype), to_dtype(z2, dtype)
-        weights = (g * (ops.row_weight(lse.mT, reduction) or 1)).expand(lse.shape[1])
-        if not fixed:
-            grad = vjp_op(*views, *ops.scale_arguments(scale), lse, weights.contiguous(), backend)
-            if ctx.has_queue:
-                grad += mean * (weights * c)[:, None]
+        if needs_tau or needs_queue or not fixed:
+            (c,) = scale = scales((tau,), z1)
+            z = torch.cat((to_dtype(z1, dtype), to_dtype(z2, dtype)))
+            weights = (g * (ops.row_weight(z, reduction) or 1)).expand(len(z))
+            if not fixed:
+                grad = vjp_op(z, *ops.scale_arguments(scale), lse, weights.contiguous(), backend)
+                if ctx.has_queue:
+                    grad += mean * (weights * c)[:, None]
+            if needs_tau:  # <z, grad> has the pairs' term twice, and the queue's once.
+                of_tau = (z * grad).sum() * (-c / 2)
+                if ctx.has_queue:
+                    of_tau -= ((z * mean).sum(1) * weights).sum() * (c * c / 2)
+            if needs_queue:
+                x_queue = to_dtype(queue, dtype)
+                of_queue = queue_gradient(z, x_queue, scale, lse, Cotangents(weights), backend)
+                of_queue = to_dtype(of_queue, queue.dtype)
         of_1, of_2 = grad.chunk(2)
-        of_queue = of_tau = None
-        if needs_tau:  # <z, grad> has the pairs' term twice, and the queue's once.
-            z = torch.cat(views)
-            of_tau = (z * grad).sum() * (-c / 2)
-            if ctx.has_queue:
-                of_tau -= ((z * mean).sum(1) * weights).sum() * (c * c / 2)
-        if needs_queue:
-            z, x_queue = torch.cat(views), to_dtype(queue, dtype)
-            of_queue = queue_gradient(z, x_queue, scale, lse, Cotangents(weights), backend)
-            of_queue = to_dtype(of_queue, queue.dtype)
-        return (
-            to_dtype(of_1, z1.dtype) if needs_1 else None,
-            to_dtype(of_2, z2.dtype) if needs_2 else None,
-            of_queue, of_tau, None,
-        )  # fmt: skip
+        of_1 = to_dtype(of_1, z1.dtype) if needs_1 else None
+        return of_1, to_dtype(of_2, z2.dtype) if needs_2 else None, of_queue, of_tau, None
 
 
 def nt_xent(

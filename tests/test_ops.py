@@ -108,7 +108,9 @@ def test_opcheck(layout, scale, dtype, backend):
             arguments = (q[0], k, negatives, *one, reduction, want, backend)
             torch.library.opcheck(ops.nt_xent.default, arguments)
     lse = ops.nt_xent.default(q[0], k, None, *one, "none", True, backend)[2]
-    torch.library.opcheck(ops.nt_xent_vjp.default, (q[0], k, *one, lse, torch.randn(10), backend))
+    torch.library.opcheck(
+        ops.nt_xent_vjp.default, (torch.cat((q[0], k)), *one, lse, torch.randn(10), backend)
+    )
     exclude = torch.tensor([0, -1, 3, 39, -1])
     for out, want in ((None, True), (exclude, True), (exclude, False)):
         arguments = (k, queue, by_value, on_device, 3, out, want, backend)

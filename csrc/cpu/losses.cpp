@@ -135,23 +135,6 @@ std::vector<int64_t> own_rows(const Inputs& in) {
   return own;
 }
 
-// The gradient of sum_r g_r loss_r, for `in` that excludes each row itself.
-void nt_xent_gradient(const Kernels& kernels, const Inputs& in, const float* lse, const float* g, float* grad,
-                      int threads) {
-  const int64_t count = all_rows(in), batch = count / 2, dim = in.dim;
-  const Normalizers by(in, lse);
-  const WeightedRows found(kernels, in, {by.high.data(), by.low.data(), g, nullptr, nullptr, true}, threads);
-  const float c = static_cast<float>(in.stacks[0].scale);
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t other = (r + batch) % count;
-    const void* positive = row_address(in.stacks[r < batch], r % batch, in.bf16);
-    const float both = g[r] + g[other];
-    float* to = grad + r * dim;
-    found.sum(r, to);
-    for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - both * element(positive, d, in.bf16));
-  }
-}
-
 }  // namespace
 
 void lse_and_mean(const Kernels& kernels, const Inputs& in, float* lse, float* const mean[2], int threads) {
@@ -298,7 +281,7 @@ void nt_xent(const Kernels& kernels, const Inputs& views, const float* queue_lse
   if (total) *loss = static_cast<float>(weight * sum);
   if (grad) {
     const std::vector<float> g(count, static_cast<float>(weight));
-    nt_xent_gradient(kernels, in, lse, g.data(), grad, threads);
+    nt_xent_vjp(kernels, in, lse, g.data(), grad, threads);
   }
 }
 
@@ -307,7 +290,18 @@ void nt_xent_vjp(const Kernels& kernels, const Inputs& views, const float* lse, 
   const std::vector<int64_t> own = own_rows(views);
   Inputs in = views;
   in.exclude = own.data();
-  nt_xent_gradient(kernels, in, lse, g, grad, threads);
+  const int64_t count = all_rows(in), batch = count / 2, dim = in.dim;
+  const Normalizers by(in, lse);
+  const WeightedRows found(kernels, in, {by.high.data(), by.low.data(), g, nullptr, nullptr, true}, threads);
+  const float c = static_cast<float>(in.stacks[0].scale);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t other = (r + batch) % count;
+    const void* positive = row_address(in.stacks[r < batch], r % batch, in.bf16);
+    const float both = g[r] + g[other];
+    float* to = grad + r * dim;
+    found.sum(r, to);
+    for (int64_t d = 0; d < dim; ++d) to[d] = c * (to[d] - both * element(positive, d, in.bf16));
+  }
 }
 
 }  // namespace relssl

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from relssl._compat import constant_result
+from relssl.backends.base import Backend
+from relssl.backends.chunked import Chunked
 from relssl.backends.common import Cotangents, Saved, Scale
 from relssl.backends.common import total as weighted_sum
 from relssl.backends.split_combine import SplitCombine
@@ -47,7 +49,7 @@ class Kernel(NamedTuple):
 
 HOPPER = "sm_90a"
 
-TRITON = Triton()
+TRITON, CHUNKED = Triton(), Chunked()
 
 
 class Cuda(SplitCombine[Partials, Number]):
@@ -156,15 +158,15 @@ class Cuda(SplitCombine[Partials, Number]):
     def vjp(
         self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
-        x = saved.x
-        refused = TRITON.supports(x.device.type, x.dtype, x.shape[1])
-        borrow = super().vjp if refused else TRITON.vjp
-        return borrow(saved, cotangents, want_x, want_queue)
+        return _borrowed(saved.x).vjp(saved, cotangents, want_x, want_queue)
 
     def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
-        refused = TRITON.supports(z.device.type, z.dtype, z.shape[1])
-        borrow = super().nt_xent_vjp if refused else TRITON.nt_xent_vjp
-        return borrow(z, scale, lse, g)
+        return _borrowed(z).nt_xent_vjp(z, scale, lse, g)
+
+
+def _borrowed(x: Tensor) -> Backend:
+    """Returns the backend of the gradients that read the rows or the queue again."""
+    return CHUNKED if TRITON.supports(x.device.type, x.dtype, x.shape[1]) else TRITON
 
 
 @constant_result

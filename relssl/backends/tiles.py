@@ -98,12 +98,18 @@ def nt_xent_vjp(z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
     x = to_dtype(z, accumulator(z.dtype))
     theta, own = x * scale[0], torch.arange(len(z), device=z.device)
     high, low = lse
-    grad = x.roll(len(x) // 2, 0) * -(g + g.roll(len(g) // 2, 0))[:, None]
+    grad = -positive_terms(x, g)
     for columns, tile, logits in _tiles(theta, z, own):
         p = (logits - high[:, None]).sub_(low[:, None]).exp_().mul_(g[:, None])
         p_mirrored = logits.sub_(high[columns]).sub_(low[columns]).exp_().mul_(g[columns])
         grad.addmm_(p.add_(p_mirrored), tile)
     return grad.mul_(scale[0])
+
+
+def positive_terms(x: Tensor, g: Tensor) -> Tensor:
+    """Returns (g_i + g_i') x_i', where i' is the other view of row i."""
+    half = len(x) // 2
+    return x.roll(half, 0) * (g + g.roll(half))[:, None]
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:

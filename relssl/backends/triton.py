@@ -16,6 +16,7 @@ from relssl._compat import constant_result
 from relssl.backends import launching
 from relssl.backends.common import Cotangents, Saved, Scale, row_contiguous, to_dtype
 from relssl.backends.split_combine import SplitCombine
+from relssl.backends.tiles import positive_terms
 from relssl.backends.triton_backward import Backward
 
 WIDEST = 1024
@@ -156,11 +157,10 @@ class Triton(SplitCombine[Partials, Any]):
         return grad_x, grad_queue
 
     def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
-        z, lse, g, half = row_contiguous(z), lse.contiguous(), g.contiguous(), len(z) // 2
+        z, lse, g = row_contiguous(z), lse.contiguous(), g.contiguous()
         with launching.device_guard(z):
             _, weighted = Backward(z, z, None, scale[0], lse, None).x(g, True, symmetric=True)
-        positive = to_dtype(z, lse.dtype).roll(half, 0) * (g + g.roll(half))[:, None]
-        return (weighted.sum(0) - positive) * scale[0]
+        return (weighted.sum(0) - positive_terms(to_dtype(z, lse.dtype), g)) * scale[0]
 
 
 @constant_result
