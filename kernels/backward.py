@@ -20,11 +20,13 @@ from relssl.kernels.common import (
     LOG2E,
     addresses,
     load,
-    load_excluded,
+    load_queue_ids,
+    load_row_ids,
     load_scale,
     mask,
     narrow,
     product,
+    rows_in_use,
 )
 
 
@@ -58,13 +60,13 @@ def as_weight(x, like, PACK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "size", "step"])
 def backward_x(
-    x, queue, exclude, scale, lse, base, g_mean,
+    x, queue, ids, queue_ids, filled, scale, lse, base, g_mean,
     totals, weighted,  # [splits, rows], [splits, rows, DIM]
     x_stride, queue_stride,
     rows, size, step,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    EXCLUDE: tl.constexpr, FILLED: tl.constexpr, EVEN: tl.constexpr, G_MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr, SYMMETRIC: tl.constexpr,
     DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,7 +79,8 @@ def backward_x(
     high = tl.load(lse + row, mask=inside, other=0.0)
     low = tl.load(lse + rows + row, mask=inside, other=0.0)
     own_base = tl.load(base + row, mask=inside, other=0.0)
-    excluded = load_excluded(exclude, row, rows, EXCLUDE)
+    row_ids = load_row_ids(ids, row, rows, EXCLUDE)
+    size = rows_in_use(size, filled, FILLED)
     if G_MEAN:
         g_at = addresses(g_mean, DIM, row)
         g = as_weight(load(g_at, inside, d, DIM), own.dtype, PACK)
@@ -92,8 +95,8 @@ def backward_x(
         tile_at = addresses(queue, queue_stride, n)
         tile = load(tile_at, n < size, d, DIM, EVEN)
         s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
-        # Without EXCLUDE, `excluded` is the row itself.
-        s = mask(s, n, size, excluded, EVEN, EXCLUDE or SYMMETRIC)
+        # Without EXCLUDE, the ids are the rows' indices.
+        s = mask(s, n, size, row_ids, load_queue_ids(queue_ids, n, size, EXCLUDE), EVEN, EXCLUDE or SYMMETRIC)
         w = tl.exp2((s - high[:, None]) * c - low[:, None])
         wide = as_weight(tile, tile.dtype, PACK)
         if G_MEAN:
@@ -119,19 +122,21 @@ def backward_x(
 
 @triton.jit(do_not_specialize=["rows", "size"])
 def backward_queue(
-    x, queue, exclude, scale, lse, base, g_mean, g_row,
+    x, queue, ids, queue_ids, filled, scale, lse, base, g_mean, g_row,
     grad_queue,  # [size, DIM]
     x_stride, queue_stride,
     rows, size,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EXCLUDE: tl.constexpr, G_MEAN: tl.constexpr, G_ROW: tl.constexpr, DEVICE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
+    EXCLUDE: tl.constexpr, FILLED: tl.constexpr, G_MEAN: tl.constexpr, G_ROW: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
+    used = rows_in_use(size, filled, FILLED)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     tile_at = addresses(queue, queue_stride, n)
-    tile = load(tile_at, n < size, d, DIM)
+    tile = load(tile_at, n < used, d, DIM)
     wide = as_weight(tile, tile.dtype, PACK)
+    ids_of_tile = load_queue_ids(queue_ids, n, used, EXCLUDE)
     c = load_scale(scale, DEVICE_SCALE)
     grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in tl.range(0, rows, BLOCK_M, disable_licm=PACK and BLOCK_D == 512):
@@ -142,16 +147,16 @@ def backward_queue(
         high = tl.load(lse + row, mask=inside, other=0.0)
         low = tl.load(lse + rows + row, mask=inside, other=0.0)
         # As the forward pass has them, row by row: lse belongs to these, to the last digit.
-        s = product(own, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
-        excluded = load_excluded(exclude, row, rows, EXCLUDE)
-        s = mask(s, n, size, excluded, True, EXCLUDE)
+        s = product(own, x_at, inside, tile, tile_at, n < used, DIM, PRECISION, CHUNK, PACK)
+        # Rows beyond the queue are not stored, but those that are not in use get zeros.
+        s = mask(s, n, used, load_row_ids(ids, row, rows, EXCLUDE), ids_of_tile, not FILLED, EXCLUDE)
         # Rows beyond the last have zeros for x, base and g: they add nothing.
         p = tl.exp2((s - high[:, None]) * c - low[:, None])
         w = tl.load(base + row, mask=inside, other=0.0)[:, None]
         if G_MEAN:
             g_at = addresses(g_mean, DIM, row)
             g = as_weight(load(g_at, inside, d, DIM), tile.dtype, PACK)
-            w = w + product(g, g_at, inside, wide, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
+            w = w + product(g, g_at, inside, wide, tile_at, n < used, DIM, PRECISION, CHUNK, PACK)
         w = as_weight(p * w * (c * LN2), tile.dtype, PACK)
         grad = tl.dot(tl.trans(w), as_weight(own, tile.dtype, PACK), grad, input_precision=PRECISION)
         if G_ROW:

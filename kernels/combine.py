@@ -77,6 +77,12 @@ def inner(x, mean):
     return tl.sum(x.to(tl.float64) * mean.to(tl.float64), 0)
 
 
+@triton.jit
+def cross_entropy(lse, c, along):
+    """Returns that of a row with the teacher's softmax, in units of log 2; 0 for a row left with nothing."""
+    return tl.where(lse == float("-inf"), 0.0, lse - c.to(tl.float64) * along)
+
+
 @triton.jit(do_not_specialize=["num_first", "rows", "num_splits"])
 def combine_lse_and_mean(
     stats, means, scale_first, scale_second,
@@ -136,8 +142,8 @@ def combine_relation(
             tl.store(grad_q + r.to(tl.int64) * DIM + d, factor * (mean_s - mean_t), mask=inside)
         if r < batch:
             tl.store(mean_out + b.to(tl.int64) * DIM + d, mean_t, mask=inside)
-    own = lse_t - c_t.to(tl.float64) * along_t
-    cross = lse_s - c_s.to(tl.float64) * along_s
+    own = cross_entropy(lse_t, c_t, along_t)
+    cross = cross_entropy(lse_s, c_s, along_s)
     if KL:
         cross -= own
     tl.store(losses + r, (cross * LN2).to(tl.float32))

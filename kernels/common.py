@@ -83,18 +83,41 @@ def product(
 
 
 @triton.jit
-def mask(s, n, size, excluded, EVEN: tl.constexpr, EXCLUDE: tl.constexpr):
+def mask(s, n, size, row_ids, ids, EVEN: tl.constexpr, EXCLUDE: tl.constexpr):
     """Returns similarities s [M, N] with -inf beyond the queue and where a row leaves an entry out."""
     if not EVEN:
         s = tl.where((n < size)[None, :], s, float("-inf"))
     if EXCLUDE:
-        s = tl.where(n[None, :] == excluded[:, None], float("-inf"), s)
+        s = tl.where(ids[None, :] == row_ids[:, None], float("-inf"), s)
     return s
 
 
+# EXCLUDE, in the kernels: 0 leaves nothing out, 1 the queue row whose index a row of x has as its id, and 2
+# those of its id. A negative id matches nothing.
+
+
 @triton.jit
-def load_excluded(exclude, row, rows, EXCLUDE: tl.constexpr):
-    """Loads exclude [M] as int32: a queue has fewer rows than 2^31. Without EXCLUDE it is not read."""
-    if EXCLUDE:
-        return tl.load(exclude + row, mask=row < rows, other=-1).to(tl.int32)
+def load_row_ids(ids, row, rows, EXCLUDE: tl.constexpr):
+    """Loads the ids [M] of rows of x; indices as int32, since a queue has fewer rows than 2^31."""
+    if EXCLUDE == 1:
+        return tl.load(ids + row, mask=row < rows, other=-1).to(tl.int32)
+    if EXCLUDE == 2:
+        return tl.maximum(tl.load(ids + row, mask=row < rows, other=-1), -1)
     return row
+
+
+@triton.jit
+def load_queue_ids(queue_ids, n, size, EXCLUDE: tl.constexpr):
+    """Loads the ids [N] of a tile of the queue, or returns its indices."""
+    if EXCLUDE == 2:
+        ids = tl.load(queue_ids + n, mask=n < size, other=-2)
+        return tl.where(ids < 0, -2, ids)
+    return n
+
+
+@triton.jit
+def rows_in_use(size, filled, FILLED: tl.constexpr):
+    """Returns how many rows of the queue are in use, the first ones: `filled` is a number on the device."""
+    if FILLED:
+        return tl.minimum(tl.load(filled).to(tl.int32), size)
+    return size

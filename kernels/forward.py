@@ -23,12 +23,23 @@ TMA loads whole tiles on Hopper and later, which frees the registers that addres
 
 import triton
 import triton.language as tl
-from relssl.kernels.common import HUGE, addresses, load, load_excluded, load_scale, mask, narrow, product
+from relssl.kernels.common import (
+    HUGE,
+    addresses,
+    load,
+    load_queue_ids,
+    load_row_ids,
+    load_scale,
+    mask,
+    narrow,
+    product,
+    rows_in_use,
+)
 
 
 @triton.jit
 def sweep(
-    x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
+    x, x_at, inside, c, row_ids, queue_ids, queue, queue_stride, begin, end, size, d,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr,
     EXCLUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     PACK: tl.constexpr, TMA: tl.constexpr, ONLINE: tl.constexpr,
@@ -47,7 +58,7 @@ def sweep(
         tile_at = addresses(queue, queue_stride, n)
         tile = tiles.load([start, 0]) if TMA else load(tile_at, n < size, d, DIM, EVEN)
         s = product(x, x_at, inside, tile, tile_at, n < size, DIM, PRECISION, CHUNK, PACK)
-        s = mask(s, n, size, excluded, EVEN, EXCLUDE)
+        s = mask(s, n, size, row_ids, load_queue_ids(queue_ids, n, size, EXCLUDE), EVEN, EXCLUDE)
         if ONLINE:
             grown = tl.maximum(shift, tl.max(s, 1))
             factor = tl.exp2((shift - grown) * c)
@@ -82,14 +93,14 @@ def is_exact(total, size):
 
 @triton.jit(do_not_specialize=["num_first", "rows", "size", "step"])
 def forward(
-    first, second, queue, exclude, scale_first, scale_second,
+    first, second, queue, ids, queue_ids, filled, scale_first, scale_second,
     stats,  # [3, num_splits, rows]: shift, sum and divisor; behind them a zero, see combine.py
     means,  # [num_splits, rows, DIM]; unused without MEAN
     first_stride, second_stride, queue_stride,
     num_first, rows, size,
     step,  # queue rows in a split: whole tiles
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MEAN: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, FIXED: tl.constexpr,
+    MEAN: tl.constexpr, EXCLUDE: tl.constexpr, FILLED: tl.constexpr, EVEN: tl.constexpr, FIXED: tl.constexpr,
     DEVICE_SCALE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr,
     TMA: tl.constexpr, REDO: tl.constexpr,
 ):  # fmt: skip
@@ -113,21 +124,22 @@ def forward(
     c = tl.where(
         row < num_first, load_scale(scale_first, DEVICE_SCALE), load_scale(scale_second, DEVICE_SCALE)
     )
-    excluded = load_excluded(exclude, row, rows, EXCLUDE)
+    row_ids = load_row_ids(ids, row, rows, EXCLUDE)
+    used = rows_in_use(size, filled, FILLED)
     begin = own_split * step
-    end = tl.minimum(begin + step, size)
+    end = tl.minimum(begin + step, used)
 
     shift, total, divisor, mean = sweep(
-        x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
+        x, x_at, inside, c, row_ids, queue_ids, queue, queue_stride, begin, end, used, d,
         DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, PACK, TMA, not FIXED,
     )  # fmt: skip
     if FIXED:
         seen = total
         if MEAN:
             seen += tl.sum(mean - mean)  # 0 or NaN. (Over one axis alone, sm_100 does not compile.)
-        if not is_exact(seen, size):
+        if not is_exact(seen, size):  # A split without rows in use is not.
             shift, total, divisor, mean = sweep(
-                x, x_at, inside, c, excluded, queue, queue_stride, begin, end, size, d,
+                x, x_at, inside, c, row_ids, queue_ids, queue, queue_stride, begin, end, used, d,
                 DIM, BLOCK_M, BLOCK_N, MEAN, EXCLUDE, EVEN, PRECISION, CHUNK, PACK, TMA, True,
             )  # fmt: skip
 

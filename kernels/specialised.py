@@ -2,8 +2,8 @@
 
 It stores what forward.py stores, but Triton gives copies, matrix products and exponentials warps of their
 own, which overlap. That takes one loop a kernel, and rows of x that TMA can load: so a block has rows
-of one stack, exclude is not supported, and rows for which the fixed shift is not exact are marked by a sum
-that is NaN or out of range, for forward.py to recompute in a launch of its own (REDO there).
+of one stack, nothing may be left out of the queue, and rows for which the fixed shift is not exact are
+marked by a sum that is NaN or out of range, for forward.py to recompute in a launch of its own (REDO there).
 
 It takes 16-bit rows, D = 64 and 128. No GPU has run it.
 """
@@ -19,7 +19,7 @@ specialises = "warp_specialize" in inspect.signature(tl.range).parameters  # thi
 
 @triton.jit(do_not_specialize=["num_first", "rows", "size", "step"])
 def specialised(
-    first, second, queue, exclude, scale_first, scale_second,
+    first, second, queue, ids, queue_ids, filled, scale_first, scale_second,
     stats, means,
     first_stride, second_stride, queue_stride,
     num_first, rows, size, step,
@@ -49,7 +49,7 @@ def specialised(
     for start in tl.range(begin, tl.minimum(begin + step, size), BLOCK_N, warp_specialize=True):
         tile = tiles.load([start, 0])
         s = tl.dot(x, tl.trans(tile), input_precision="ieee")
-        s = mask(s, start + tl.arange(0, BLOCK_N), size, shift, EVEN, False)
+        s = mask(s, start + tl.arange(0, BLOCK_N), size, shift, shift, EVEN, 0)
         if FIXED:
             p = tl.exp2(s * c)
         else:

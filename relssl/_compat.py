@@ -43,9 +43,9 @@ def is_batched(g: Tensor) -> bool:
     return in_functorch_transform() or is_legacy_batchedtensor is None or is_legacy_batchedtensor(g)
 
 
-def version(t: Tensor) -> int | None:
-    """Returns how often a tensor was written to, or None for an inference tensor, which does not count it."""
-    return None if t.is_inference() else t._version
+def version(t: Tensor | None) -> int | None:
+    """Returns how often a tensor was written to; None without one, or for one of inference, not counted."""
+    return None if t is None or t.is_inference() else t._version
 
 
 def constant_result(function: F) -> F:

@@ -14,7 +14,7 @@ from relssl import ops
 from relssl._compat import is_batched
 from relssl.backends import reference
 from relssl.backends.common import Cotangents, Scale, Temperature, accumulator, to_dtype
-from relssl.saving import save, snapshots
+from relssl.saving import read_again, save, snapshots
 
 
 class Settings(NamedTuple):
@@ -69,23 +69,27 @@ class Relation(torch.autograd.Function):
         tau_s: Temperature,
         tau_t: Temperature,
         settings: Settings,
+        *exclude: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dtype, backend, reduction, form = settings
-        _, needs_k, needs_queue, needs_s, needs_t, _ = ctx.needs_input_grad
+        _, needs_k, needs_queue, needs_s, needs_t = ctx.needs_input_grad[:5]
         if torch.compiler.is_compiling():
             reads_q, reads_k = (q, needs_s or needs_queue), (k, needs_t or needs_queue)
-            q, k, queue, tau_s, tau_t = snapshots(
-                reads_q, reads_k, (queue, needs_queue), (tau_s, True), (tau_t, True)
-            )
+            q, k, queue, tau_s, tau_t, *left_out = snapshots(
+                reads_q, reads_k, (queue, needs_queue), (tau_s, True), (tau_t, True),
+                *((t, needs_queue) for t in exclude),
+            )  # fmt: skip
+            exclude = tuple(left_out)
         inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau_s, tau_t), q))
         want_k = needs_k or needs_t
         loss, entropy, grad_q, lse, mean_t = ops.relation(
-            *inputs, *scale, form, reduction, True, want_k, backend
+            *inputs, *scale, form, reduction, True, want_k, backend, *exclude
         )
         grad_q, grad_k = grad_q if want_k else (grad_q, None)
         kept = (lse, mean_t) if needs_queue else (None, None)
-        save(ctx, queue, needs_queue, q, k, tensor_of(tau_s), tensor_of(tau_t), grad_q, grad_k, *kept)
+        of_taus = tensor_of(tau_s), tensor_of(tau_t)
+        save(ctx, queue, exclude, needs_queue, q, k, *of_taus, grad_q, grad_k, *kept)
         ctx.numbers = number_of(tau_s), number_of(tau_t)
         ctx.settings = settings
         ctx.mark_non_differentiable(entropy)
@@ -94,26 +98,28 @@ class Relation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        queue, q, k, tau_s, tau_t, grad_q, grad_k, lse, mean_t, *_ = ctx.saved_tensors
-        needs_q, needs_k, needs_queue, needs_s, needs_t, _ = needs = ctx.needs_input_grad
+        q, k, tau_s, tau_t, grad_q, grad_k, lse, mean_t, *rest = ctx.saved_tensors
+        needs_q, needs_k, needs_queue, needs_s, needs_t, *others = needs = ctx.needs_input_grad
+        none = (None,) * len(others)
         if g is None:
-            return (None,) * 6
+            return *(None,) * 5, *none
         dtype, backend, reduction, form = ctx.settings
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
         if differentiable_backward():
-            queue = ctx.queue_guard.get() if queue is None else queue
+            queue, exclude = read_again(ctx, rest)
 
             def run(
                 q: Tensor, k: Tensor, queue: Tensor, tau_s: Temperature, tau_t: Temperature
             ) -> list[Tensor]:
-                return [reduce(reference.relation(q, k, queue, tau_s, tau_t, form, dtype)[0], reduction)]
+                rows, _ = reference.relation(q, k, queue, tau_s, tau_t, form, dtype, exclude)
+                return [reduce(rows, reduction)]
 
-            return *recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), None
+            return *recompute(run, (q, k, queue, tau_s, tau_t), needs, (g,)), *none
 
         g = g[..., None] if reduction == "none" else g
         of_q = _scaled(grad_q, g, q) if needs_q else None
         if not any(needs[1:]):
-            return of_q, None, None, None, None, None
+            return of_q, None, None, None, None, *none
 
         c_s, c_t = scale = scales((tau_s, tau_t), q)
         of_k = of_queue = of_s = of_t = None
@@ -125,16 +131,18 @@ class Relation(torch.autograd.Function):
             of_k = grad_k.to(k.dtype) if needs_k else None
             of_t = (k.to(dtype) * grad_k).sum() * -c_t if needs_t else None
         if needs_queue:  # Row j: sum_b (p_s - p_t) theta_s + p_t (u - ubar) theta_t, over all views.
+            queue, exclude = read_again(ctx, rest)
+            by_views = ops.for_views(exclude, q, k)
             x_q, x_k, x_queue = q.to(dtype), k.to(dtype), queue.to(dtype)
             g_mean = (ops.relation_g_mean(x_q, x_k, scale, form, mean_t.dtype) * g).sum_to_size(k.shape)
             g_row = (to_dtype(x_q, mean_t.dtype) * (g * -c_s)).sum_to_size(k.shape)
             g = g.expand(*q.shape[:-1], 1).flatten()
             x_q, (lse_t, lse_s) = x_q.flatten(0, -2), lse.split((k.shape[0], g.shape[0]), 1)
             of_student, of_teacher = Cotangents(g), Cotangents(None, g_mean, g_row)
-            by_student = queue_gradient(x_q, x_queue, scale[:1], lse_s, of_student, backend)
-            by_teacher = queue_gradient(x_k, x_queue, scale[1:], lse_t, of_teacher, backend, mean_t)
+            by_student = queue_gradient(x_q, x_queue, scale[:1], lse_s, of_student, backend, by_views)
+            by_teacher = queue_gradient(x_k, x_queue, scale[1:], lse_t, of_teacher, backend, exclude, mean_t)
             of_queue = (by_student + by_teacher).to(queue.dtype)
-        return of_q, of_k, of_queue, of_s, of_t, None
+        return of_q, of_k, of_queue, of_s, of_t, *none
 
 
 def queue_gradient(
@@ -144,11 +152,13 @@ def queue_gradient(
     lse: Tensor,
     cotangents: Cotangents,
     backend: str,
+    exclude: ops.Excluded,
     mean: Tensor | None = None,
 ) -> Tensor:
     return ops.vjp(
-        x, queue, scale, lse, cotangents, mean=mean, want_x=False, want_queue=True, backend=backend
-    )[1]
+        x, queue, scale, lse, cotangents, mean=mean, exclude=exclude, want_x=False, want_queue=True,
+        backend=backend,
+    )[1]  # fmt: skip
 
 
 def tensor_of(value: Temperature) -> Tensor | None:
@@ -177,39 +187,49 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, settings: Settings
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        queue: Tensor,
+        tau: Temperature,
+        settings: Settings,
+        *exclude: Tensor | None,
     ) -> Tensor:
         dtype, backend, reduction, _ = settings
-        _, needs_k, needs_queue, needs_tau, _ = ctx.needs_input_grad
+        _, needs_k, needs_queue, needs_tau = ctx.needs_input_grad[:4]
         if torch.compiler.is_compiling():
             reads_q = q, needs_k or needs_queue or needs_tau
-            q, queue, tau = snapshots(reads_q, (queue, needs_queue), (tau, True))
+            q, queue, tau, *kept = snapshots(
+                reads_q, (queue, needs_queue), (tau, True), *((t, needs_queue) for t in exclude)
+            )
+            exclude = tuple(kept)
         inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau,), q))
-        loss, sigma, grad_q, lse = ops.info_nce(*inputs, *scale, reduction, True, backend)
-        save(ctx, queue, needs_queue, q, k, tensor_of(tau), sigma, grad_q, lse)
+        loss, sigma, grad_q, lse = ops.info_nce(*inputs, *scale, reduction, True, backend, *exclude)
+        save(ctx, queue, exclude, needs_queue, q, k, tensor_of(tau), sigma, grad_q, lse)
         ctx.number = number_of(tau)
         ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        queue, q, k, tau, sigma, grad_q, lse, *_ = ctx.saved_tensors
-        needs_q, needs_k, needs_queue, needs_tau, _ = needs = ctx.needs_input_grad
+        q, k, tau, sigma, grad_q, lse, *rest = ctx.saved_tensors
+        needs_q, needs_k, needs_queue, needs_tau, *others = needs = ctx.needs_input_grad
+        none = (None,) * len(others)
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
         if differentiable_backward():
-            queue = ctx.queue_guard.get() if queue is None else queue
+            queue, exclude = read_again(ctx, rest)
 
             def run(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
-                return [reduce(reference.info_nce(q, k, queue, tau, dtype), reduction)]
+                return [reduce(reference.info_nce(q, k, queue, tau, dtype, exclude), reduction)]
 
-            return *recompute(run, (q, k, queue, tau), needs, (g,)), None
+            return *recompute(run, (q, k, queue, tau), needs, (g,)), *none
 
         g = g[..., None] if reduction == "none" else g
         of_q = _scaled(grad_q, g, q) if needs_q else None
         if not any(needs[1:]):
-            return of_q, None, None, None, None
+            return of_q, None, None, None, *none
 
         (c,) = scale = scales((tau,), q)
         of_k = of_queue = of_tau = None
@@ -220,10 +240,13 @@ class InfoNCE(torch.autograd.Function):
         if needs_k:
             of_k = (to_dtype(q, dtype) * (g * -c)).sum_to_size(k.shape).to(k.dtype)
         if needs_queue:
-            x, x_queue = to_dtype(q, dtype).flatten(0, -2), to_dtype(queue, dtype)
-            of_queue = queue_gradient(x, x_queue, scale, lse, Cotangents(g.flatten()), backend)
+            queue, exclude = read_again(ctx, rest)
+            x, x_queue, by_views = (
+                to_dtype(q, dtype).flatten(0, -2), to_dtype(queue, dtype), ops.for_views(exclude, q, k)
+            )  # fmt: skip
+            of_queue = queue_gradient(x, x_queue, scale, lse, Cotangents(g.flatten()), backend, by_views)
             of_queue = to_dtype(of_queue, queue.dtype)
-        return of_q, of_k, of_queue, of_tau, None
+        return of_q, of_k, of_queue, of_tau, *none
 
 
 class LogSumExp(torch.autograd.Function):
@@ -235,19 +258,20 @@ class LogSumExp(torch.autograd.Function):
         x: Tensor,
         queue: Tensor,
         tau: Temperature,
-        exclude: Tensor | None,
         settings: Settings,
+        *exclude: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dtype, backend, _, _ = settings
         if torch.compiler.is_compiling():
-            x, queue, tau, exclude = snapshots((x, True), (queue, True), (tau, True), (exclude, True))
+            x, queue, tau, *kept = snapshots(*((t, True) for t in (x, queue, tau, *exclude)))
+            exclude = tuple(kept)
         inputs = to_dtype(x, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau, tau), x))
-        lse, mean = ops.lse_and_mean(*inputs, *scale, len(x), exclude, True, backend)
+        lse, mean = ops.lse_and_mean(*inputs, *scale, len(x), True, backend, *exclude)
         # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there
         # a copy is saved.
         keep = ctx.needs_input_grad[1] or torch.compiler.is_compiling() or queue.is_inference()
-        save(ctx, queue, keep, x, tensor_of(tau), exclude, lse, mean)
+        save(ctx, queue, exclude, keep, x, tensor_of(tau), lse, mean)
         ctx.number = number_of(tau)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -255,29 +279,29 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_lse: Tensor | None, g_mean: Tensor | None) -> tuple[Tensor | None, ...]:
-        queue, x, tau, exclude, lse, mean, *_ = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        x, tau, lse, mean, *rest = ctx.saved_tensors
+        needs, none = ctx.needs_input_grad[:3], (None,) * len(ctx.needs_input_grad[3:])
         dtype, backend, _, _ = ctx.settings
         if g_lse is None and g_mean is None:
-            return (None,) * 5
+            return *(None,) * 3, *none
         tau = ctx.number or tau
         if differentiable_backward():
-            queue = ctx.queue_guard.get() if queue is None else queue
+            queue, exclude = read_again(ctx, rest)
             given = {i: g for i, g in enumerate((g_lse, g_mean)) if g is not None}
 
             def run(x: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
-                both = reference.logsumexp(x, queue, tau, exclude, dtype)
+                both = reference.logsumexp(x, queue, tau, dtype, exclude)
                 return [both[i] for i in given]
 
             grads = list(given.values())
-            return *recompute(run, (x, queue, tau), needs, grads), None, None
+            return *recompute(run, (x, queue, tau), needs, grads), *none
 
         scale = scales((tau,), x)
         grad_queue = None
         if g_lse is not None and g_mean is None and not needs[1]:
             grad_x = mean * g_lse[:, None] * scale[0]
         else:
-            queue = ctx.queue_guard.get() if queue is None else queue
+            queue, exclude = read_again(ctx, rest)
             grad_x, grad_queue = ops.vjp(
                 x.to(dtype),
                 queue.to(dtype),
@@ -294,5 +318,5 @@ class LogSumExp(torch.autograd.Function):
             to_dtype(grad_x, x.dtype) if needs[0] else None,
             to_dtype(grad_queue, queue.dtype) if grad_queue is not None and needs[1] else None,
             (x.to(dtype) * grad_x).sum() * -scale[0] if needs[2] else None,
-            *(None,) * 2,
+            *none,
         )

@@ -35,49 +35,57 @@ def relation(
     form: str,
     reduction: str,
     backend: str,
+    exclude: ops.Excluded = (),
 ) -> tuple[Tensor, Tensor]:
     """Returns the reduced relation loss and the rows [B] of the teacher's entropy, of checked arguments."""
     dtype = compute_dtype(q, queue)
     backend = backends.choose(backend, device_type(q), dtype, q.shape[-1], (q, k), queue)
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
-        loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype)
+        loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype, exclude)
         return with_version(reduce(loss, reduction), queue), entropy.detach()
     if wants_grad(q, k, queue, tau_s, tau_t):
         settings = Settings(dtype, backend, reduction, form)
-        return Relation.apply(*distinct(q, k, queue, tau_s, tau_t), settings)
+        return Relation.apply(*distinct(q, k, queue, tau_s, tau_t), settings, *exclude)
     scale = ops.scale_arguments(scales((tau_s, tau_t), q))
     q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
-    return ops.relation(q, k, queue, *scale, form, reduction, False, False, backend)[:2]
+    return ops.relation(q, k, queue, *scale, form, reduction, False, False, backend, *exclude)[:2]
 
 
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature, reduction: str, backend: str) -> Tensor:
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    tau: Temperature,
+    reduction: str,
+    backend: str,
+    exclude: ops.Excluded = (),
+) -> Tensor:
     """Returns the reduced InfoNCE of checked arguments."""
     dtype = compute_dtype(q, queue)
     backend = backends.choose(backend, device_type(q), dtype, q.shape[-1], (q,), queue)
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
-        return with_version(reduce(reference.info_nce(q, k, unaliased(queue), tau, dtype), reduction), queue)
+        rows = reference.info_nce(q, k, unaliased(queue), tau, dtype, exclude)
+        return with_version(reduce(rows, reduction), queue)
     if wants_grad(q, k, queue, tau):
-        return InfoNCE.apply(*distinct(q, k, queue, tau), Settings(dtype, backend, reduction))
+        return InfoNCE.apply(*distinct(q, k, queue, tau), Settings(dtype, backend, reduction), *exclude)
     scale = ops.scale_arguments(scales((tau,), q))
     q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
-    return ops.info_nce(q, k, queue, *scale, reduction, False, backend)[0]
+    return ops.info_nce(q, k, queue, *scale, reduction, False, backend, *exclude)[0]
 
 
 def logsumexp(
-    x: Tensor, queue: Tensor, tau: Temperature, exclude: Tensor | None, backend: str
+    x: Tensor, queue: Tensor, tau: Temperature, backend: str, exclude: ops.Excluded = ()
 ) -> tuple[Tensor, Tensor]:
     """Returns lse [R] and mean [R, D] of checked arguments."""
     dtype = compute_dtype(x, queue)
     backend = backends.choose(backend, device_type(x), dtype, x.shape[-1], (x,), queue)
     if backend == "reference" or in_functorch_transform():
-        x, exclude = savable(x), savable(exclude)
-        lse, mean = reference.logsumexp(x, unaliased(queue), tau, exclude, dtype)
+        lse, mean = reference.logsumexp(savable(x), unaliased(queue), tau, dtype, exclude)
         return with_version(lse, queue), with_version(mean, queue)
     if wants_grad(x, queue, tau):
-        inputs = distinct(x, queue, tau)
-        return LogSumExp.apply(*inputs, exclude, Settings(dtype, backend))
+        return LogSumExp.apply(*distinct(x, queue, tau), Settings(dtype, backend), *exclude)
     scale = ops.scale_arguments(scales((tau, tau), x))
-    lse, mean = ops.lse_and_mean(x.to(dtype), queue.to(dtype), *scale, len(x), exclude, True, backend)
+    lse, mean = ops.lse_and_mean(x.to(dtype), queue.to(dtype), *scale, len(x), True, backend, *exclude)
     return lse.sum(0), mean

@@ -18,6 +18,7 @@ from relssl.backends.common import Temperature
 from relssl.queue import FeatureQueue
 from relssl.validation import (
     check_choice,
+    check_exclude,
     check_logsumexp,
     check_pair,
     check_views,
@@ -34,6 +35,8 @@ def relation_loss(
     k: Tensor,
     queue: Tensor | FeatureQueue,
     *,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
@@ -47,6 +50,8 @@ def relation_loss(
     k: Tensor,
     queue: Tensor | FeatureQueue,
     *,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
@@ -60,6 +65,8 @@ def relation_loss(
     k: Tensor,
     queue: Tensor | FeatureQueue,
     *,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
@@ -74,6 +81,8 @@ def relation_loss(
     k: Tensor,
     queue: Tensor | FeatureQueue,
     *,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
@@ -103,7 +112,12 @@ def relation_loss(
     Args:
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.
         k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher is not trained.
-        queue: [K, D], or a FeatureQueue. Any strides.
+        queue: [K, D], or a FeatureQueue. Any strides. Rows not filled yet of FeatureQueue(start="empty") are
+            ignored.
+        ids: int64 [B], an id for each row of k, such as its image's index or its class: the queue rows of the
+            same id are left out of both softmaxes. A negative id matches nothing. A row that is left with
+            nothing has the loss, the entropy and the gradient 0.
+        queue_ids: int64 [K], those of the queue's rows; only where the queue is a tensor.
         student_temperature: number or tensor of one element, which may require grad. Published: 0.1. Where it
             changes under torch.compile, pass a tensor: each new number is compiled anew.
         teacher_temperature: number or tensor of one element, which may require grad. Published: 0.04.
@@ -123,13 +137,15 @@ def relation_loss(
             accelerator, the loss becomes NaN instead.
         RuntimeError: tensors on different devices.
     """
-    rows = queue_rows(queue)
+    rows, exclude = queue_rows(queue, ids, queue_ids)
     check_choice("form", form, ("kl", "ce"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     k, (tau_s, tau_t) = check_pair(
         q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
-    loss, entropy = dispatch.relation(q, k, rows, tau_s, tau_t, form, reduction, backend)
+    if exclude:
+        check_exclude(q, rows, exclude)
+    loss, entropy = dispatch.relation(q, k, rows, tau_s, tau_t, form, reduction, backend, exclude)
     return (loss, reduce(entropy, reduction)) if return_entropy else loss
 
 
@@ -138,6 +154,8 @@ def info_nce(
     k: Tensor,
     queue: Tensor | FeatureQueue,
     *,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
     temperature: Temperature = 0.2,
     reduction: Reduction = "mean",
     backend: str = "auto",
@@ -149,12 +167,15 @@ def info_nce(
 
     (van den Oord et al. 2018, eq. 4; He et al., MoCo, CVPR 2020, eq. 1; tau = 0.2 as in MoCo v2.)
 
-    Arguments, dtypes and errors are those of `relation_loss`; k may require grad too.
+    Arguments, dtypes and errors are those of `relation_loss`; k may require grad too. ids leave out negatives
+    alone, never the positive: a row that is left without negatives has the loss 0.
     """
-    rows = queue_rows(queue)
+    rows, exclude = queue_rows(queue, ids, queue_ids)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     k, (tau,) = check_pair(q, k, rows, temperature=temperature)
-    return dispatch.info_nce(q, k, rows, tau, reduction, backend)
+    if exclude:
+        check_exclude(q, rows, exclude)
+    return dispatch.info_nce(q, k, rows, tau, reduction, backend, exclude)
 
 
 def nt_xent(
@@ -163,6 +184,8 @@ def nt_xent(
     *,
     temperature: Temperature = 0.5,
     queue: Tensor | FeatureQueue | None = None,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -182,15 +205,21 @@ def nt_xent(
         z1, z2: embeddings of the two views, [N, D]; z2 is cast to z1's dtype.
         temperature: number or tensor of one element, which may require grad.
         queue: [K, D] or a FeatureQueue of further negatives, which may require grad; None for the paper.
+        ids: int64 [N], one for each image: the queue rows of the same id are left out, but never the batch's.
+        queue_ids: int64 [K], those of the queue's rows; only where the queue is a tensor.
         reduction: "mean" and "sum" over all 2N rows, "none" for a loss of shape [2N], z1's rows first.
         backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     dtypes and errors are those of `relation_loss`, the loss's dtype among them.
     """
-    rows = None if queue is None else queue_rows(queue)
+    if queue is None and (ids is not None or queue_ids is not None):
+        raise ValueError("ids leave out rows of a queue, but there is no queue")
+    rows, exclude = (None, ()) if queue is None else queue_rows(queue, ids, queue_ids)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
-    return in_batch.nt_xent(z1, z2, rows, tau, reduction, backend)
+    if exclude:
+        check_exclude(z1, rows, exclude)  # type: ignore[arg-type]
+    return in_batch.nt_xent(z1, z2, rows, tau, reduction, backend, exclude)
 
 
 def cluster_contrast(
@@ -247,6 +276,8 @@ def queue_logsumexp(
     queue: Tensor | FeatureQueue,
     temperature: Temperature,
     *,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
     exclude: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -262,16 +293,25 @@ def queue_logsumexp(
         x: rows [R, D].
         queue: [K, D], or a FeatureQueue. Any strides.
         temperature: number or tensor of one element, which may require grad.
-        exclude: int64 [R], the index of the queue row that each row of x leaves out, or -1 for none.
+        ids, queue_ids: int64 [R] and [K]: each row of x leaves out the queue rows of its id, as in
+            `relation_loss`.
+        exclude: int64 [R], instead of ids: the index of the queue row that each row of x leaves out, or -1
+            for none.
         backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     Returns:
-        lse: [R], float32 (float64 for float64 input); -inf for a row whose only queue row is excluded.
+        lse: [R], float32 (float64 for float64 input); -inf for a row that is left with nothing.
         mean: [R, D], of the same dtype; 0 for such a row.
 
     dtypes and errors are those of `relation_loss`; an index in exclude that is out of range
     raises ValueError, or on an accelerator makes its row NaN.
     """
-    rows = queue_rows(queue)
+    rows, left_out = queue_rows(queue, ids, queue_ids)
     tau = check_logsumexp(x, rows, temperature, exclude)
-    return dispatch.logsumexp(x, rows, tau, exclude, backend)
+    if left_out:
+        check_exclude(x, rows, left_out)
+    if exclude is not None:
+        if ids is not None:
+            raise ValueError("either ids or exclude can be given, not both")
+        left_out = (exclude, None, left_out[2] if left_out else None)
+    return dispatch.logsumexp(x, rows, tau, backend, left_out)

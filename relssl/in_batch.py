@@ -30,13 +30,14 @@ from relssl.backends import reference
 from relssl.backends.base import twice
 from relssl.backends.common import Cotangents, Scale, Temperature, accumulator, device_type, to_dtype
 from relssl.dispatch import wants_grad
-from relssl.saving import distinct, save, snapshots, unaliased, with_version
+from relssl.saving import distinct, read_again, save, snapshots, unaliased, with_version
 from relssl.validation import compute_dtype, savable
 
 
 def _loss_fake(
     z1: Tensor, z2: Tensor, queue: Tensor | None, scale: list[float], device_scale: Tensor | None,
-    reduction: str, want_grad: bool, backend: str,
+    reduction: str, want_grad: bool, backend: str, ids: Tensor | None = None,
+    queue_ids: Tensor | None = None, filled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, dim, dtype = 2 * z1.shape[0], z1.shape[1], accumulator(z1.dtype)
     shapes = (
@@ -51,18 +52,20 @@ def _loss_fake(
 
 @ops.op(
     "nt_xent(Tensor z1, Tensor z2, Tensor? queue, float[] scale, Tensor? device_scale, str reduction,"
-    " bool want_grad, str backend) -> (Tensor loss, Tensor grad, Tensor lse, Tensor mean)",
+    f" bool want_grad, str backend, {ops.EXCLUDE}) -> (Tensor loss, Tensor grad, Tensor lse, Tensor mean)",
     _loss_fake,
 )
 def loss_op(
     z1: Tensor, z2: Tensor, queue: Tensor | None, scale: list[float], device_scale: Tensor | None,
-    reduction: str, want_grad: bool, backend: str,
+    reduction: str, want_grad: bool, backend: str, ids: Tensor | None = None,
+    queue_ids: Tensor | None = None, filled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     z, run, both = torch.cat((z1, z2)), backends.get(backend), ops.scale_of(scale, device_scale)
     weight = ops.row_weight(z, reduction)
     queue_lse = mean = None
     if queue is not None:
-        queue_lse, mean = run.lse_and_mean(z, queue, twice(both), len(z), None, want_grad)
+        exclude = ops.exclude_of(*ops.for_views((ids, queue_ids, filled), z, z1))
+        queue_lse, mean = run.lse_and_mean(z, queue, twice(both), len(z), exclude, want_grad)
     loss, grad, lse = run.nt_xent(z, both, queue_lse, weight, want_grad and weight is not None)
     if queue_lse is None or mean is None or not want_grad:
         return loss, grad, lse, lse.new_empty(0, z.shape[1])
@@ -94,20 +97,30 @@ class NTXent(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z1: Tensor, z2: Tensor, queue: Tensor | None, tau: Temperature, settings: Settings
+        ctx: Any,
+        z1: Tensor,
+        z2: Tensor,
+        queue: Tensor | None,
+        tau: Temperature,
+        settings: Settings,
+        *exclude: Tensor | None,
     ) -> Tensor:
         dtype, backend, reduction, _ = settings
-        _, _, needs_queue, needs_tau, _ = ctx.needs_input_grad
+        _, _, needs_queue, needs_tau = ctx.needs_input_grad[:4]
         if torch.compiler.is_compiling():
             read = needs_queue or needs_tau or reduction == "none"
-            z1, z2, queue, tau = snapshots((z1, read), (z2, read), (queue, needs_queue), (tau, True))
+            z1, z2, queue, tau, *kept = snapshots(
+                (z1, read), (z2, read), (queue, needs_queue), (tau, True),
+                *((t, needs_queue) for t in exclude),
+            )  # fmt: skip
+            exclude = tuple(kept)
         rows = None if queue is None else to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau,), z1))
         loss, grad, lse, mean = loss_op(
-            to_dtype(z1, dtype), to_dtype(z2, dtype), rows, *scale, reduction, True, backend
+            to_dtype(z1, dtype), to_dtype(z2, dtype), rows, *scale, reduction, True, backend, *exclude
         )
         guarded = z1 if queue is None else queue
-        save(ctx, guarded, needs_queue, z1, z2, tensor_of(tau), grad, lse, mean)
+        save(ctx, guarded, exclude, needs_queue, z1, z2, tensor_of(tau), grad, lse, mean)
         ctx.has_queue = queue is not None
         ctx.number = number_of(tau)
         ctx.settings = settings
@@ -115,17 +128,18 @@ class NTXent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        queue, z1, z2, tau, grad, lse, mean, *_ = ctx.saved_tensors
-        needs_1, needs_2, needs_queue, needs_tau, _ = needs = ctx.needs_input_grad
+        z1, z2, tau, grad, lse, mean, *rest = ctx.saved_tensors
+        needs_1, needs_2, needs_queue, needs_tau, *others = needs = ctx.needs_input_grad
+        none = (None,) * len(others)
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
         if differentiable_backward():
-            queue = ctx.queue_guard.get() if queue is None and ctx.has_queue else queue
+            queue, exclude = read_again(ctx, rest) if ctx.has_queue else (None, ())
 
             def run(z1: Tensor, z2: Tensor, queue: Tensor | None, tau: Temperature) -> list[Tensor]:
-                return [reduce(reference.nt_xent(z1, z2, queue, tau, dtype), reduction)]
+                return [reduce(reference.nt_xent(z1, z2, queue, tau, dtype, exclude), reduction)]
 
-            return *recompute(run, (z1, z2, queue, tau), needs, (g,)), None
+            return *recompute(run, (z1, z2, queue, tau), needs, (g,)), *none
 
         of_queue = of_tau = None
         fixed = reduction != "none"
@@ -144,16 +158,23 @@ class NTXent(torch.autograd.Function):
                 if ctx.has_queue:
                     of_tau -= ((z * mean).sum(1) * weights).sum() * (c * c / 2)
             if needs_queue:
-                x_queue = to_dtype(queue, dtype)
-                of_queue = queue_gradient(z, x_queue, scale, lse, Cotangents(weights), backend)
+                queue, exclude = read_again(ctx, rest)
+                x_queue, by_views = to_dtype(queue, dtype), ops.for_views(exclude, z, z1)
+                of_queue = queue_gradient(z, x_queue, scale, lse, Cotangents(weights), backend, by_views)
                 of_queue = to_dtype(of_queue, queue.dtype)
         of_1, of_2 = grad.chunk(2)
         of_1 = to_dtype(of_1, z1.dtype) if needs_1 else None
-        return of_1, to_dtype(of_2, z2.dtype) if needs_2 else None, of_queue, of_tau, None
+        return of_1, to_dtype(of_2, z2.dtype) if needs_2 else None, of_queue, of_tau, *none
 
 
 def nt_xent(
-    z1: Tensor, z2: Tensor, queue: Tensor | None, tau: Temperature, reduction: str, backend: str
+    z1: Tensor,
+    z2: Tensor,
+    queue: Tensor | None,
+    tau: Temperature,
+    reduction: str,
+    backend: str,
+    exclude: ops.Excluded = (),
 ) -> Tensor:
     """Returns the reduced NT-Xent of checked arguments."""
     size = z1 if queue is None else queue
@@ -162,11 +183,12 @@ def nt_xent(
     if backend == "reference" or in_functorch_transform():
         z1, z2 = savable(z1), savable(z2)
         rows = None if queue is None else unaliased(queue)
-        loss = reduce(reference.nt_xent(z1, z2, rows, tau, dtype), reduction)
+        loss = reduce(reference.nt_xent(z1, z2, rows, tau, dtype, exclude), reduction)
         return loss if queue is None else with_version(loss, queue)
     if wants_grad(z1, z2, queue, tau):
-        return NTXent.apply(*distinct(z1, z2, queue, tau), Settings(dtype, backend, reduction))
+        settings = Settings(dtype, backend, reduction)
+        return NTXent.apply(*distinct(z1, z2, queue, tau), settings, *exclude)
     scale: Scale = scales((tau,), z1)
     rows = None if queue is None else to_dtype(queue, dtype)
     views = to_dtype(z1, dtype), to_dtype(z2, dtype)
-    return loss_op(*views, rows, *ops.scale_arguments(scale), reduction, False, backend)[0]
+    return loss_op(*views, rows, *ops.scale_arguments(scale), reduction, False, backend, *exclude)[0]

@@ -30,7 +30,7 @@ class _Loss(nn.Module):
 
 
 class RelationLoss(_Loss):
-    """`functional.relation_loss` as a module that stores its settings; call it with (q, k, queue).
+    """`functional.relation_loss` as a module that stores its settings; call it with (q, k, queue), and ids.
 
     A temperature given as nn.Parameter (of one element) is learned.
     """
@@ -54,12 +54,19 @@ class RelationLoss(_Loss):
             backend=backend,
         )
 
-    def forward(self, q: Tensor, k: Tensor, queue: Tensor | FeatureQueue) -> Tensor | tuple[Tensor, Tensor]:
-        return functional.relation_loss(q, k, queue, **self.settings())
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        queue: Tensor | FeatureQueue,
+        ids: Tensor | None = None,
+        queue_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return functional.relation_loss(q, k, queue, ids=ids, queue_ids=queue_ids, **self.settings())
 
 
 class InfoNCELoss(_Loss):
-    """`functional.info_nce` as a module that stores its settings; call it with (q, k, queue).
+    """`functional.info_nce` as a module that stores its settings; call it with (q, k, queue), and ids.
 
     A temperature given as nn.Parameter (of one element) is learned.
     """
@@ -73,12 +80,19 @@ class InfoNCELoss(_Loss):
     ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, backend=backend)
 
-    def forward(self, q: Tensor, k: Tensor, queue: Tensor | FeatureQueue) -> Tensor:
-        return functional.info_nce(q, k, queue, **self.settings())
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        queue: Tensor | FeatureQueue,
+        ids: Tensor | None = None,
+        queue_ids: Tensor | None = None,
+    ) -> Tensor:
+        return functional.info_nce(q, k, queue, ids=ids, queue_ids=queue_ids, **self.settings())
 
 
 class NTXentLoss(_Loss):
-    """`functional.nt_xent` as a module that stores its settings; call it with (z1, z2) or (z1, z2, queue).
+    """`functional.nt_xent` as a module that stores its settings; call it with (z1, z2[, queue, ids]).
 
     A temperature given as nn.Parameter (of one element) is learned.
     """
@@ -88,8 +102,15 @@ class NTXentLoss(_Loss):
     ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, backend=backend)
 
-    def forward(self, z1: Tensor, z2: Tensor, queue: Tensor | FeatureQueue | None = None) -> Tensor:
-        return functional.nt_xent(z1, z2, queue=queue, **self.settings())
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        queue: Tensor | FeatureQueue | None = None,
+        ids: Tensor | None = None,
+        queue_ids: Tensor | None = None,
+    ) -> Tensor:
+        return functional.nt_xent(z1, z2, queue=queue, ids=ids, queue_ids=queue_ids, **self.settings())
 
 
 class ClusterLoss(_Loss):

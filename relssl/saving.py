@@ -19,27 +19,27 @@ from relssl.validation import savable
 
 
 class _QueueGuard:
-    """A plain reference to a queue, which raises when it is read after the queue has changed.
+    """A plain reference to a queue and what is left out of it, which raises when read after one has changed.
 
     Saved by autograd, the queue could not change before backward even where backward never reads it.
     """
 
-    def __init__(self, queue: Tensor) -> None:
-        self.queue = queue
-        self.version = version(queue)  # None: changes are not counted.
+    def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        self.tensors = tensors
+        self.versions = [*map(version, tensors)]
 
-    def get(self) -> Tensor:
-        if self.version is None:
+    def get(self) -> tuple[Tensor | None, ...]:
+        if any(t is not None and t.is_inference() for t in self.tensors):
             raise RuntimeError(
                 "this backward must read the queue again (double backward), but the queue was made under"
                 " torch.inference_mode(), where changes are not counted: pass a clone"
             )
-        if version(self.queue) != self.version:
+        if [*map(version, self.tensors)] != self.versions:
             raise RuntimeError(
                 "this backward must read the queue again (double backward, or the gradient of a mean),"
                 " but the queue has changed since the forward pass: enqueue after backward, or pass a clone"
             )
-        return self.queue
+        return self.tensors
 
 
 def _version_tensor(queue: Tensor) -> Tensor:
@@ -52,16 +52,20 @@ def _version_tensor(queue: Tensor) -> Tensor:
     return queue.new_zeros((1 + count % 32, 1 + count // 32 % 32))
 
 
-def save(ctx: Any, queue: Tensor, keep: bool, *tensors: Tensor | None) -> None:
-    """Saves the tensors for backward, and before them the queue, or None: then ctx.queue_guard refers to it.
+def save(
+    ctx: Any, queue: Tensor, exclude: Sequence[Tensor | None], keep: bool, *tensors: Tensor | None
+) -> None:
+    """Saves the tensors for backward; behind them queue and exclusions if `keep`, else they are referred to.
 
-    Where hooks process what autograd saves, the queue's version is saved behind them.
+    Where hooks process what autograd saves, the queue's version is saved behind all.
     """
-    saved = (queue if keep else None, *tensors)
+    read_again = queue, *exclude
+    saved = tensors + read_again if keep else tensors
+    ctx.num_read_again = len(read_again)
     if torch.compiler.is_compiling():  # A compiled graph cannot hold a plain reference.
         ctx.queue_guard = None
     else:
-        ctx.queue_guard = None if keep else _QueueGuard(queue)
+        ctx.queue_guard = None if keep else _QueueGuard(read_again)
         for t in saved:
             if t is not None and t.is_inference():
                 saved = tuple(map(savable, saved))
@@ -69,6 +73,13 @@ def save(ctx: Any, queue: Tensor, keep: bool, *tensors: Tensor | None) -> None:
         if saving_is_hooked():
             saved = *saved, _version_tensor(queue)
     ctx.save_for_backward(*saved)
+
+
+def read_again(ctx: Any, rest: list[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Returns queue and exclusions as forward had them; `rest` is the end of ctx.saved_tensors."""
+    guard = ctx.queue_guard
+    queue, *exclude = rest[: ctx.num_read_again] if guard is None else guard.get()
+    return queue, exclude  # type: ignore[return-value]
 
 
 def snapshots(*inputs: tuple[Any, bool]) -> list[Any]:
@@ -92,7 +103,7 @@ class _WithVersion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, queue: Tensor) -> Tensor:
-        save(ctx, queue, False)
+        save(ctx, queue, (), False)
         return result.clone()
 
     @staticmethod

@@ -161,7 +161,7 @@ def check_logsumexp(backend: str, tensors: tuple[Tensor, ...], tau: float) -> No
     norm = float(g.norm() + g_mean.norm())
     check_budget(
         lambda x, queue: queue_logsumexp(x, queue, tau, exclude=excluded, backend=backend),
-        lambda x, queue, dtype: reference.logsumexp(x, queue, tau, excluded, dtype),
+        lambda x, queue, dtype: reference.logsumexp(x, queue, tau, dtype, (excluded, None, None)),
         tensors, [g, g_mean], [(c + log(size)) * rows**0.5, rows**0.5, c * norm, (c + 1) * norm],
     )  # fmt: skip
 

@@ -72,8 +72,44 @@ def _same_device(name: str, t: Tensor, device: torch.device) -> None:
         raise RuntimeError(f"{name} is on {t.device}, but expected on {device} like the first argument")
 
 
-def queue_rows(queue: Tensor | FeatureQueue) -> Tensor:
-    return queue.rows if isinstance(queue, FeatureQueue) else queue
+def queue_rows(
+    queue: Tensor | FeatureQueue, ids: Tensor | None = None, queue_ids: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Returns the rows of a queue and what is left out of it, () or (ids, queue_ids, filled), unchecked.
+
+    Raises ValueError where one of ids and queue_ids has no counterpart.
+    """
+    rows, of_rows, filled = queue, queue_ids, None
+    if isinstance(queue, FeatureQueue):
+        rows, of_rows, filled = queue.rows, queue.ids, queue.filled
+        if queue_ids is not None:
+            raise ValueError("queue_ids are those of a queue that is a tensor; a FeatureQueue keeps its own")
+        if ids is not None and of_rows is None:
+            raise ValueError(
+                "ids are given, but the queue keeps none: build it with FeatureQueue(..., ids=True)"
+            )
+    elif (ids is None) != (queue_ids is None):
+        raise ValueError("ids and queue_ids must be given together where the queue is a tensor")
+    if ids is None:
+        return rows, () if filled is None else (None, None, filled)  # type: ignore[return-value]
+    return rows, (ids, of_rows, filled)  # type: ignore[return-value]
+
+
+def check_exclude(x: Tensor, queue: Tensor, exclude: tuple[Tensor | None, ...]) -> None:
+    """Checks ids and queue_ids for x [..., B, D]. Raises TypeError, ValueError or RuntimeError."""
+    ids, queue_ids, _ = exclude
+    if ids is not None and queue_ids is not None:
+        _indices("ids", ids, x.shape[-2], "B", x.device)
+        _indices("queue_ids", queue_ids, queue.shape[0], "K", x.device)
+
+
+def _indices(name: str, t: Tensor, count: int, shape: str, device: torch.device) -> None:
+    if not isinstance(t, Tensor) or t.dtype != torch.int64:
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    if t.shape != (count,):
+        raise ValueError(f"{name} must be [{shape}] = [{count}], got shape {tuple(t.shape)}")
+    _same_device(name, t, device)
 
 
 def check_queue(name: str, x: Tensor, queue: Tensor, shapes: dict[int, str]) -> None:
@@ -136,12 +172,7 @@ def check_logsumexp(
     temperature = _temperature("temperature", temperature, x.device)
     if exclude is None:
         return temperature
-    if not isinstance(exclude, Tensor) or exclude.dtype != torch.int64:
-        got = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__
-        raise TypeError(f"exclude must be an int64 tensor, got {got}")
-    if exclude.shape != x.shape[:1]:
-        raise ValueError(f"exclude must be [R] = [{len(x)}], got shape {tuple(exclude.shape)}")
-    _same_device("exclude", exclude, x.device)
+    _indices("exclude", exclude, len(x), "R", x.device)
     if _is_readable(exclude):
         low, high = (int(v) for v in exclude.aminmax())
         if low < -1 or high >= len(queue):

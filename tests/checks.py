@@ -10,6 +10,7 @@ from oracle import (
     info_nce,
     info_nce_scales,
     largest_logit,
+    left_of,
     logsumexp,
     logsumexp_scales,
     nt_xent,
@@ -19,7 +20,7 @@ from oracle import (
     unit,
 )
 
-from relssl import backends
+from relssl import FeatureQueue, backends
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import nt_xent as our_nt_xent
 from relssl.functional import queue_logsumexp, relation_loss
@@ -84,16 +85,44 @@ def weigh(shape, reduction):
     return g, (g * weight).expand(shape), ones
 
 
-def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False):
+class LeftOut:
+    """What is left out of a queue [K, D]: rows of the same id, and those behind the first `filled` ones."""
+
+    def __init__(self, backend, ids, queue_ids, filled=None):
+        self.rows = left_of(len(queue_ids), ids, queue_ids, filled=filled)
+        self.ids, self.queue_ids = to_device(backend, ids, queue_ids)
+        self.filled = filled
+
+    def arguments(self, rows):
+        """Returns the queue, which shares the rows, and other arguments, as a caller gives them."""
+        if self.filled is None:
+            return rows, {"ids": self.ids, "queue_ids": self.queue_ids}
+        queue = FeatureQueue(*rows.shape, dtype=rows.dtype, device=rows.device, ids=True, start="empty")
+        queue.rows, queue.ids = rows, self.queue_ids
+        queue.count.fill_(self.filled)
+        return queue, {"ids": self.ids}
+
+
+def arguments(left_out, rows):
+    return (rows, {}) if left_out is None else left_out.arguments(rows)
+
+
+def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False, left_out=None):
     q, k, queue = to_device(backend, q, k, queue)
+    left = left_out and left_out.rows
     g, weights, ones = weigh(q.shape[:-1], reduction)
-    agree(
-        lambda q, k, queue, tau_s, tau_t: relation_loss(
+
+    def ours(q, k, queue, tau_s, tau_t):
+        queue, others = arguments(left_out, queue)
+        return relation_loss(
             q, k, queue, student_temperature=tau_s, teacher_temperature=tau_t,
-            form=form, reduction=reduction, backend=backend,
-        ),
+            form=form, reduction=reduction, backend=backend, **others,
+        )  # fmt: skip
+
+    agree(
+        ours,
         lambda q, k, queue, tau_s, tau_t: reduced(
-            relation(q, k, queue, tau_s, tau_t, form)[0], reduction
+            relation(q, k, queue, tau_s, tau_t, form, left)[0], reduction
         ),
         {
             "q": q, "k": k, "queue": queue,
@@ -104,43 +133,60 @@ def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", d
     )  # fmt: skip
 
 
-def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False):
+def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False, left_out=None):
     q, k, queue = to_device(backend, q, k, queue)
+    left = left_out and left_out.rows
     g, weights, ones = weigh(q.shape[:-1], reduction)
+
+    def ours(q, k, queue, tau):
+        queue, others = arguments(left_out, queue)
+        return our_info_nce(q, k, queue, temperature=tau, reduction=reduction, backend=backend, **others)
+
     agree(
-        lambda q, k, queue, tau: our_info_nce(
-            q, k, queue, temperature=tau, reduction=reduction, backend=backend
-        ),
-        lambda q, k, queue, tau: reduced(info_nce(q, k, queue, tau), reduction),
+        ours,
+        lambda q, k, queue, tau: reduced(info_nce(q, k, queue, tau, left), reduction),
         {"q": q, "k": k, "queue": queue, "tau": temperature(tau, q)},
         [g], info_nce_scales(q, k, queue, tau, weights, ones), q.dtype,
         largest_logit((q, tau), queue=torch.cat((queue, k))), drawn,
     )  # fmt: skip
 
 
-def check_nt_xent(z1, z2, queue, tau, backend, reduction="none", drawn=False):
+def check_nt_xent(z1, z2, queue, tau, backend, reduction="none", drawn=False, left_out=None):
     z1, z2 = to_device(backend, z1, z2)
+    left = left_out and left_out.rows
     inputs = {"z1": z1, "z2": z2, "tau": temperature(tau, z1)}
     if queue is not None:
         inputs["queue"] = to_device(backend, queue)
     g, weights, ones = weigh(torch.Size([2 * len(z1)]), reduction)
+
+    def ours(z1, z2, tau, queue=None):
+        queue, others = arguments(left_out, queue)
+        return our_nt_xent(
+            z1, z2, temperature=tau, queue=queue, reduction=reduction, backend=backend, **others
+        )
+
     agree(
-        lambda z1, z2, tau, queue=None: our_nt_xent(
-            z1, z2, temperature=tau, queue=queue, reduction=reduction, backend=backend
-        ),
-        lambda z1, z2, tau, queue=None: reduced(nt_xent(z1, z2, queue, tau), reduction),
+        ours,
+        lambda z1, z2, tau, queue=None: reduced(nt_xent(z1, z2, queue, tau, left), reduction),
         inputs, [g], nt_xent_scales(z1, z2, queue, tau, weights, ones), z1.dtype,
         largest_logit((z1, tau), (z2, tau), queue=torch.cat([z1, z2, inputs.get("queue", z1)])), drawn,
     )  # fmt: skip
 
 
-def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False):
+def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False, left_out=None):
     x, queue = to_device(backend, x, queue)
-    exclude = None if exclude is None else to_device(backend, exclude)
+    left = left_out and left_out.rows
+    if exclude is not None:
+        left, exclude = left_of(len(queue), exclude=exclude), to_device(backend, exclude)
     g = cotangents_like(x.shape[:1], x.shape)
+
+    def ours(x, queue, tau):
+        queue, others = arguments(left_out, queue)
+        return queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend, **others)
+
     agree(
-        lambda x, queue, tau: queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend),
-        lambda x, queue, tau: logsumexp(x, queue, tau, exclude if exclude is None else exclude.cpu()),
+        ours,
+        lambda x, queue, tau: logsumexp(x, queue, tau, left),
         {"x": x, "queue": queue, "tau": temperature(tau, x)},
         g, logsumexp_scales(x, queue, tau, *g), x.dtype,
         largest_logit((x, tau), queue=queue), drawn,

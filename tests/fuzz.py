@@ -96,7 +96,7 @@ def bad():
         lambda: queue_logsumexp(q, queue, 0.1, exclude=torch.zeros(rows + 1, dtype=int), backend="cpu"),
         lambda: queue_logsumexp(q.to("meta"), queue, 0.1, backend="cpu"),
         lambda: _cpu.lse_and_mean(
-            (0, dim, rows, 1.0), (0, 0, 0, 1.0), 0, dim, size, dim, False, 0, 0, 0, 0, 1, ""
+            (0, dim, rows, 1.0), (0, 0, 0, 1.0), 0, dim, size, dim, False, 0, 0, 0, 0, 0, 1, ""
         ),
         lambda: _cpu.exp2(64, 64, -random.randint(1, 2**62)),
     ]

@@ -9,7 +9,16 @@ import cuda_resources
 import emulated
 import pytest
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_relation, check_weight, to_device
+from checks import (
+    LeftOut,
+    batch,
+    check_info_nce,
+    check_logsumexp,
+    check_nt_xent,
+    check_relation,
+    check_weight,
+    to_device,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import unit
@@ -73,6 +82,19 @@ def test_losses(cuda, dtype, dim, shape):
     q, k, queue = batch(*shape, dim, dtype)
     exclude = torch.randint(-1, len(queue), (len(k),)) if len(queue) > 1 else None
     check_all(q, k, queue, exclude=exclude)
+
+
+# Of so many ids; all rows are filled, some, a split has none, none at all.
+@pytest.mark.parametrize(("of", "filled"), [(1, None), (3, 290), (400, 70), (2, 0)])
+@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ids(cuda, dtype, dim, of, filled):
+    q, k, queue = batch(2, 20, 300, dim, dtype)
+    drawn = [torch.randint(-1, of, (n,)) * (2**32 if dim == 64 else 1) for n in (20, 300)]
+    left_out = LeftOut("cuda", *drawn, filled)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", "cuda", left_out=left_out)
+    check_info_nce(q, k, queue, 0.2, "cuda", "mean", left_out=left_out)
+    check_nt_xent(q[0], k, queue, 0.5, "cuda", left_out=left_out)
 
 
 @pytest.mark.parametrize("views", [None, 2])
@@ -375,7 +397,7 @@ def test_opcheck(cuda):
     for reduction, want in (("mean", True), ("none", False)):
         check(ops.relation.default, (q, k, queue, [10.0, 25.0], None, "kl", reduction, want, want, "cuda"))
         check(ops.info_nce.default, (q, k, queue, [], torch.tensor([10.0]), reduction, want, "cuda"))
-        check(ops.lse_and_mean.default, (k, queue, [10.0, 25.0], None, 3, exclude, want, "cuda"))
+        check(ops.lse_and_mean.default, (k, queue, [10.0, 25.0], None, 3, want, "cuda", exclude))
 
 
 @pytest.mark.gpu
@@ -478,7 +500,8 @@ def test_overlapping_rows_use_the_sm_80_kernel():
 # Valid arguments of a forward kernel. The addresses are never read.
 GOOD = {
     "place": (0, 0), "path": 80, "first": (4096, 128, 3), "scale_first": (1.0, 0), "second": (0, 128, 0),
-    "scale_second": (1.0, 0), "queue": (8192, 128, 100), "dim": 128, "bf16": True, "exclude": 0,
+    "scale_second": (1.0, 0), "queue": (8192, 128, 100), "dim": 128, "bf16": True, "ids": 0,
+    "queue_ids": 0, "filled": 0,
     "splits": 1, "step": 128, "stats": 4096, "means": 4096,
 }  # fmt: skip
 

@@ -111,11 +111,17 @@ def test_opcheck(layout, scale, dtype, backend):
     torch.library.opcheck(
         ops.nt_xent_vjp.default, (torch.cat((q[0], k)), *one, lse, torch.randn(10), backend)
     )
-    exclude = torch.tensor([0, -1, 3, 39, -1])
-    for out, want in ((None, True), (exclude, True), (exclude, False)):
-        arguments = (k, queue, by_value, on_device, 3, out, want, backend)
+    ids, queue_ids, filled = torch.tensor([0, -1, 3, 39, -1]), torch.arange(40) // 2, torch.tensor(30)
+    for out, want in (((), True), ((ids,), True), ((ids, queue_ids), False), ((None, None, filled), True)):
+        arguments = (k, queue, by_value, on_device, 3, want, backend, *out)
         torch.library.opcheck(ops.lse_and_mean.default, arguments)
-    lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, exclude, True, backend)
+    how, out = ("mean", True), (ids, queue_ids, filled)
+    torch.library.opcheck(
+        ops.relation.default, (q, k, queue, by_value, on_device, "kl", *how, True, backend, *out)
+    )
+    torch.library.opcheck(ops.info_nce.default, (q, k, queue, *one, *how, backend, *out))
+    torch.library.opcheck(ops.nt_xent.default, (q[0], k, queue, *one, *how, backend, *out))
+    lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, True, backend, *out)
     one = (by_value[:1], None if on_device is None else on_device[:1])
     g_lse, g_mean = torch.randn(5), torch.randn(5, 16)
     for g, g_row, want_x, want_queue in (
@@ -123,7 +129,7 @@ def test_opcheck(layout, scale, dtype, backend):
         (g_mean, None, True, False),
         (None, None, False, True),
     ):
-        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, g_row, want_x, want_queue, backend)
+        arguments = (k, queue, *one, lse, mean, g_lse, g, g_row, want_x, want_queue, backend, *out)
         torch.library.opcheck(ops.lse_and_mean_vjp.default, arguments)
 
 

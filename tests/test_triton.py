@@ -19,6 +19,7 @@ from oracle import unit
 
 from relssl import backends
 from relssl.backends import launching
+from relssl.backends.common import Exclude
 from relssl.functional import queue_logsumexp, relation_loss
 
 if not INTERPRETED:
@@ -314,7 +315,7 @@ def test_specialised_warps_with_an_overflowing_mean(specialise, triton):
 def test_unsupported_inputs_use_the_default_kernel(what, specialise, triton):
     launches = specialise()
     tensors = {name: unit(9, DIM, dtype=WARPS[0]) for name in ("first", "second", "queue")}
-    exclude = to_device("triton", torch.arange(18) % 9) if what == "exclude" else None
+    exclude = Exclude(to_device("triton", torch.arange(18) % 9), None, None) if what == "exclude" else None
     tensors = {name: to_device("triton", t) for name, t in tensors.items()}
     expected = backends.triton.Triton().forward(*tensors.values(), (5.0, 5.0), exclude, True)
     if exclude is None:  # an address that TMA cannot use
@@ -362,11 +363,11 @@ def test_opcheck(scale):
     for reduction, want in (("mean", True), ("none", False)):
         check(ops.relation.default, (q, k, queue, by_value, on_device, "kl", reduction, want, want, "triton"))
         check(ops.info_nce.default, (q, k, queue, *one, reduction, want, "triton"))
-        check(ops.lse_and_mean.default, (k, queue, by_value, on_device, 3, exclude, want, "triton"))
-    lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, exclude, True, "triton")
+        check(ops.lse_and_mean.default, (k, queue, by_value, on_device, 3, want, "triton", exclude))
+    lse, mean = ops.lse_and_mean.default(k, queue, by_value, on_device, 5, True, "triton", exclude)
     g_lse, g_mean = torch.randn_like(lse[0]), torch.randn_like(mean)
     for g, g_row, want_x, want_queue in ((g_mean, g_mean, True, True), (None, None, False, True)):
-        arguments = (k, queue, *one, exclude, lse, mean, g_lse, g, g_row, want_x, want_queue, "triton")
+        arguments = (k, queue, *one, lse, mean, g_lse, g, g_row, want_x, want_queue, "triton", exclude)
         check(ops.lse_and_mean_vjp.default, arguments)
 
 

@@ -59,7 +59,8 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     common = {
         "DIM": dim,
         "BLOCK_D": heuristics.width(dim),
-        "EXCLUDE": False,
+        "EXCLUDE": 0,
+        "FILLED": False,
         "EVEN": True,
         "DEVICE_SCALE": False,
         "PRECISION": heuristics.precision(capability, exact=dtype == "fp32"),
@@ -102,7 +103,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             return f"*{dtype}"
         if name.endswith("_stride") or parameter.do_not_specialize:
             return "i32"
-        return "*i64" if name == "exclude" else "*fp32"
+        return "*i64" if name in ("ids", "queue_ids", "filled") else "*fp32"
 
     return {parameter.name: type_of(parameter) for parameter in kernel.params}
 

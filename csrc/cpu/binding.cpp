@@ -84,12 +84,12 @@ Stack stack(const StackArg& rows, int64_t dim) {
 }
 
 Inputs inputs(const StackArg& first, const StackArg& second, Address queue, int64_t queue_stride, int64_t size,
-              int64_t dim, bool bf16, Address exclude, int threads) {
+              int64_t dim, bool bf16, Address ids, Address queue_ids, int threads) {
   check(size, dim, "queue");
-  if (size == 0 || dim == 0) throw py::value_error("the queue is empty");
+  if (dim == 0) throw py::value_error("rows have the width 0");
   if (threads < 1) throw py::value_error("threads must be at least 1");
-  Inputs in{{stack(first, dim), stack(second, dim)}, pointer<const void>(queue, "queue"), queue_stride, size, dim,
-            bf16, optional<const int64_t>(exclude)};
+  Inputs in{{stack(first, dim), stack(second, dim)}, size ? pointer<const void>(queue, "queue") : nullptr, queue_stride, size, dim,
+            bf16, optional<const int64_t>(ids), optional<const int64_t>(queue_ids)};
   check(all_rows(in), dim, "x");
   if (all_rows(in) == 0) throw py::value_error("x is empty");
   return in;
@@ -117,9 +117,9 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("lse_and_mean", [](const StackArg& first, const StackArg& second, Address queue, int64_t queue_stride,
-                           int64_t size, int64_t dim, bool bf16, Address exclude, Address lse, Address mean0,
-                           Address mean1, int threads, const std::string& isa) {
-    const Inputs in = inputs(first, second, queue, queue_stride, size, dim, bf16, exclude, threads);
+                           int64_t size, int64_t dim, bool bf16, Address ids, Address queue_ids, Address lse,
+                           Address mean0, Address mean1, int threads, const std::string& isa) {
+    const Inputs in = inputs(first, second, queue, queue_stride, size, dim, bf16, ids, queue_ids, threads);
     float* const mean[2] = {optional<float>(mean0), optional<float>(mean1)};
     float* const to = pointer<float>(lse, "lse");
     const Kernels& chosen = kernels(isa);
@@ -128,10 +128,10 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("relation", [](const StackArg& teacher, const StackArg& student, Address queue, int64_t queue_stride,
-                       int64_t size, int64_t dim, bool bf16, bool kl, double weight, bool total, Address loss,
-                       Address entropy, Address grad_q, Address lse, Address mean_t, int threads,
-                       const std::string& isa) {
-    const Inputs in = inputs(teacher, student, queue, queue_stride, size, dim, bf16, 0, threads);
+                       int64_t size, int64_t dim, bool bf16, Address ids, Address queue_ids, bool kl, double weight,
+                       bool total, Address loss, Address entropy, Address grad_q, Address lse, Address mean_t,
+                       int threads, const std::string& isa) {
+    const Inputs in = inputs(teacher, student, queue, queue_stride, size, dim, bf16, ids, queue_ids, threads);
     if (in.stacks[0].count == 0) throw py::value_error("k is empty");
     float *to_loss = pointer<float>(loss, "loss"), *to_entropy = pointer<float>(entropy, "entropy");
     float *to_lse = pointer<float>(lse, "lse"), *to_mean = pointer<float>(mean_t, "mean_t");
@@ -141,9 +141,9 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("vjp", [](const StackArg& x, Address queue, int64_t queue_stride, int64_t size, int64_t dim, bool bf16,
-                  Address exclude, Address lse, Address mean, Address g_lse, Address g_mean, Address g_row,
-                  Address grad_x, Address grad_queue, int threads, const std::string& isa) {
-    const Inputs in = inputs(x, {0, 0, 0, 0.0}, queue, queue_stride, size, dim, bf16, exclude, threads);
+                  Address ids, Address queue_ids, Address lse, Address mean, Address g_lse, Address g_mean,
+                  Address g_row, Address grad_x, Address grad_queue, int threads, const std::string& isa) {
+    const Inputs in = inputs(x, {0, 0, 0, 0.0}, queue, queue_stride, size, dim, bf16, ids, queue_ids, threads);
     if (grad_x || g_mean) pointer<float>(mean, "mean");
     const float* from = pointer<const float>(lse, "lse");
     const Kernels& chosen = kernels(isa);
@@ -158,7 +158,7 @@ PYBIND11_MODULE(_cpu, m) {
     const auto [address, stride, count, scale] = z;
     const int64_t half = count / 2;
     const StackArg second{address + half * stride * (bf16 ? 2 : 4), stride, half, scale};
-    return inputs({address, stride, half, scale}, second, address, stride, count, dim, bf16, 0, threads);
+    return inputs({address, stride, half, scale}, second, address, stride, count, dim, bf16, 0, 0, threads);
   };
 
   m.def("nt_xent", [views](const StackArg& z, int64_t dim, bool bf16, Address queue_lse, double weight, bool total,

@@ -140,10 +140,32 @@ void similarities(const typename E::Scalar* tile, int64_t stride, int64_t count,
     multiply<E, V>(count, tile + d, stride, 1, panel + d * kPanel, kPanel, min(step, depth - d), s, s_stride, d > 0);
 }
 
-// Sets the similarity of each row with its excluded queue row to -infinity.
-void apply_exclude(const int64_t* exclude, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
-  for (int64_t r = 0; r < min(rows, kPanel); ++r) {
-    if (exclude[r] >= first && exclude[r] < first + count) s[(exclude[r] - first) * s_stride + r] = -INFINITY;
+// Sets the similarities of rows [row, row + rows), at most a panel, with the queue rows that they leave out to -infinity.
+template <int V>
+void leave_out(const Inputs& in, int64_t row, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
+  rows = min(rows, kPanel);
+  if (!in.queue_ids) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t j = in.ids[row + r] - first;
+      if (j >= 0 && j < count) s[j * s_stride + r] = -INFINITY;
+    }
+    return;
+  }
+  uint32_t low[kPanel], high[kPanel];  // As halves, they fill as many vectors as the similarities.
+  for (int64_t r = 0; r < kPanel; ++r) {
+    const int64_t id = r < rows ? in.ids[row + r] : -1;
+    low[r] = static_cast<uint32_t>(id);
+    high[r] = static_cast<uint32_t>(id >> 32);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t id = in.queue_ids[first + j];
+    if (id < 0) continue;
+    const uint32_t id_low = static_cast<uint32_t>(id), id_high = static_cast<uint32_t>(id >> 32);
+    for (int v = 0; v < V; ++v) {
+      float* at = s + j * s_stride + v * kLanes;
+      const Int same = (load<Bits>(low + v * kLanes) == id_low) & (load<Bits>(high + v * kLanes) == id_high);
+      store(at, same ? broadcast(-INFINITY) : load<Float>(at));
+    }
   }
 }
 
@@ -304,8 +326,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
       const auto step = [&](auto width) {
         constexpr int V = decltype(width)::value;
         similarities<E, V>(tile.rows, tile.row_stride, count, panel, depth, memory.s, kPanel);
-        if (in.exclude)
-          apply_exclude(in.exclude + block.row + row, block.rows - row, first, count, memory.s, kPanel);
+        if (in.ids) leave_out<V>(in, block.row + row, block.rows - row, first, count, memory.s, kPanel);
         if (float* to = kept_similarities(in, block.row + row, first)) std::memcpy(to, memory.s, 4 * count * kPanel);
         online_softmax_step<E, V>(memory.s, count, memory.scale + row, memory.soft[row / kPanel], tile.columns,
                                   tile.column_stride, dim, mean);
@@ -417,11 +438,11 @@ struct Packed {
     pad(g.low + row, rows, low);
     pad(g.base + row, rows, base);
   }
-  // Computes the weights of panel row / kPanel with a tile into s, which has the similarities if they were kept. `u` is
-  // scratch memory of the same size.
+  // Computes the weights of panel row / kPanel with a tile into s, which has the similarities if they were kept. The
+  // panel has `rows` rows, which are those from from_row on of all. `u` is scratch memory of the same size.
   template <int V>
   void weights(const Inputs& in, const Cotangents& g, const Tile& tile, int64_t first, int64_t count, int64_t row,
-               const int64_t* exclude, int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
+               int64_t from_row, int64_t rows, float* s, int64_t s_stride, float* u, float* keep) const {
     if (in.similarities) {
       // s has them already.
     } else if (pairs(in)) {
@@ -432,7 +453,7 @@ struct Packed {
       similarities<Single, V>(tile.data, tile.stride, count, static_cast<const float*>(panels) + row * in.dim, in.dim,
                               s, s_stride);
     }
-    if (exclude && !in.similarities) apply_exclude(exclude, rows, first, count, s, s_stride);
+    if (in.ids && !in.similarities) leave_out<V>(in, from_row, rows, first, count, s, s_stride);
     if (g_panels) similarities<Single, V>(tile.data, tile.stride, count, g_panels + row * in.dim, in.dim, u, kPanel);
     const PanelTerms terms{scale + row, high + row, low + row, base + row};
     if (g.symmetric)
@@ -476,10 +497,9 @@ void backward_x(const Inputs& in, const Cotangents& g, const Block& block, doubl
     for (int64_t row = 0; row < block.rows; row += kPanel) {
       const auto step = [&](auto width) {
         constexpr int V = decltype(width)::value;
-        const int64_t* exclude = in.exclude ? in.exclude + block.row + row : nullptr;
         float* const kept = kept_similarities(in, block.row + row, first);
         float* const s = kept ? kept : memory.s;
-        memory.packed.weights<V>(in, g, tile, first, count, row, exclude, block.rows - row, s, kPanel, memory.u,
+        memory.packed.weights<V>(in, g, tile, first, count, row, block.row + row, block.rows - row, s, kPanel, memory.u,
                                  nullptr);
         Float sum[V] = {};
         for (int64_t j = 0; j < count; ++j)
@@ -568,8 +588,7 @@ void backward_queue(const Inputs& in, const Cotangents& g, int64_t begin, int64_
     for (int64_t from = 0; from < rows; from += group) {
       const int64_t depth = min(group, rows - from);
       for (int64_t row = from; row < from + depth; row += kPanel) {
-        const int64_t* exclude = in.exclude ? in.exclude + row : nullptr;
-        shared.packed.weights<2>(in, g, tile, first, count, row, exclude, rows - row, memory.w + row - from, group,
+        shared.packed.weights<2>(in, g, tile, first, count, row, row, rows - row, memory.w + row - from, group,
                                  memory.u, shared.row ? memory.p + row - from : nullptr);
       }
       add_weighted_rows(memory.w, count, shared.theta + from * shared.width, shared.width, depth, memory.sum, from > 0);

@@ -45,7 +45,7 @@ struct Grid {
     const int64_t count = std::max((rows + max_rows - 1) / max_rows, cached ? num_tasks(threads, 8, flop) : 0);
     block = ((rows + count - 1) / count + panel - 1) / panel * panel;
     const int64_t wanted = cached && blocks() >= threads ? 1 : num_tasks(threads, 4, flop);
-    num_splits = std::clamp<int64_t>((wanted + blocks() - 1) / blocks(), 1, size);
+    num_splits = std::clamp<int64_t>((wanted + blocks() - 1) / blocks(), 1, std::max<int64_t>(size, 1));
   }
   int64_t blocks() const { return (rows + block - 1) / block; }
   int64_t tasks() const { return blocks() * num_splits; }
@@ -88,7 +88,7 @@ struct Normalizers {
     const double scale = log2_scale(in.stacks[0].scale);
     for (int64_t r = 0; r < count; ++r) {
       const double exact = (static_cast<double>(lse[r]) + lse[count + r]) / kLn2;
-      // The values are clamped to float for any small scale. A row whose entries are all excluded has no weights; an
+      // The values are clamped to float for any small scale. A row that is left with nothing has no weights; an
       // infinite lse would make them NaN.
       const double most = FLT_MAX / 2;
       high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(std::clamp(exact / scale, -most, most));
@@ -128,7 +128,7 @@ struct WeightedRows {
   }
 };
 
-// The index of each row, which NT-Xent excludes.
+// The index of each row, which NT-Xent leaves out.
 std::vector<int64_t> own_rows(const Inputs& in) {
   std::vector<int64_t> own(all_rows(in));
   std::iota(own.begin(), own.end(), 0);
@@ -187,11 +187,16 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
   lse_and_mean(kernels, in, lse, mean, threads);
   const Stack &teacher = in.stacks[0], &student = in.stacks[1];
   const int64_t batch = teacher.count, count = all_rows(in), dim = in.dim;
-  const auto exact = [&](int64_t row) { return static_cast<double>(lse[row]) + lse[count + row]; };
+  // The cross-entropy of a row with the teacher's softmax, whose mean is `center`; 0 where they are left with nothing.
+  const auto cross_entropy = [&](const Stack& stack, int64_t row, int64_t index, const float* center) {
+    const double exact = static_cast<double>(lse[row]) + lse[count + row];
+    if (exact == -INFINITY) return 0.0;
+    const void* x = row_address(stack, index, in.bf16);
+    return exact - exact_scale(stack.scale) * dot(x, in.bf16, center, false, dim);
+  };
   std::vector<double> entropies(batch);  // of the teacher
   for (int64_t b = 0; b < batch; ++b) {
-    const void* k = row_address(teacher, b, in.bf16);
-    entropies[b] = exact(b) - exact_scale(teacher.scale) * dot(k, in.bf16, mean_t + b * dim, false, dim);
+    entropies[b] = cross_entropy(teacher, b, b, mean_t + b * dim);
     entropy[b] = static_cast<float>(entropies[b]);
   }
   const float factor = static_cast<float>(weight * student.scale);
@@ -199,8 +204,7 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
   for (int64_t r = 0; r < student.count; ++r) {
     const int64_t b = r % batch;
     const float* center = mean_t + b * dim;
-    const void* q = row_address(student, r, in.bf16);
-    const double cross = exact(batch + r) - exact_scale(student.scale) * dot(q, in.bf16, center, false, dim);
+    const double cross = cross_entropy(student, batch + r, r, center);
     const double row = kl ? cross - entropies[b] : cross;
     if (!total) loss[r] = static_cast<float>(row);
     sum += row;
@@ -240,7 +244,7 @@ void vjp(const Kernels& kernels, const Inputs& in, const float* lse, const float
   if (grad_queue) {
     const Memory shared = allocate(kernels.backward_queue_shared(in, g));
     kernels.backward_queue_pack(in, g, shared.get());
-    const int64_t tasks = std::clamp<int64_t>(num_tasks(threads, 16, 6.0 * count * in.size * dim), 1, in.size);
+    const int64_t tasks = std::clamp<int64_t>(num_tasks(threads, 16, 6.0 * count * in.size * dim), 1, std::max<int64_t>(in.size, 1));
     const int64_t scratch = aligned(kernels.backward_queue_scratch(in));
     const Memory memory = allocate(scratch * std::min<int64_t>(threads, tasks));
     parallel(threads, tasks, [&](int64_t task, int slot) {
@@ -254,7 +258,7 @@ void nt_xent(const Kernels& kernels, const Inputs& views, const float* queue_lse
              float* loss, float* lse, float* grad, int threads) {
   const std::vector<int64_t> own = own_rows(views);
   Inputs in = views;
-  in.exclude = own.data();
+  in.ids = own.data();
   const int64_t count = all_rows(in), batch = count / 2;
   const bool keep = grad && count * count <= kKept;
   const Memory similarities = allocate(keep ? 4 * count * (count + kernels.panel) : 0);
@@ -289,7 +293,7 @@ void nt_xent_vjp(const Kernels& kernels, const Inputs& views, const float* lse, 
                  int threads) {
   const std::vector<int64_t> own = own_rows(views);
   Inputs in = views;
-  in.exclude = own.data();
+  in.ids = own.data();
   const int64_t count = all_rows(in), batch = count / 2, dim = in.dim;
   const Normalizers by(in, lse);
   const WeightedRows found(kernels, in, {by.high.data(), by.low.data(), g, nullptr, nullptr, true}, threads);

@@ -143,7 +143,8 @@ RELSSL_DEFINE(RELSSL_MODULE) {
 
   m.def("forward", [](const StreamArg& stream, int capability, const RowsArg& first, const ScaleArg& scale_first,
                       const RowsArg& second, const ScaleArg& scale_second, const RowsArg& queue, int64_t dim, bool bf16,
-                      Address exclude, int64_t num_splits, int64_t step, Address stats, Address means) {
+                      Address ids, Address queue_ids, Address filled, int64_t num_splits, int64_t step, Address stats,
+                      Address means) {
     Forward in{};
     in.first = rows(first, "x", 0);
     in.second = rows(second, "x", 0);
@@ -153,7 +154,9 @@ RELSSL_DEFINE(RELSSL_MODULE) {
     in.queue_stride = std::get<1>(queue);
     in.scale_first = scale(scale_first);
     in.scale_second = scale(scale_second);
-    in.exclude = optional<const int64_t>(exclude);
+    in.ids = optional<const int64_t>(ids);
+    in.queue_ids = optional<const int64_t>(queue_ids);
+    in.filled = optional<const int64_t>(filled);
     in.num_first = count(std::get<2>(first), "x", 0);
     in.rows = count(std::get<2>(first) + std::get<2>(second), "x");
     in.size = count(std::get<2>(queue), "queue");

@@ -83,7 +83,7 @@ __device__ void merge_splits(const Row& row, double& lse, float (&weights)[MAX_S
     total += __shfl_xor_sync(~0u, total, lanes);
     divisor += __shfl_xor_sync(~0u, divisor, lanes);
   }
-  const float inverse = divisor == 0 ? 1 : 1 / divisor;  // The mean of a row whose entries are all excluded is 0.
+  const float inverse = divisor == 0 ? 1 : 1 / divisor;  // The mean of a row that is left with nothing is 0.
 #pragma unroll
   for (int i = 0; i < EACH; i++) weights[lane + 32 * i] = lane + 32 * i < in.num_splits ? shift[i] * inverse : 0;
   if (lane == 0) lse = static_cast<double>(top) * row.scale + log2(static_cast<double>(total));
@@ -179,6 +179,9 @@ __global__ void __launch_bounds__(MAX_DIM) combine_lse_and_mean(const __grid_con
   in.mean[static_cast<int64_t>(row) * in.dim + d] = mean;
 }
 
+// Returns a row's cross-entropy with the teacher's softmax, in units of log 2; 0 for a row that is left with nothing.
+__device__ double cross_entropy(double lse, float scale, double dot) { return lse == -INFINITY ? 0 : lse - scale * dot; }
+
 // loss = A(theta_s) - <theta_s, mean_t> (- H(p_t) if kl),  H(p_t) = A(theta_t) - <theta_t, mean_t>
 // grad_q = weight / temperature (mean_s - mean_t)
 template <class T>
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(MAX_DIM) combine_relation(const __grid_constan
   double dots[] = {static_cast<double>(q) * means[0], static_cast<double>(k) * means[0]};
   block_sum(dots, dim, shared);
   if (d) return;
-  const double cross = shared.lse[1] - c_s * dots[0], entropy = shared.lse[0] - c_t * dots[1];
+  const double entropy = cross_entropy(shared.lse[0], c_t, dots[1]), cross = cross_entropy(shared.lse[1], c_s, dots[0]);
   in.loss[row] = static_cast<float>((in.kl ? cross - entropy : cross) * LN2);
   store_lse(shared.lse[1], in.lse, in.batch + row, in.batch + in.rows);
   if (!first) return;

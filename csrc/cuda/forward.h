@@ -22,11 +22,15 @@ struct Forward {
   const uint16_t *first, *second, *queue;
   int64_t first_stride, second_stride, queue_stride;
   Scale scale_first, scale_second;
-  const int64_t* exclude;  // for each row of x the index of the queue row to exclude, or null
+  const int64_t* ids;        // of the rows of x, or null: a row leaves out the queue rows of its id, if not negative
+  const int64_t* queue_ids;  // of the queue rows, or null: their indices
+  const int64_t* filled;     // the number of queue rows in use, which come first, or null: all
   int num_first, rows, size, step;
   // The results of each split and row: shift, sum and divisor [3, num_splits, rows], and sum_j p_j m_j [num_splits,
   // rows, D]. Only kernels with MEAN write the divisor and the means.
   float *stats, *means;
+
+  __device__ int rows_in_use() const { return filled && *filled < size ? static_cast<int>(*filled) : size; }
 
   // Returns the address of row r of x, or null beyond the last row.
   __device__ const uint16_t* row_of_x(int r) const {

@@ -37,7 +37,8 @@ struct Block {
   const int part = warp % SHARING;                  // of the columns, if warps share rows
   const int top = warp / SHARING * 16 * FRAGMENTS;  // the warp's first row in the block
   const int begin = static_cast<int>(blockIdx.y) * in.step;
-  const int end = begin + in.step < in.size ? begin + in.step : in.size;
+  const int used = in.rows_in_use();
+  const int end = begin + in.step < used ? begin + in.step : used;
   const uint32_t x = shared_memory(), tiles = x + M * ROW;
   const uint32_t p = tiles + STAGES * N * ROW;  // of warps that share rows
   const Sharing sharing{part, top, p + 2 * M * N, 1 + warp / SHARING, 32 * SHARING};
@@ -71,7 +72,7 @@ struct Block {
     const int start = begin + index * N;
     if (start < end)
       fetch<N>(tiles + index % STAGES * N * ROW, [&](int r) -> const uint16_t* {
-        return start + r < in.size ? in.queue + (start + r) * in.queue_stride : nullptr;
+        return start + r < used ? in.queue + (start + r) * in.queue_stride : nullptr;
       });
     cp_async_commit();  // An empty group is committed, too, because waits count groups.
   }

@@ -64,7 +64,7 @@ struct Block {
   const int part = SHARING == 2 ? group : 0;
   const int top = (SHARING == 2 ? 0 : 64 * group) + 16 * warp;  // the warp's first row in the block
   const int begin = static_cast<int>(blockIdx.y) * in.step;
-  const int end = begin + in.step < in.size ? begin + in.step : in.size;
+  const int end = begin + in.step < in.rows_in_use() ? begin + in.step : in.rows_in_use();
   const int count = (end - begin + N - 1) / N;
   const uint32_t tiles = shared_memory(), x = tiles + STAGES * TILE;
   const uint32_t p = x + 2 * M * D;  // of warpgroups that share rows
@@ -265,6 +265,13 @@ struct Block {
     rows.finish();
   }
 
+  __device__ void store_nothing() const {
+    Rows rows(in, static_cast<int>(blockIdx.x) * M, sharing);
+    rows.template start<true>();
+    const typename Rows::Mean mean = {};
+    rows.store(mean, D);
+  }
+
   __device__ void consume() {
     fetch_x();
     Rows rows(in, static_cast<int>(blockIdx.x) * M, sharing);
@@ -284,6 +291,10 @@ struct Block {
 template <class T, int D, bool MEAN>
 __global__ void __launch_bounds__(GROUP + CONSUMERS, 1) forward(const __grid_constant__ Parameters parameters) {
   Block<T, D, MEAN> block(parameters);
+  if (block.count <= 0) {  // No row of this split is in use.
+    if (block.group >= 0) block.store_nothing();
+    return;
+  }
   block.prepare();
   if (block.group < 0) {
     fewer_registers<24>();

@@ -100,14 +100,16 @@ struct Softmax {
   const int lane = threadIdx.x % 32;
   float c[FRAGMENTS][2];  // scales
   float shift[FRAGMENTS][2], total[FRAGMENTS][2], divisor[FRAGMENTS][2];  // total and divisor: this lane's partial sums
-  const int lane_exclude;  // the queue row that the warp's row number `lane` excludes, for `needs_mask`
+  const int used;        // rows of the queue
+  const int lane_index;  // the queue row that the warp's row number `lane` leaves out by its index, for `needs_mask`
 
   __device__ Softmax(const Forward& in, int block_row, const Sharing& sharing)
       : in(in),
         sharing(sharing),
         first(block_row + sharing.top),
         column(sharing.part * COLUMNS),
-        lane_exclude(lane < 16 * FRAGMENTS ? excluded(first + lane) : -1) {
+        used(in.rows_in_use()),
+        lane_index(lane < 16 * FRAGMENTS && !in.queue_ids ? static_cast<int>(id(first + lane)) : -1) {
     static_assert(16 * FRAGMENTS <= 32, "a warp has no more rows than lanes");
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++)
@@ -118,10 +120,8 @@ struct Softmax {
   // Returns the row of x of half h of fragment f.
   __device__ int row(int f, int h) const { return first + 16 * f + 8 * h + lane / 4; }
 
-  // Returns the queue row that a row excludes, or -1. The caller has checked the range.
-  __device__ int excluded(int row) const {
-    return in.exclude && row < in.rows ? static_cast<int>(in.exclude[row]) : -1;
-  }
+  // Returns a row's id, or -1.
+  __device__ int64_t id(int row) const { return in.ids && row < in.rows ? in.ids[row] : -1; }
 
   template <bool ONLINE>
   __device__ void start() {
@@ -134,11 +134,11 @@ struct Softmax {
       }
   }
 
-  // Returns whether the tile of `size` rows from `start` on reaches beyond the queue, or holds a row that this warp
-  // excludes.
+  // Returns whether the tile of `size` rows from `start` on reaches beyond the queue, or may hold a row that this warp
+  // leaves out.
   __device__ bool needs_mask(int start, int size) const {
-    if (start + size > in.size) return true;
-    return in.exclude && __any_sync(~0u, static_cast<unsigned>(lane_exclude - start) < static_cast<unsigned>(size));
+    if (start + size > used || in.queue_ids) return true;
+    return in.ids && __any_sync(~0u, static_cast<unsigned>(lane_index - start) < static_cast<unsigned>(size));
   }
 
   // Sets these entries to -inf.
@@ -147,13 +147,14 @@ struct Softmax {
     for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int exclude = excluded(row(f, h));  // Loaded again, because few tiles need a mask.
+        const int64_t own = id(row(f, h));  // Loaded again, because few tiles need a mask.
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             const int j = start + column + 8 * n + lane % 4 * 2 + e;
-            if (j >= in.size || j == exclude) s[f][4 * n + 2 * h + e] = -INFINITY;
+            const bool out = j >= used || (own >= 0 && own == (in.queue_ids ? in.queue_ids[j] : j));
+            if (out) s[f][4 * n + 2 * h + e] = -INFINITY;
           }
       }
   }

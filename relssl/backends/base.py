@@ -7,10 +7,11 @@ product:
     mean_r = sum_j p_rj m_j                 its gradient, where p_rj = exp(<theta_r, m_j> - lse_r)
 
 x [R, D] and queue [K, D] have one dtype and any strides. A scale consists of Python floats, or is a tensor
-where a temperature is one. exclude is None or int64 [R] (-1: none). Everything else is float32 (float64 for
-float64 input), and so are results, which are contiguous, as torch.compile expects them, and share no memory
-with the arguments. lse comes in two parts, [2, R], whose sum it is: rounded to one float, a large one would
-carry its rounding into every p. An empty row (its only queue row is excluded) has lse = -inf and mean = 0.
+where a temperature is one. `exclude` is None or a common.Exclude of the rows. Everything else is float32
+(float64 for float64 input), and so are results, which are contiguous, as torch.compile expects them, and
+share no memory with the arguments. lse comes in two parts, [2, R], whose sum it is: rounded to one float, a
+large one would carry its rounding into every p. An empty row (all of the queue is left out) has lse = -inf
+and mean = 0; its relation loss, entropy and gradients are 0.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relssl.backends import tiles
-from relssl.backends.common import Cotangents, Saved, Scale, accumulator, to_dtype, total
+from relssl.backends.common import Cotangents, Exclude, Saved, Scale, accumulator, to_dtype, total
 
 
 class Backend(ABC):
@@ -36,11 +37,11 @@ class Backend(ABC):
 
     @abstractmethod
     def lse_and_mean(
-        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Exclude | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns lse [2, R] and mean [R, D], or [R, 0] without want_mean.
 
-        c_r is scale[0] for r < num_first and scale[1] from there on; row r leaves out queue row exclude[r].
+        c_r is scale[0] for r < num_first and scale[1] from there on.
         """
 
     def vjp(
@@ -60,10 +61,10 @@ class Backend(ABC):
 
     def relation(
         self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
-        want_grad: bool,
+        want_grad: bool, exclude: Exclude | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Computes functional.relation_loss of q [B, D] or [V, B, D], k [B, D] and the scales (student,
-        teacher).
+        teacher); exclude is that of the rows of k and then of q.
 
         Returns:
             loss: weight times the sum of the rows' losses, 0-d; these themselves, [B] or [V, B], if weight
@@ -77,18 +78,21 @@ class Backend(ABC):
         batch, rows = k.shape[0], q.reshape(-1, q.shape[-1])
         if want_grad:
             both = scale.flip(0) if isinstance(scale, Tensor) else scale[::-1]
-            lse, mean = self.lse_and_mean(torch.cat((k, rows)), queue, both, batch, None, True)
+            lse, mean = self.lse_and_mean(torch.cat((k, rows)), queue, both, batch, exclude, True)
         else:  # The student's mean is a quarter of the work.
-            lse_t, mean = self.lse_and_mean(k, queue, twice(scale[1:]), batch, None, True)
-            lse_s, _ = self.lse_and_mean(rows, queue, twice(scale[:1]), len(rows), None, False)
+            of_k, of_q = exclude_parts(exclude, batch)
+            lse_t, mean = self.lse_and_mean(k, queue, twice(scale[1:]), batch, of_k, True)
+            lse_s, _ = self.lse_and_mean(rows, queue, twice(scale[:1]), len(rows), of_q, False)
             lse = torch.cat((lse_t, lse_s), 1)
         theta = torch.cat((to_dtype(k, lse.dtype) * scale[1], to_dtype(rows, lse.dtype) * scale[0]))
-        return relation_of(theta, lse, mean, q, batch, scale, form, weight)
+        return relation_of(theta, lse, mean, q, batch, scale, form, weight, exclude is not None)
 
     def info_nce(
-        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Computes functional.info_nce of q [B, D] or [V, B, D] and k [B, D], with one scale.
+        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool,
+        exclude: Exclude | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Computes functional.info_nce of q [B, D] or [V, B, D] and k [B, D], with one scale; exclude is that
+        of q's rows.
 
         With z = A(theta) - <theta, k>, a row's loss is log(1 + exp z) and its sigma 1 / (1 + exp -z).
 
@@ -99,7 +103,7 @@ class Backend(ABC):
             lse: [2, V*B].
         """
         x = q.flatten(0, -2)
-        lse, mean = self.lse_and_mean(x, queue, twice(scale), x.shape[0], None, want_grad)
+        lse, mean = self.lse_and_mean(x, queue, twice(scale), x.shape[0], exclude, want_grad)
         positive = (to_dtype(q, lse.dtype) * to_dtype(k, lse.dtype)).sum(-1) * scale[0]
         # With 0 times itself: an infinite one becomes NaN, as in a softmax with it.
         positive = torch.add(positive, positive, alpha=0)
@@ -126,7 +130,8 @@ class Backend(ABC):
             lse: that of all negatives and the positive, [2, 2N].
         """
         rows, (x1, x2) = len(z), to_dtype(z, accumulator(z.dtype)).chunk(2)
-        lse, _ = self.lse_and_mean(z, z, twice(scale), rows, torch.arange(rows, device=z.device), False)
+        own = Exclude(torch.arange(rows, device=z.device), None, None)
+        lse, _ = self.lse_and_mean(z, z, twice(scale), rows, own, False)
         lse = lse if queue_lse is None else tiles.logaddexp(lse, queue_lse)
         high, low = lse.view(2, 2, -1)
         losses = (high - (x1 * x2).sum(1) * scale[0] + low).flatten()
@@ -161,6 +166,7 @@ def relation_of(
     scale: Scale,
     form: str,
     weight: float | None,
+    may_be_empty: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns what Backend.relation returns, from theta and lse of the rows of k and then of q.
 
@@ -173,11 +179,19 @@ def relation_of(
     else:
         grad_q = theta.new_empty(len(theta) - batch, 0)
     # Cross-entropies with the teacher: first its own, which is its entropy, then that of each student view.
-    high, low = lse.view(2, -1, batch)
+    finite = lse.masked_fill(lse.sum(0) == -torch.inf, 0) if may_be_empty else lse
+    high, low = finite.view(2, -1, batch)
     cross = high - (theta.view(-1, *mean_t.shape) * mean_t).sum(-1) + low
     entropy = cross[0]
     losses = (cross[1:] - entropy if form == "kl" else cross[1:].clone()).view(q.shape[:-1])
     return losses if weight is None else total(losses, weight), entropy, grad_q, lse, mean_t
+
+
+def exclude_parts(exclude: Exclude | None, batch: int) -> tuple[Exclude | None, Exclude | None]:
+    """Returns the exclusions of the first `batch` rows, and those of the rest."""
+    if exclude is None:
+        return None, None
+    return exclude.of(slice(batch)), exclude.of(slice(batch, None))
 
 
 def twice(scale: Scale) -> Scale:

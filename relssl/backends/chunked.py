@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from relssl.backends import tiles
-from relssl.backends.base import Backend, relation_of
-from relssl.backends.common import Scale, accumulator, to_dtype, total
+from relssl.backends.base import Backend, exclude_parts, relation_of
+from relssl.backends.common import Exclude, Scale, accumulator, to_dtype, total
 
 
 class Chunked(Backend):
@@ -15,7 +15,7 @@ class Chunked(Backend):
         return None
 
     def lse_and_mean(
-        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Exclude | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         theta = x.to(accumulator(x.dtype), copy=True)
         theta[:num_first].mul_(scale[0])
@@ -48,7 +48,7 @@ class Chunked(Backend):
 
     def relation(
         self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
-        want_grad: bool,
+        want_grad: bool, exclude: Exclude | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The inherited method with each row scaled once: small problems are bound by the number of calls."""
         batch, dtype = k.shape[0], accumulator(q.dtype)
@@ -56,9 +56,10 @@ class Chunked(Backend):
         teacher = to_dtype(k, dtype) * scale[1]
         theta = torch.cat((teacher, student))
         if want_grad:
-            lse, mean = tiles.lse_and_mean(theta, queue, None, True)
+            lse, mean = tiles.lse_and_mean(theta, queue, exclude, True)
         else:  # The student's mean is a quarter of the work.
-            lse_t, mean = tiles.lse_and_mean(teacher, queue, None, True)
-            lse_s, _ = tiles.lse_and_mean(student, queue, None, False)
+            of_k, of_q = exclude_parts(exclude, batch)
+            lse_t, mean = tiles.lse_and_mean(teacher, queue, of_k, True)
+            lse_s, _ = tiles.lse_and_mean(student, queue, of_q, False)
             lse = torch.cat((lse_t, lse_s), 1)
-        return relation_of(theta, lse, mean, q, batch, scale, form, weight)
+        return relation_of(theta, lse, mean, q, batch, scale, form, weight, exclude is not None)

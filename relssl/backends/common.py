@@ -14,6 +14,33 @@ Scale = list[float] | Tensor
 F = TypeVar("F", bound=Callable)
 
 
+class Exclude(NamedTuple):
+    """The queue rows that are left out: for each row of x those of its id, and for all those not filled yet.
+
+    Attributes:
+        ids: int64 [R], of the rows of x; a negative one matches nothing. None leaves out nothing by ids.
+        queue_ids: int64 [K], of the queue's rows; None stands for their indices.
+        filled: int64, 0-d, on the device: the number of rows in use, which come first; None uses all.
+    """
+
+    ids: Tensor | None
+    queue_ids: Tensor | None
+    filled: Tensor | None
+
+    def of(self, rows: slice) -> "Exclude":
+        """Returns the same for some of the rows."""
+        return self if self.ids is None else self._replace(ids=self.ids[rows])
+
+    def mask(self, queue: Tensor) -> Tensor:
+        """Returns which queue rows each row leaves out, bool [R, K]; [1, K] where there are no ids."""
+        index = torch.arange(len(queue), device=queue.device)
+        unused = (index < 0 if self.filled is None else index >= self.filled)[None]
+        if self.ids is None:
+            return unused
+        ids, queue_ids = self.ids[:, None], index if self.queue_ids is None else self.queue_ids
+        return unused | (ids == queue_ids) & (ids >= 0)
+
+
 class Saved(NamedTuple):
     """The arguments of Backend.lse_and_mean, with one scale for all rows, and its results.
 
@@ -21,7 +48,7 @@ class Saved(NamedTuple):
         x: rows [R, D].
         queue: [K, D].
         scale: 1/temperature, a number or a tensor on the device.
-        exclude: int64 [R], the queue row that each row of x leaves out, or -1; None leaves out none.
+        exclude: the queue rows that are left out, or None.
         lse: [2, R], two parts whose sum is the log-sum-exp.
         mean: [R, D], or None where it is not needed.
     """
@@ -29,7 +56,7 @@ class Saved(NamedTuple):
     x: Tensor
     queue: Tensor
     scale: float | Tensor
-    exclude: Tensor | None
+    exclude: Exclude | None
     lse: Tensor
     mean: Tensor | None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from relssl.backends.base import Backend
-from relssl.backends.common import Cotangents, Saved, Scale, flat, row_contiguous
+from relssl.backends.common import Cotangents, Exclude, Saved, Scale, flat, row_contiguous
 
 try:
     from relssl import _cpu  # type: ignore[attr-defined]
@@ -53,13 +53,12 @@ class Cpu(Backend):
         return Cpu(name)
 
     def lse_and_mean(
-        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Exclude | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
-        x, queue = row_contiguous(x), row_contiguous(queue)
+        x, queue, ids = row_contiguous(x), *_left_out(row_contiguous(queue), exclude)
         count, dim = x.shape
         lse = x.new_empty(2, count, dtype=torch.float32)
         mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
-        exclude = exclude if exclude is None else exclude.contiguous()
         first, second, rest = _stack(x, scale[0]), NONE, 0
         if num_first < count:  # Slices take as long as all else here.
             first, second = _stack(x[:num_first], scale[0]), _stack(x[num_first:], scale[1])
@@ -69,7 +68,7 @@ class Cpu(Backend):
             first,
             second,
             *_queue(queue),
-            _address(exclude),
+            *map(_address, ids),
             lse.data_ptr(),
             *means,
             torch.get_num_threads(),
@@ -79,11 +78,11 @@ class Cpu(Backend):
 
     def relation(
         self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
-        want_grad: bool,
+        want_grad: bool, exclude: Exclude | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, dim = k.shape
         shape, dtype = q.shape, torch.float32
-        q, k, queue = flat(q), row_contiguous(k), row_contiguous(queue)
+        q, k, queue, ids = flat(q), row_contiguous(k), *_left_out(row_contiguous(queue), exclude)
         count = q.shape[0]
         loss = q.new_empty(shape[:-1] if weight is None else (), dtype=dtype)
         entropy = q.new_empty(batch, dtype=dtype)
@@ -93,6 +92,7 @@ class Cpu(Backend):
             _stack(k, scale[1]),
             _stack(q, scale[0]),
             *_queue(queue),
+            *map(_address, ids),
             form == "kl",
             1.0 if weight is None else weight,
             weight is not None,
@@ -146,14 +146,15 @@ class Cpu(Backend):
     def vjp(
         self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
-        x, queue = row_contiguous(saved.x), row_contiguous(saved.queue)
+        x, (queue, ids) = row_contiguous(saved.x), _left_out(row_contiguous(saved.queue), saved.exclude)
         grad_x, grad_queue = (
             t.new_empty(t.shape[0] if wanted else 0, t.shape[1], dtype=torch.float32)
-            for t, wanted in ((x, want_x), (queue, want_queue))
+            for t, wanted in ((x, want_x), (saved.queue, want_queue))
         )
+        grad_queue[queue.shape[0] :] = 0  # of rows that are not filled
         # Kept by name, so that a copy made here lives as long as its address is in use.
         g = cotangents
-        optional = saved.exclude, saved.lse, saved.mean, g.g_lse, g.g_mean, g.g_row
+        optional = *ids, saved.lse, saved.mean, g.g_lse, g.g_mean, g.g_row
         given = [t if t is None else t.contiguous() for t in optional]
         _cpu.vjp(
             _stack(x, saved.scale),
@@ -168,10 +169,19 @@ class Cpu(Backend):
 
 
 NONE = 0, 0, 0, 0.0  # a stack without rows
+NO_IDS = None, None
 
 
 def _stack(x: Tensor, scale: float | Tensor) -> tuple[int, int, int, float]:
     return x.data_ptr(), x.stride(0), x.shape[0], float(scale)
+
+
+def _left_out(queue: Tensor, exclude: Exclude | None) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Returns the rows of the queue in use, and ids and queue_ids as the kernels read them."""
+    if exclude is None:
+        return queue, NO_IDS
+    ids, queue_ids, filled = (t if t is None else t.contiguous() for t in exclude)
+    return queue if filled is None else queue[: int(filled)], (ids, queue_ids)
 
 
 def _queue(queue: Tensor) -> tuple[int, int, int, int, bool]:

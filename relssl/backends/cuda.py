@@ -17,8 +17,9 @@ from torch import Tensor
 from relssl._compat import constant_result
 from relssl.backends.base import Backend
 from relssl.backends.chunked import Chunked
-from relssl.backends.common import Cotangents, Saved, Scale
+from relssl.backends.common import Cotangents, Exclude, Saved, Scale
 from relssl.backends.common import total as weighted_sum
+from relssl.backends.launching import NOTHING
 from relssl.backends.split_combine import SplitCombine
 from relssl.backends.triton import Triton
 
@@ -104,7 +105,7 @@ class Cuda(SplitCombine[Partials, Number]):
 
     def forward(
         self, first: Tensor, second: Tensor, queue: Tensor, scales: tuple[Number, Number],
-        exclude: Tensor | None, want_mean: bool,
+        exclude: Exclude | None, want_mean: bool,
     ) -> Partials:  # fmt: skip
         (size, dim), rows = queue.shape, first.shape[0] + second.shape[0]
         place = _place(queue)
@@ -118,8 +119,8 @@ class Cuda(SplitCombine[Partials, Number]):
         means = queue.new_empty((number, rows, dim) if want_mean else 0, dtype=torch.float32)
         _cuda.forward(
             place, capability, _rows(first), scales[0], _rows(second), scales[1], _rows(queue), dim,
-            _is_bf16(queue), 0 if exclude is None else exclude.data_ptr(), number, step, stats.data_ptr(),
-            _wanted(means),
+            _is_bf16(queue), *(0 if t is None else t.data_ptr() for t in exclude or NOTHING), number, step,
+            stats.data_ptr(), _wanted(means),
         )  # fmt: skip
         return stats, means
 

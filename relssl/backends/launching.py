@@ -19,6 +19,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as tiles.py has them
 
 
+NOTHING = None, None, None  # is left out: the tensors of an Exclude
+
+
+def exclude_flags(ids: Tensor | None, queue_ids: Tensor | None, filled: Tensor | None) -> dict[str, Any]:
+    """Returns the constants of a kernel that decide what it leaves out: see kernels/common.py."""
+    return {"EXCLUDE": 0 if ids is None else 1 if queue_ids is None else 2, "FILLED": filled is not None}
+
+
 @cache
 def kernels() -> SimpleNamespace:
     """Returns the kernels and what belongs to them. The first call imports Triton."""

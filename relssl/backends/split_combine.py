@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from relssl.backends.base import Backend
-from relssl.backends.common import Scale, flat
+from relssl.backends.base import Backend, exclude_parts
+from relssl.backends.common import Exclude, Scale, flat
 
 Partials = TypeVar("Partials")
 KernelScale = TypeVar("KernelScale")
@@ -38,9 +38,12 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
     @abstractmethod
     def forward(
         self, first: Tensor, second: Tensor, queue: Tensor, scales: tuple[KernelScale, KernelScale],
-        exclude: Tensor | None, want_mean: bool,
+        exclude: Exclude | None, want_mean: bool,
     ) -> Partials:  # fmt: skip
-        """Returns the partials of the rows of `first` [., D], then of `second`, which have a scale each."""
+        """Returns the partials of the rows of `first` [., D], then of `second`, which have a scale each.
+
+        The tensors of exclude are contiguous.
+        """
 
     @abstractmethod
     def combine_lse_and_mean(
@@ -94,10 +97,10 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         """Writes what Backend.info_nce returns to the last arguments, as combine_relation does."""
 
     def lse_and_mean(
-        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Tensor | None, want_mean: bool
+        self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Exclude | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         x, queue, scale = self.kernel_layout(x), self.kernel_layout(queue), _contiguous_float(scale)
-        exclude = exclude if exclude is None else exclude.contiguous()
+        exclude = contiguous(exclude)
         count, dim = x.shape
         lse = x.new_empty(2, count, dtype=torch.float32)
         mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
@@ -109,12 +112,12 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
 
     def relation(
         self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, form: str, weight: float | None,
-        want_grad: bool,
+        want_grad: bool, exclude: Exclude | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, dim = k.shape
         views = q.shape[:-1]
         q, k, queue = self.kernel_layout(flat(q)), self.kernel_layout(k), self.kernel_layout(queue)
-        scale = _contiguous_float(scale)
+        scale, exclude = _contiguous_float(scale), contiguous(exclude)
         count = q.shape[0]
         lse = q.new_empty((2, batch + count), dtype=torch.float32)
         shapes = views, batch, (*views, dim) if want_grad else (count, 0), (batch, dim)
@@ -123,10 +126,11 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         with self.device_guard(q):
             c_s, c_t = self.kernel_scales(scale)
             if want_grad:
-                teacher = student = self.forward(k, q, queue, (c_t, c_s), None, True)
+                teacher = student = self.forward(k, q, queue, (c_t, c_s), exclude, True)
             else:  # The student's mean is a quarter of the work.
-                teacher = self.forward(k, k[:0], queue, (c_t, c_t), None, True)
-                student = self.forward(q, q[:0], queue, (c_s, c_s), None, False)
+                of_k, of_q = exclude_parts(exclude, batch)
+                teacher = self.forward(k, k[:0], queue, (c_t, c_t), of_k, True)
+                student = self.forward(q, q[:0], queue, (c_s, c_s), of_q, False)
             offset, factor = batch if want_grad else 0, 1.0 if weight is None else weight
             self.combine_relation(
                 q, k, (c_s, c_t), teacher, student, offset, form, factor,
@@ -135,11 +139,12 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         return losses if loss is None else loss, entropy, grad_q, lse, mean_t
 
     def info_nce(
-        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, queue: Tensor, scale: Scale, weight: float | None, want_grad: bool,
+        exclude: Exclude | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         views = q.shape[:-1]
         q, k, queue = self.kernel_layout(flat(q)), self.kernel_layout(k), self.kernel_layout(queue)
-        scale = _contiguous_float(scale)
+        scale, exclude = _contiguous_float(scale), contiguous(exclude)
         count, dim = q.shape
         lse = q.new_empty((2, count), dtype=torch.float32)
         shapes = views, views, (*views, dim) if want_grad else (count, 0)
@@ -147,10 +152,14 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         loss = None if weight is None else lse.new_empty(())
         with self.device_guard(q):
             (c,) = self.kernel_scales(scale)
-            partials = self.forward(q, q[:0], queue, (c, c), None, want_grad)
+            partials = self.forward(q, q[:0], queue, (c, c), exclude, want_grad)
             factor = 1.0 if weight is None else weight
             self.combine_info_nce(q, k, c, partials, factor, losses, loss, sigma, grad_q, lse)
         return losses if loss is None else loss, sigma, grad_q, lse
+
+
+def contiguous(exclude: Exclude | None) -> Exclude | None:
+    return None if exclude is None else Exclude(*(t if t is None else t.contiguous() for t in exclude))
 
 
 def _contiguous_float(scale: Scale) -> Scale:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from relssl.backends.common import Cotangents, Saved, Scale, accumulator, to_dtype
+from relssl.backends.common import Cotangents, Exclude, Saved, Scale, accumulator, to_dtype
 
 # Elements of a similarity tile. On the CPU 2 MiB of float32: near the L2 cache, and past 4 MiB the allocator
 # returns memory to the system after every tile. The GPU's figure is a guess, and so is the limit of 2,048
@@ -23,7 +23,7 @@ def tile_size(x: Tensor) -> int:
 
 
 def lse_and_mean(
-    theta: Tensor, queue: Tensor, exclude: Tensor | None, want_mean: bool
+    theta: Tensor, queue: Tensor, exclude: Exclude | None, want_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns lse [2, R] and mean [R, D], or [R, 0], of scaled rows."""
     high: Tensor  # Not one sum: see the contract.
@@ -33,10 +33,11 @@ def lse_and_mean(
         p = logits.softmax(1)
         # The largest probability is exp(largest logit - lse).
         part_high, part_low = logits.amax(1), p.amax(1).log_().neg_()
-        if exclude is not None and tile.shape[0] == 1:  # A tile of one row, and that left out.
-            empty = exclude == columns.start
+        if exclude is not None:  # A row of which all is left out has the sum 0 beside a finite shift.
+            empty = part_high == -torch.inf
             p.masked_fill_(empty[:, None], 0)
-            part_low.masked_fill_(empty, 0)
+            part_low.masked_fill_(empty, -torch.inf)
+            part_high.masked_fill_(empty, torch.finfo(p.dtype).min)
         part_mean = torch.mm(p, tile) if want_mean else p[:, :0]
         if columns.start == 0:
             high, low, mean = part_high, part_low, part_mean
@@ -46,8 +47,9 @@ def lse_and_mean(
         part_low += part_high.sub_(largest)
         high, total = largest, torch.logaddexp(low, part_low)
         if want_mean:
-            mean.mul_(low.sub_(total).exp_()[:, None])
-            mean.addcmul_(part_mean, part_low.sub_(total).exp_()[:, None])
+            finite = total if exclude is None else total.clamp_min(torch.finfo(total.dtype).min)
+            mean.mul_(low.sub_(finite).exp_()[:, None])
+            mean.addcmul_(part_mean, part_low.sub_(finite).exp_()[:, None])
         low = total
     return torch.stack((high, low)), mean
 
@@ -67,8 +69,8 @@ def vjp(saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool) ->
     def weights() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         for columns, tile, logits in _tiles(theta, queue, exclude):
             p = logits.sub_(high).sub_(low).exp_()
-            if exclude is not None and len(queue) == 1:  # An empty row: exp(-inf - -inf).
-                p.masked_fill_((exclude == 0)[:, None], 0)
+            if exclude is not None:  # A row left with nothing: exp(-inf - -inf).
+                p.masked_fill_(high + low == -torch.inf, 0)
             w = p * base if g_mean is None else torch.addmm(base, g_mean, tile.T).mul_(p)
             yield columns, tile, p, w
 
@@ -99,7 +101,7 @@ def nt_xent_vjp(z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
     theta, own = x * scale[0], torch.arange(len(z), device=z.device)
     high, low = lse
     grad = -positive_terms(x, g)
-    for columns, tile, logits in _tiles(theta, z, own):
+    for columns, tile, logits in _tiles(theta, z, Exclude(own, None, None)):
         p = (logits - high[:, None]).sub_(low[:, None]).exp_().mul_(g[:, None])
         p_mirrored = logits.sub_(high[columns]).sub_(low[columns]).exp_().mul_(g[columns])
         grad.addmm_(p.add_(p_mirrored), tile)
@@ -118,7 +120,7 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack((high, torch.logaddexp(a[1] + (a[0] - high), b[1] + (b[0] - high))))
 
 
-def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _tiles(theta: Tensor, queue: Tensor, exclude: Exclude | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yields (columns, queue tile [T, D], logits [R, T])."""
     size, dtype = queue.shape[0], theta.dtype
     width = max(128, min(2048, tile_size(theta) // theta.shape[0]))
@@ -127,7 +129,19 @@ def _tiles(theta: Tensor, queue: Tensor, exclude: Tensor | None) -> Iterator[tup
         tile = to_dtype(queue if width >= size else queue[start:stop], dtype)
         logits = torch.mm(theta, tile.T)
         if exclude is not None:
-            own = (exclude - start)[:, None]
-            at = own.clamp(0, stop - start - 1)
-            logits.scatter_(1, at, logits.gather(1, at).masked_fill_(own == at, -torch.inf))
+            _leave_out(exclude, start, stop, logits)
         yield slice(start, stop), tile, logits
+
+
+def _leave_out(exclude: Exclude, start: int, stop: int, logits: Tensor) -> None:
+    """Sets the logits [R, T] of the excluded ones among the queue rows from `start` to `stop` to -inf."""
+    ids, queue_ids, filled = exclude
+    if ids is not None and queue_ids is None:
+        own = (ids - start)[:, None]
+        at = own.clamp(0, stop - start - 1)
+        logits.scatter_(1, at, logits.gather(1, at).masked_fill_(own == at, -torch.inf))
+    elif ids is not None and queue_ids is not None:
+        of_rows = ids[:, None]
+        logits.masked_fill_((of_rows == queue_ids[start:stop]) & (of_rows >= 0), -torch.inf)
+    if filled is not None:
+        logits.masked_fill_(torch.arange(start, stop, device=logits.device) >= filled, -torch.inf)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from relssl._compat import constant_result
 from relssl.backends import launching
-from relssl.backends.common import Cotangents, Saved, Scale, row_contiguous, to_dtype
-from relssl.backends.split_combine import SplitCombine
+from relssl.backends.common import Cotangents, Exclude, Saved, Scale, row_contiguous, to_dtype
+from relssl.backends.split_combine import SplitCombine, contiguous
 from relssl.backends.tiles import positive_terms
 from relssl.backends.triton_backward import Backward
 
@@ -77,17 +77,18 @@ class Triton(SplitCombine[Partials, Any]):
 
     def forward(
         self, first: Tensor, second: Tensor, queue: Tensor, scales: tuple[Any, Any],
-        exclude: Tensor | None, want_mean: bool,
+        exclude: Exclude | None, want_mean: bool,
     ) -> Partials:  # fmt: skip
         """What a kernel of specialised warps cannot take, the default kernel does."""
         device_scales = [c if isinstance(c, Tensor) else None for c in scales]  # numbers may vary
         # Not read from the arguments, but launches differ by it: see launching.precision.
         fp32_precision = queue.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
+        tensors = first, second, queue, *(exclude or launching.NOTHING)
         launch = launching.cached_launch(
-            _forward_launch, queue.get_device(), first, second, queue, exclude, *device_scales,
-            want_mean, fp32_precision, self._variant,
+            _forward_launch, queue.get_device(), *tensors, *device_scales, want_mean, fp32_precision,
+            self._variant,
         )  # fmt: skip
-        return launch(first, second, queue, exclude, *scales)
+        return launch(*tensors, *scales)
 
     def combine_lse_and_mean(
         self, partials: Partials, scales: tuple[Any, Any], num_first: int, lse: Tensor, mean: Tensor
@@ -132,9 +133,9 @@ class Triton(SplitCombine[Partials, Any]):
         x, queue, scale, exclude, lse, mean = saved
         x, queue = row_contiguous(x), row_contiguous(queue)
         (rows, dim), lse = x.shape, lse.contiguous()
-        exclude, g_lse, g_mean, g_row = (
+        g_lse, g_mean, g_row = (
             t if t is None else t.contiguous()
-            for t in (exclude, cotangents.g_lse, cotangents.g_mean, cotangents.g_row)
+            for t in (cotangents.g_lse, cotangents.g_mean, cotangents.g_row)
         )
         grad_x = grad_queue = lse.new_empty(0, dim)
         g_lse = lse.new_zeros(rows) if g_lse is None else g_lse
@@ -143,7 +144,7 @@ class Triton(SplitCombine[Partials, Any]):
         if g_mean is not None:
             base = base - (mean * g_mean).sum(1)
         with launching.device_guard(x):
-            launch = Backward(x, queue, exclude, scale, lse, g_mean)
+            launch = Backward(x, queue, contiguous(exclude), scale, lse, g_mean)
             if want_x or g_mean is not None:
                 totals, weighted = launch.x(base, want_x)
                 # sum_j w_j must be g_lse. What rounding leaves goes out along the mean: without it a sharp
@@ -189,8 +190,9 @@ def _describable(t: Tensor) -> bool:
 
 
 def _forward_launch(
-    device: int, first: Tensor, second: Tensor, queue: Tensor, exclude: Tensor | None, *rest: Any
-) -> Any:
+    device: int, first: Tensor, second: Tensor, queue: Tensor, ids: Tensor | None, queue_ids: Tensor | None,
+    filled: Tensor | None, *rest: Any,
+) -> Any:  # fmt: skip
     *device_scales, want_mean, _fp32_precision, variant = rest
     kernels, chip = launching.kernels(), launching.chip(device)
     heuristics, (size, dim) = kernels.heuristics, queue.shape
@@ -198,7 +200,8 @@ def _forward_launch(
     dtype = launching.DTYPE_NAMES[queue.dtype]
     plain = heuristics.forward(chip, dtype, dim)
     tiles = _tiles(variant, chip, dtype, dim)
-    specialised = tiles.specialised and exclude is None and all(map(_describable, (first, second, queue)))
+    all_in_use = ids is None and filled is None
+    specialised = tiles.specialised and all_in_use and all(map(_describable, (first, second, queue)))
     if tiles.specialised and not specialised:
         tiles = plain
     tma = _describable(queue)
@@ -206,7 +209,8 @@ def _forward_launch(
     def constants(tiles: Any, **flags: bool) -> dict[str, Any]:
         return {
             "DIM": dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_D": heuristics.width(dim),
-            "MEAN": want_mean, "EXCLUDE": exclude is not None, "EVEN": size % tiles.block_n == 0,
+            "MEAN": want_mean, "EVEN": size % tiles.block_n == 0 and filled is None,
+            **launching.exclude_flags(ids, queue_ids, filled),
             "FIXED": dtype != "fp16", "DEVICE_SCALE": device_scales[0] is not None,
             "PRECISION": launching.precision(chip, queue.dtype), "CHUNK": tiles.chunk,
             "PACK": heuristics.packs(chip.capability), "TMA": tiles.tma and tma, "REDO": False,
@@ -218,7 +222,7 @@ def _forward_launch(
         kernel = kernels.specialised
     sizes = first.stride(0), second.stride(0), queue.stride(0), num_first, rows, size
     scales = [1.0 if c is None else c for c in device_scales]
-    arguments = first, second, queue, exclude, *scales, torch.float32, torch.float32, *sizes, 1
+    arguments = first, second, queue, ids, queue_ids, filled, *scales, torch.float32, torch.float32, *sizes, 1
     slots = launching.with_resident(chip, kernel, tiles, constants(tiles), *arguments)
     num_splits, step = heuristics.split_queue(blocks * tiles.block_m, size, dim, tiles, slots)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}

@@ -1,0 +1,162 @@
+"""Losses that leave out queue rows by their ids, and those not filled yet, against the oracle row by row."""
+
+import pytest
+import torch
+from checks import (
+    BACKENDS,
+    INTERPRETED,
+    LeftOut,
+    backends_of,
+    batch,
+    check_info_nce,
+    check_logsumexp,
+    check_nt_xent,
+    check_relation,
+    every,
+    to_device,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import unit
+
+from relssl import FeatureQueue
+from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HUGE = 2**62  # Ids that differ in their upper or their lower halves alone.
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Views, rows, size of the queue, width; ids are drawn of so many; rows that are filled.
+SHAPES = [
+    (None, 1, 1, 8, 1, None),  # nothing is left
+    (None, 5, 300, 40, 3, None),  # a third is left out, as with classes
+    (2, 37, 130, 16, 400, None),  # few are
+    (3, 4, 70, 24, 2, 33),
+    (None, 3, 40, 8, 5, 0),  # an empty queue
+    (None, 33, 65, 8, 2, 64),
+]
+
+
+def drawn_ids(count, of):
+    ids = torch.randint(0, of, (count,))
+    apart = torch.tensor([0, HUGE, 2**32])[torch.randint(0, 3, (count,))]
+    return torch.where(torch.rand(count) < 0.15, -1, ids + apart)
+
+
+def left_out(backend, rows, size, of, filled=None):
+    return LeftOut(backend, drawn_ids(rows, of), drawn_ids(size, of), filled)
+
+
+@pytest.mark.parametrize("shape", SHAPES[: 3 if INTERPRETED else None], ids=str)
+@pytest.mark.parametrize("loss", ["kl", "ce", "info_nce", "nt_xent", "logsumexp"])
+@every(*DTYPES)
+def test_losses_and_gradients(dtype, loss, shape, backend):
+    views, rows, size, dim, of, filled = shape
+    q, k, queue = batch(views, rows, size, dim, dtype)
+    out = left_out(backend, rows, size, of, filled)
+    if loss == "info_nce":
+        check_info_nce(q, k, queue, 0.2, backend, left_out=out)
+    elif loss == "nt_xent":
+        check_nt_xent(q if views is None else q[0], k, queue, 0.5, backend, "mean", left_out=out)
+    elif loss == "logsumexp":
+        if all(out.rows):  # An infinite lse is compared in test_rows_left_with_nothing.
+            check_logsumexp(k, queue, 0.1, backend, left_out=out)
+    else:
+        check_relation(q, k, queue, 0.1, 0.04, loss, backend, left_out=out)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@backends_of(*BACKENDS)
+def test_reductions(reduction, backend):
+    q, k, queue = batch(2, 9, 50, 12, torch.float32)
+    for filled in (None, 23):
+        out = left_out(backend, 9, 50, 2, filled)
+        check_relation(q, k, queue, 0.1, 0.04, "kl", backend, reduction, left_out=out)
+        check_info_nce(q, k, queue, 0.2, backend, reduction, left_out=out)
+        check_nt_xent(q[0], k, queue, 0.5, backend, reduction, left_out=out)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="slow")
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 140), size=st.integers(1, 5000), dim=st.integers(1, 40),
+    of=st.sampled_from([1, 2, 10, 10_000]), share=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_any_shape(backend, rows, size, dim, of, share, dtype, seed):
+    torch.manual_seed(seed)
+    size = min(size, 100_000 // rows)
+    q, k, queue = batch(None, rows, size, dim, dtype)
+    out = left_out(backend, rows, size, of, share if share is None else int(size * share))
+    check_relation(q, k, queue, 0.1, 0.04, "kl", backend, drawn=True, left_out=out)
+    check_nt_xent(q, k, queue, 0.5, backend, drawn=True, left_out=out)
+
+
+def everything(q, k, queue, ids, backend, **others):
+    """Returns all losses, unreduced."""
+    how = {"ids": ids, "backend": backend, **others}
+    loss, entropy = relation_loss(q, k, queue, reduction="none", return_entropy=True, **how)
+    return (
+        loss, entropy, info_nce(q, k, queue, reduction="none", **how),
+        nt_xent(q, k, queue=queue, reduction="none", **how), *queue_logsumexp(k, queue, 0.1, **how),
+    )  # fmt: skip
+
+
+@backends_of(*BACKENDS)
+def test_rows_left_with_nothing(backend):
+    q, k, rows = to_device(backend, unit(3, 8), unit(3, 8), unit(40, 8))
+    ids, queue_ids = to_device(backend, torch.tensor([5, -1, 7]), torch.full((40,), 5))
+    inputs = [t.requires_grad_() for t in (q, k, rows)]
+    loss, entropy, nce, xent, lse, mean = everything(q, k, rows, ids, backend, queue_ids=queue_ids)
+    assert loss[0] == entropy[0] == nce[0] == 0 and lse[0] == -torch.inf and not mean[0].any()
+    assert (loss[1:] > 0).all() and (nce[1:] > 0).all() and lse[1:].isfinite().all()
+    alone = nt_xent(q, k, reduction="none", backend=backend)
+    torch.testing.assert_close(xent[[0, 3]], alone[[0, 3]])
+    assert (xent[[1, 2, 4, 5]] > alone[[1, 2, 4, 5]]).all()
+    total = loss.sum() + nce.sum() + xent.sum() + mean.sum() + lse.exp().sum()
+    grads = torch.autograd.grad(total, inputs, retain_graph=True)
+    assert all(g.isfinite().all() for g in grads)
+    of_row = torch.autograd.grad(loss[0] + nce[0] + mean[0].sum(), inputs)
+    assert not any(g.any() for g in of_row)
+
+
+@backends_of(*BACKENDS)
+def test_an_empty_queue(backend):
+    q, k = to_device(backend, unit(3, 8), unit(3, 8))
+    queue = FeatureQueue(16, 8, start="empty", device=q.device)
+    loss, entropy, nce, xent, lse, mean = everything(q.requires_grad_(), k, queue, None, backend)
+    assert not loss.any() and not entropy.any() and not nce.any() and not mean.any()
+    assert (lse == -torch.inf).all()
+    torch.testing.assert_close(xent, nt_xent(q, k, reduction="none", backend=backend))
+    (grad,) = torch.autograd.grad(loss.sum() + nce.sum(), q)
+    assert not grad.any()
+    queue.enqueue(k)
+    for got, expected in zip(
+        everything(q, k, queue, None, backend), everything(q, k, k, None, backend), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+@backends_of(*BACKENDS)
+def test_own_copies_change_nothing(backend):
+    """InfoNCE of a queue with the images' own keys, which are left out, is that of the other rows."""
+    q, k, others = to_device(backend, unit(6, 16), unit(6, 16), unit(50, 16))
+    ids = to_device(backend, torch.arange(6) + 100)
+    rows = torch.cat((k, others[:20], k, others[20:]))
+    of_others = torch.arange(50, device=ids.device)
+    queue_ids = torch.cat((ids, of_others[:20], ids, of_others[20:]))
+    how = {"reduction": "none", "backend": backend}
+    for i in range(6):  # Each row's queue also has the other images' keys.
+        rest = torch.cat((k[:i], k[i + 1 :], others, k[:i], k[i + 1 :]))
+        got = info_nce(q, k, rows, ids=ids, queue_ids=queue_ids, **how)[i]
+        torch.testing.assert_close(got, info_nce(q[i : i + 1], k[i : i + 1], rest, **how)[0])
+
+
+@backends_of(*BACKENDS)
+def test_exclude_is_the_case_of_indices(backend):
+    x, queue = to_device(backend, unit(5, 8), unit(40, 8))
+    exclude, index = to_device(backend, torch.tensor([3, -1, 39, 0, 3]), torch.arange(40))
+    by_index = queue_logsumexp(x, queue, 0.1, exclude=exclude, backend=backend)
+    by_ids = queue_logsumexp(x, queue, 0.1, ids=exclude, queue_ids=index, backend=backend)
+    assert all(map(torch.equal, by_index, by_ids))
