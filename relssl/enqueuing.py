@@ -40,6 +40,10 @@ def _op(
     rows: Tensor, ids: Tensor | None, pointer: Tensor, count: Tensor, keys: Tensor, key_ids: Tensor | None
 ) -> None:
     run = _way(rows, ids, pointer, count)
+    if run is not _by_cpu:  # C++ has a check of its own.
+        for to, new in (rows, keys), (ids, key_ids):
+            if to is not None and new is not None and _overlap(to, new):
+                raise RuntimeError("keys and the queue share memory: pass a clone")
     run(rows, ids, pointer, count, keys, key_ids)
     if run is not _by_torch:
         # Autograd, and the guard of a queue that changes before backward, see no write to an address.
@@ -98,9 +102,6 @@ def _by_triton(
     if keys.dtype not in launching.DTYPE_NAMES:  # The kernel casts those; others are rounded as by torch.
         keys = keys.to(rows.dtype)
     key_ids = None if key_ids is None else key_ids.contiguous()
-    for to, new in (rows, keys), (ids, key_ids):
-        if to is not None and new is not None and _overlap(to, new):
-            raise RuntimeError("keys and the queue share memory: pass a clone")
     with launching.device_guard(rows):
         launch = launching.cached_launch(_launch, rows.get_device(), rows, ids, pointer, count, keys, key_ids)
         launch(rows, ids, pointer, count, keys, key_ids, *keys.stride(), keys.shape[0], rows.shape[0])
