@@ -87,8 +87,8 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
         flags = {"MEAN": True, "KL": True, "TOTAL": True, "GRAD": True, "DEVICE_SCALE": False}
         kernel = getattr(combine, f"combine_{name}")
         yield Case(f"combine_{name}", kernel, dtype, dim, tiles, fitting | flags)
-    flags = {"IDS": True, "column_stride": 1}
-    yield Case("enqueue", enqueue.enqueue, dtype, dim, Tiles(0, 0, 4, 1), enqueue.blocks(dim) | flags)
+    constants = enqueue.blocks(dim) | {"IDS": True, "column_stride": 1}
+    yield Case("enqueue", enqueue.enqueue, dtype, dim, Tiles(0, 0, 4, 1), constants)
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
