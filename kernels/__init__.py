@@ -4,9 +4,10 @@
     specialised.py the same with specialised warps, a candidate for Hopper and later
     combine.py     splits merged, and the losses as epilogues of that
     backward.py    backward through lse and mean
+    enqueue.py     a batch written into a queue, in one launch
     common.py      what these share
     tiles.py       tiles: one table for each chip
     heuristics.py  the choice of tiles, and the splits of the queue
 
-relssl/backends/triton.py launches them.
+relssl/backends/triton.py launches them, and relssl/enqueuing.py enqueue.py's.
 """

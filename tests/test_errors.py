@@ -6,6 +6,7 @@ import torch
 from oracle import unit
 
 from relssl import FeatureQueue
+from relssl.backends import cpu
 from relssl.functional import cluster_contrast, info_nce, queue_logsumexp, relation_loss
 
 B, K, D = 3, 7, 8
@@ -270,6 +271,56 @@ def test_enqueue(keys, error, match):
     assert all(torch.equal(t, before[name]) for name, t in queue.state_dict().items())
     queue.enqueue(unit(2, D))
     assert (int(queue.pointer), int(queue.count)) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "match"),
+    [
+        (None, ValueError, "ids must be given: the queue keeps them"),
+        ([1, 2, 3], TypeError, "ids must be an int64 tensor, got list"),
+        (torch.arange(B).int(), TypeError, "ids must be an int64 tensor, got torch.int32"),
+        (torch.arange(B).float(), TypeError, "ids must be an int64 tensor, got torch.float32"),
+        (torch.arange(B).to_sparse(), TypeError, "ids must be a dense tensor, got torch.sparse_coo"),
+        (torch.arange(B - 1), ValueError, r"ids must be \[B\] = \[3\], got shape \(2,\)"),
+        (torch.arange(B)[:, None], ValueError, r"ids must be \[B\] = \[3\], got shape \(3, 1\)"),
+        (torch.arange(B, device="meta"), RuntimeError, "ids is on meta, but keys on cpu"),
+    ],
+)
+def test_enqueue_with_ids(ids, error, match):
+    queue = FeatureQueue(K, D, ids=True)
+    before = {name: t.clone() for name, t in queue.state_dict().items()}
+    with pytest.raises(error, match=match):
+        queue.enqueue(torch.ones(B, D), ids)
+    assert all(torch.equal(t, before[name]) for name, t in queue.state_dict().items())
+
+
+def test_enqueue_with_ids_into_a_queue_without():
+    with pytest.raises(ValueError, match="ids must be None: the queue keeps none"):
+        FeatureQueue(K, D).enqueue(torch.ones(B, D), torch.arange(B))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_enqueue_of_the_queues_own_memory(native, monkeypatch):
+    queue = FeatureQueue(K, D, ids=True)
+    if not native:
+        monkeypatch.setattr(cpu, "_cpu", None)
+    before = {name: t.clone() for name, t in queue.state_dict().items()}
+    for keys, ids in (
+        (queue.rows[1:4], torch.arange(3)),
+        (queue.rows[-1:].expand(3, D), torch.arange(3)),
+        (torch.ones(3, D), queue.ids[-3:]),
+    ):
+        with pytest.raises(RuntimeError, match="keys and the queue share memory: pass a clone"):
+            queue.enqueue(keys, ids)
+        assert all(torch.equal(t, before[name]) for name, t in queue.state_dict().items())
+    queue.enqueue(queue.rows[1:4].clone(), torch.arange(3))
+
+
+def test_feature_queue_options():
+    with pytest.raises(ValueError, match="start must be one of random, zeros, empty; got 'ones'"):
+        FeatureQueue(K, D, start="ones")
+    with pytest.raises(TypeError, match="ids must be True or False, got Tensor"):
+        FeatureQueue(K, D, ids=torch.arange(K))
 
 
 @pytest.mark.parametrize(("size", "dim"), [(0, D), (K, 0), (-1, D)])

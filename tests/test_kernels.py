@@ -40,6 +40,7 @@ CASES = [
     for dim in dims
     for case in resources.cases(capability, dim, dtype)
     if not case.name.startswith("combine") or (capability in (80, 89, 90) and dtype == "bf16")
+    if case.name != "enqueue" or (dtype == "bf16" and dim == 128)
 ]
 
 
@@ -112,6 +113,19 @@ def test_a_loss_is_stored_before_its_program_arrives(name):
     assert "bar.sync" in before.rsplit("st.global", 1)[1]
     assert "bar.sync" in after[: after.index("ld.global")]
     assert re.findall(r"ld\.global\S*", after) == ["ld.global.cg.b32"] * 4  # 1,024 losses of 256 threads
+
+
+def test_the_pointer_is_read_before_a_program_arrives():
+    """The last one to arrive moves it. The interpreter runs programs one after the other."""
+    (case,) = (case for case in resources.cases(90, 128, "bf16") if case.name == "enqueue")
+    ptx = resources.compiled(case, 90).asm["ptx"]
+    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.u64", ptx)
+    pointer = re.search(r"ld\.global\.b64 \S+ \S+ \S+ \[ (%rd\d+)", before)[1]
+    assert "bar.sync" in before.rsplit("ld.global", 1)[1]
+    assert "ld.global" not in after
+    stores = re.findall(r"(bar\.sync|st\.global\S* \[ %rd\d+)", after)
+    assert stores[:2] == ["bar.sync", f"st.global.b64 [ {pointer}"] and len(stores) == 3
+    assert "ld.global.v4" in before and "st.global.v4" in before  # whole sectors
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import unit
 
+from relssl import FeatureQueue, enqueuing
 from relssl.backends import launching
 from relssl.functional import info_nce, relation_loss
 
@@ -46,6 +47,18 @@ def test_without_a_gradient_no_operation_of_torch(idle):
     # The student's mean is a quarter of the work: it is left out, in a forward pass of its own.
     for loss, expected in (relation_loss, 3), (info_nce, 2):
         assert launch.launched(lambda loss=loss: loss(q, k, queue, backend="triton")) == (expected, [])
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_enqueue_is_one_launch(idle, ids):
+    """Of other strides, and of another dtype, too."""
+    queue, keys = FeatureQueue(100, 16, dtype=torch.bfloat16, ids=ids), unit(16, 8).T
+    launch.launches.clear()
+    with launch.Operations() as own:
+        enqueuing._by_triton(
+            queue.rows, queue.ids, queue.pointer, queue.count, keys, torch.arange(8) if ids else None
+        )
+    assert (len(launch.launches), own.names) == (1, ["aten::arange"] * ids)
 
 
 DRIVEN = """

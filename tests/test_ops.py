@@ -133,6 +133,16 @@ def test_opcheck(layout, scale, dtype, backend):
         torch.library.opcheck(ops.lse_and_mean_vjp.default, arguments)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_enqueue(layout, dtype):
+    for ids, batch in ((True, 3), (False, 9)):
+        queue = FeatureQueue(5, 8, dtype=dtype, ids=ids)
+        keys, own = LAYOUTS[layout](unit(batch, 8)), (queue.rows, queue.ids, queue.pointer, queue.count)
+        arguments = (*own, keys, torch.arange(batch) if ids else None)
+        torch.library.opcheck(torch.ops.relssl.enqueue.default, arguments)
+
+
 def losses(q, k, queue, tau):
     lse, mean = queue_logsumexp(q, queue, tau)
     return (

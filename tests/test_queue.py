@@ -1,6 +1,7 @@
-"""Tests FeatureQueue against a Python list, without synchronisation, and on several ranks."""
+"""Tests FeatureQueue against Python's deque, without synchronisation, and on several ranks."""
 
 from collections import deque
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,38 @@ from oracle import unit
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relssl import FeatureQueue
+from relssl import FeatureQueue, enqueuing
+from relssl.backends import cpu
+from relssl.functional import relation_loss
+
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.T.contiguous().T,
+    "sliced": lambda t: torch.cat((t, t), 1)[:, : t.shape[1]],
+    "every other": lambda t: t.repeat_interleave(2, 0)[::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+class Ring:
+    """The oracle: the rows and their ids, the oldest first, and the number of rows seen."""
+
+    def __init__(self, queue):
+        self.size, self.seen = len(queue), 0
+        self.entries = deque(((tuple(row), -1) for row in queue.rows.tolist()), maxlen=self.size)
+
+    def enqueue(self, keys, ids):
+        self.entries.extend((tuple(row), int(id)) for row, id in zip(keys.tolist(), ids, strict=True))
+        self.seen += len(keys)
+
+    def check(self, queue):
+        assert int(queue.pointer) == self.seen % self.size
+        assert int(queue.count) == min(self.seen, self.size)
+        oldest_first = queue.rows.roll(-int(queue.pointer), 0)  # The pointer is at the oldest row.
+        assert list(map(tuple, oldest_first.tolist())) == [row for row, _ in self.entries]
+        if queue.ids is not None:
+            assert queue.ids.roll(-int(queue.pointer)).tolist() == [id for _, id in self.entries]
 
 
 def test_random_unit_norm_start():
@@ -44,25 +76,62 @@ def test_start_is_not_the_callers_first_noise():
     assert not torch.isclose(FeatureQueue(50, 8, seed=0).rows, noise).all(1).any()
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    size=st.integers(1, 12),
-    batches=st.lists(st.integers(1, 30), max_size=8),  # up to more than twice the queue
-)
-def test_first_in_first_out(size, batches):
-    queue = FeatureQueue(size, 2)
-    model = deque(map(tuple, queue.rows.tolist()), maxlen=size)
-    seen = 0
-    for batch in batches:
-        keys = torch.arange(seen, seen + batch).float()[:, None].expand(-1, 2)
-        queue.enqueue(keys)
-        model.extend(map(tuple, keys.tolist()))
-        seen += batch
-        assert int(queue.pointer) == seen % size
-        assert int(queue.count) == min(seen, size)
-        # The pointer is at the oldest row.
-        oldest_first = queue.rows.roll(-int(queue.pointer), 0)
-        assert list(map(tuple, oldest_first.tolist())) == list(model)
+@pytest.mark.parametrize("way", ["cpu", "torch"])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_first_in_first_out(way, data):
+    """Also where it is saved and goes on as another queue, and every buffer's version moves."""
+    draw = data.draw
+    size, dim, dtype = draw(st.integers(1, 12)), draw(st.integers(1, 9)), draw(st.sampled_from(FLOATS))
+    options = {"dtype": dtype, "ids": draw(st.booleans())}
+    queue = FeatureQueue(size, dim, **options)
+    ring = Ring(queue)
+    for batch in draw(st.lists(st.integers(1, 30), max_size=8)):  # up to more than twice the queue
+        keys = torch.randn(batch, dim, dtype=torch.float64).to(draw(st.sampled_from(FLOATS)))
+        keys = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](keys)
+        ids = torch.randint(-2, 9, (2 * batch,))[::2]
+        if draw(st.booleans()):
+            saved, queue = queue.state_dict(), FeatureQueue(size, dim, **options, start="zeros")
+            queue.load_state_dict(saved)
+        versions = [t._version for t in queue.buffers()]
+        with mock.patch.object(cpu, "_cpu", cpu._cpu if way == "cpu" else None):
+            queue.enqueue(keys, ids if options["ids"] else None)
+        assert all(t._version > old for t, old in zip(queue.buffers(), versions, strict=True))
+        ring.enqueue(keys.to(dtype), ids)
+        ring.check(queue)
+
+
+def test_the_ways_to_enqueue():
+    """A buffer of another layout or dtype, which load_state_dict can assign, has no address to write to."""
+    queue = FeatureQueue(5, 8, ids=True)
+    state = {name: t.clone() for name, t in queue.state_dict().items()}
+    assert enqueuing._way(queue.rows, queue.ids, queue.pointer, queue.count) is enqueuing._by_cpu
+    for name, other in (
+        ("rows", torch.empty(8, 5).T.copy_(state["rows"])),
+        ("ids", torch.full((10,), -1)[::2]),
+        ("pointer", state["pointer"].int()),
+        ("count", state["count"].int()),
+    ):
+        unshared = {key: t.clone() for key, t in state.items()}
+        queue.load_state_dict(unshared | {name: other}, assign=True)
+        assert enqueuing._way(queue.rows, queue.ids, queue.pointer, queue.count) is enqueuing._by_torch
+        ring = Ring(queue)
+        keys = unit(3, 8)
+        queue.enqueue(keys, torch.arange(3))
+        ring.enqueue(keys, range(3))
+        ring.check(queue)
+
+
+@pytest.mark.parametrize("pointer", [-2, 12])
+def test_a_pointer_out_of_range_writes_within_the_queue(pointer):
+    queue = FeatureQueue(5, 8)
+    queue.pointer.fill_(pointer)
+    before, keys = queue.rows.clone(), unit(2, 8)
+    queue.enqueue(keys)
+    first = pointer % 5
+    before[first : first + 2] = keys
+    assert torch.equal(queue.rows, before)
+    assert int(queue.pointer) == first + 2 - 5 * (first == 3)
 
 
 def test_enqueue_copies():
@@ -116,6 +185,29 @@ def test_reset():
     assert (int(queue.pointer), int(queue.count)) == (0, 0)
 
 
+@pytest.mark.parametrize("start", ["zeros", "empty"])
+def test_start_with_zeros(start):
+    queue = FeatureQueue(5, 8, start=start, ids=True)
+    assert queue.rows.shape == (5, 8) and not queue.rows.any()
+    assert queue.ids.tolist() == [-1] * 5
+    queue.enqueue(unit(3, 8), torch.arange(3))
+    assert queue.filled is (queue.count if start == "empty" else None)
+    assert int(queue.count) == 3
+    queue.reset()
+    assert not queue.rows.any() and queue.ids.tolist() == [-1] * 5 and int(queue.count) == 0
+    assert FeatureQueue(5, 8).filled is None
+
+
+def test_state_dict_with_ids():
+    queue, plain = FeatureQueue(5, 8, ids=True), FeatureQueue(5, 8)
+    assert set(queue.state_dict()) == {"rows", "pointer", "count", "ids"} and plain.ids is None
+    plain.load_state_dict(FeatureQueue(5, 8).state_dict())  # as before there were ids
+    with pytest.raises(RuntimeError, match=r'Missing key.*"ids"'):
+        queue.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"ids"'):
+        plain.load_state_dict(queue.state_dict())
+
+
 def test_no_host_synchronisation():
     # On an accelerator any of these would wait for the device; on the CPU they are only detected.
     class Watch(TorchDispatchMode):
@@ -125,25 +217,44 @@ def test_no_host_synchronisation():
             self.calls += (op.overloadpacket.__name__,)
             return op(*args, **(kwargs or {}))
 
-    queue = FeatureQueue(5, 8)
+    queue = FeatureQueue(5, 8, ids=True)
+    keys, ids = unit(7, 8), torch.arange(7)
     with Watch() as watch:
-        queue.enqueue(unit(3, 8))
-        queue.enqueue(unit(7, 8))
-    assert "index_copy_" in watch.calls
+        queue.enqueue(keys[:3], ids[:3])
+        enqueuing._by_torch(queue.rows, queue.ids, queue.pointer, queue.count, keys, ids)
+    assert watch.calls.count("enqueue") == 1 and watch.calls.count("index_copy_") == 2
     assert not {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"} & set(watch.calls)
 
 
 def test_compiles_once():
-    queue, plain = FeatureQueue(10, 8), FeatureQueue(10, 8)
+    queue, plain = FeatureQueue(10, 8, ids=True), FeatureQueue(10, 8, ids=True)
     counter = CompileCounter()
     enqueue = torch.compile(queue.enqueue, backend=counter, fullgraph=True)
     for _ in range(4):  # wraps around in the third
-        keys = unit(4, 8)
-        enqueue(keys)
-        plain.enqueue(keys)
+        keys, ids = unit(4, 8), torch.randint(9, (4,))
+        enqueue(keys, ids)
+        plain.enqueue(keys, ids)
     assert counter.frame_count == 1
     for name, value in plain.state_dict().items():
         assert torch.equal(queue.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "way", ["cpu", "torch", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_every_way_to_enqueue_is_noticed_by_double_backward(way, monkeypatch):
+    queue, q = FeatureQueue(16, 8, ids=True), unit(4, 8).requires_grad_()
+    loss = relation_loss(q, unit(4, 8), queue)
+    if way == "torch":
+        monkeypatch.setattr(cpu, "_cpu", None)
+    run = queue.enqueue
+    if way in ("aot_eager", "inductor"):
+        run = torch.compile(run, fullgraph=True, backend=way)
+    versions = [t._version for t in queue.buffers()]
+    run(unit(3, 8), torch.arange(3))
+    assert all(t._version > old for t, old in zip(queue.buffers(), versions, strict=True))
+    with pytest.raises(RuntimeError, match="queue has changed since the forward pass"):
+        torch.autograd.grad(loss, q, create_graph=True)
 
 
 @pytest.mark.alone
@@ -158,5 +269,6 @@ def test_gather_over_processes(tmp_path):
         expected = [(r, s, i) for s in range(2) for r in range(2) for i in range(2)]
         expected = torch.tensor([expected[7], *expected[1:7]]).float()
         assert torch.equal(rank["rows"], expected)
+        assert torch.equal(rank["ids"], (expected @ torch.tensor([100.0, 10.0, 1.0])).long())
         assert not rank["requires_grad"]
         assert (rank["pointer"], rank["count"]) == (1, 7)

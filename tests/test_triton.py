@@ -1,5 +1,6 @@
 """Tests Triton's kernels beyond the grid of test_losses.py, on a GPU or in the interpreter."""
 
+import itertools
 from importlib.metadata import version
 
 import checks
@@ -17,7 +18,7 @@ from checks import (
 )
 from oracle import unit
 
-from relssl import backends
+from relssl import FeatureQueue, backends, enqueuing
 from relssl.backends import launching
 from relssl.backends.common import Exclude
 from relssl.functional import queue_logsumexp, relation_loss
@@ -408,6 +409,64 @@ def test_bad_values_on_a_device_make_nan(triton):
     scale = to_device("triton", torch.tensor([float("nan")] * 2))
     lse, mean = triton.lse_and_mean(x, queue, scale, 5, None, True)
     assert lse.isnan().all() and mean.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [3, slow_if_interpreted(64), slow_if_interpreted(100), 1024])
+def test_enqueue(dim, dtype):
+    """Against torch's own operations, of which test_queue.py has an oracle; versions move as theirs do."""
+    for size, count, ids in itertools.product((1, 7, 100), (1, 5, 130), (False, True)):
+        queue, plain = (FeatureQueue(size, dim, dtype=dtype, ids=ids) for _ in range(2))
+        queue.to(device("triton"))
+        for other, layout in (
+            (dtype, lambda t: t),
+            (torch.float32, lambda t: t.T.contiguous().T),
+            (torch.float16, lambda t: t[:1].expand_as(t)),
+            (torch.float64, lambda t: torch.cat((t, t), 1)[:, :dim]),
+        ):
+            keys, key_ids = layout(torch.randn(count, dim).to(other)), torch.arange(2 * count)[::2]
+            versions = [t._version for t in queue.buffers()]
+            moved = to_device("triton", keys), to_device("triton", key_ids) if ids else None
+            queue.enqueue(*moved)
+            assert all(t._version > old for t, old in zip(queue.buffers(), versions, strict=True))
+            enqueuing._by_torch(plain.rows, plain.ids, plain.pointer, plain.count, keys, key_ids)
+            for name, t in plain.state_dict().items():
+                assert torch.equal(queue.state_dict()[name].cpu(), t), (size, count, name)
+    assert enqueuing._way(queue.rows, queue.ids, queue.pointer, queue.count) is enqueuing._by_triton
+
+
+def test_opcheck_of_enqueue():
+    queue, keys = FeatureQueue(5, 16, ids=True, device=device("triton")), unit(16, 9).T
+    arguments = queue.rows, queue.ids, queue.pointer, queue.count, *to_device("triton", keys, torch.arange(9))
+    torch.library.opcheck(torch.ops.relssl.enqueue.default, arguments)
+
+
+def test_enqueue_of_the_queues_own_memory():
+    queue = FeatureQueue(5, 16, device=device("triton"))
+    before = queue.rows.clone()
+    with pytest.raises(RuntimeError, match="keys and the queue share memory"):
+        queue.enqueue(queue.rows[2:4])
+    assert torch.equal(queue.rows, before) and queue.pointer.item() == 0
+    queue.enqueue(queue.rows[2:4].clone())
+
+
+@gpu_only
+def test_enqueue_in_a_cuda_graph():
+    queue, plain = FeatureQueue(10, 16, ids=True, device="cuda"), FeatureQueue(10, 16, ids=True)
+    keys, ids = torch.zeros(4, 16), torch.zeros(4, dtype=torch.int64)
+    given = keys.cuda(), ids.cuda()
+    queue.enqueue(*given)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        queue.enqueue(*given)
+    plain.enqueue(keys, ids)
+    for step in range(4):
+        for t in (keys, ids, *given):
+            t.fill_(step)
+        graph.replay()
+        plain.enqueue(keys, ids)
+    for name, t in plain.state_dict().items():
+        assert torch.equal(queue.state_dict()[name].cpu(), t), name
 
 
 @pytest.mark.parametrize("rows", [1, 4, 11, 16])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import tables
 import triton
-from relssl.kernels import backward, combine, forward, heuristics, specialised
+from relssl.kernels import backward, combine, enqueue, forward, heuristics, specialised
 from relssl.kernels.heuristics import AMD, Chip, Tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
-    """Yields the forward kernels with a gradient, the backward kernels, and the combine kernels."""
+    """Yields the forward kernels with a gradient, the backward kernels, the combine kernels, and enqueue."""
     chip = Chip(capability, PROCESSORS, heuristics.version(triton.__version__))
     common = {
         "DIM": dim,
@@ -88,6 +88,8 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
         flags = {"MEAN": True, "KL": True, "TOTAL": True, "GRAD": True, "DEVICE_SCALE": False}
         kernel = getattr(combine, f"combine_{name}")
         yield Case(f"combine_{name}", kernel, dtype, dim, tiles, fitting | flags)
+    constants = enqueue.blocks(dim) | {"IDS": True, "column_stride": 1}
+    yield Case("enqueue", enqueue.enqueue, dtype, dim, Tiles(0, 0, 4, 1), constants)
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -99,11 +101,12 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             return "constexpr"
         if name.startswith("scale") or name == "weight":
             return "fp32"
-        if name in ("first", "second", "queue", "x", "q", "k"):
-            return f"*{dtype}"
         if name.endswith("_stride") or parameter.do_not_specialize:
             return "i32"
-        return "*i64" if name in ("ids", "queue_ids", "filled") else "*fp32"
+        if name in ("first", "second", "queue", "x", "q", "k", "rows", "keys"):
+            return f"*{dtype}"
+        indices = "ids", "queue_ids", "key_ids", "filled", "pointer", "count"
+        return "*i64" if name in indices else "*fp32"
 
     return {parameter.name: type_of(parameter) for parameter in kernel.params}
 
@@ -199,7 +202,7 @@ def row(case: Case, capability: int) -> tables.Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    # sm_89 has the kernels of sm_86; the combine kernels are left out, too: they never spill.
+    # sm_89 has the kernels of sm_86; the combine kernels and enqueue are left out, too: they never spill.
     chips = [capability for capability in CAPABILITIES if capability != 89]
     parser.add_argument("--capability", type=int, nargs="*", default=chips)
     parser.add_argument("--dim", type=int, nargs="*", default=DIMS)
@@ -211,7 +214,7 @@ def main() -> None:
         row(case, capability)
         for capability, dtype, dim in sizes
         for case in cases(capability, dim, dtype)
-        if not case.name.startswith("combine")
+        if not case.name.startswith(("combine", "enqueue"))
     )
     if options.json:
         tables.write(options.json, rows, triton=triton.__version__)

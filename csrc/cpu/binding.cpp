@@ -5,11 +5,13 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../addresses.h"
+#include "enqueue.h"
 #include "losses.h"
 #include "threads.h"
 
@@ -179,6 +181,20 @@ PYBIND11_MODULE(_cpu, m) {
     const Kernels& chosen = kernels(isa);
     py::gil_scoped_release release;
     nt_xent_vjp(chosen, in, from, weights, to, threads);
+  });
+
+  m.def("enqueue", [](Address rows, int64_t size, int64_t row_bytes, Address ids, Address to, Address count,
+                      Address keys, int64_t batch, int64_t stride, Address key_ids) {
+    check(size, row_bytes, "rows");
+    check(batch, row_bytes, "keys");
+    if (size == 0) throw py::value_error("the queue is empty");
+    const Ring ring{pointer<char>(rows, "rows"), size, row_bytes, optional<int64_t>(ids),
+                    pointer<int64_t>(to, "pointer"), pointer<int64_t>(count, "count")};
+    const Keys from{pointer<const char>(keys, "keys"), batch, stride,
+                    ids ? pointer<const int64_t>(key_ids, "key_ids") : nullptr};
+    if (overlaps(ring, from)) throw std::runtime_error("keys and the queue share memory: pass a clone");
+    py::gil_scoped_release release;
+    enqueue(ring, from);
   });
 
   // Runs multiply-adds in registers on all threads and returns their flop: its time gives the processor's peak rate.

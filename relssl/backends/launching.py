@@ -33,7 +33,7 @@ def kernels() -> SimpleNamespace:
     from triton import __version__
     from triton.runtime._allocation import NullAllocator, _allocator
 
-    from relssl.kernels import backward, combine, forward, heuristics, specialised
+    from relssl.kernels import backward, combine, enqueue, forward, heuristics, specialised
 
     return SimpleNamespace(
         NullAllocator=NullAllocator,
@@ -43,6 +43,8 @@ def kernels() -> SimpleNamespace:
         combine_info_nce=combine.combine_info_nce,
         combine_lse_and_mean=combine.combine_lse_and_mean,
         combine_relation=combine.combine_relation,
+        enqueue=enqueue.enqueue,
+        enqueue_blocks=enqueue.blocks,
         forward=forward.forward,
         heuristics=heuristics,
         lse_to_log2=backward.lse_to_log2,
