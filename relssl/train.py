@@ -80,10 +80,10 @@ class _Trainer:
         smallest = min(map(len, self.passes.values()))
         if smallest < config.batch_size:
             raise ValueError(f"batch size {config.batch_size} exceeds the {smallest} training images")
-        if config.queue_size > smallest and distributed.rank() == 0:
+        if config.queue_size > smallest and not config.exclude_own and distributed.rank() == 0:
             warnings.warn(
                 f"the queue of {config.queue_size} exceeds the {smallest} training images: it has earlier"
-                " embeddings of the same images that it is compared with",
+                " embeddings of the same images that it is compared with; --exclude-own leaves them out",
                 stacklevel=3,
             )
         torch.manual_seed(config.seed)
@@ -150,8 +150,9 @@ class _Trainer:
             group["lr"] = lr
         state.method.epoch = state.epoch + state.step / self.steps
         images = batch.images.to(self.device, non_blocking=True)
+        ids = batch.indices.to(self.device, non_blocking=True) if self.config.exclude_own else None
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            loss, logs = self.forward(images, pass_name)
+            loss, logs = self.forward(images, pass_name, ids)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
