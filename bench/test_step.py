@@ -32,11 +32,13 @@ class Columns(nn.Module):
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.queue = eager.Queue(rows)
-        self.enqueue = self.queue.enqueue
+
+    def enqueue(self, keys: Tensor, ids: None = None) -> None:
+        self.queue.enqueue(keys)
 
 
 class EagerNTXent(nn.Module):
-    def forward(self, z1: Tensor, z2: Tensor, queue: None) -> Tensor:
+    def forward(self, z1: Tensor, z2: Tensor, queue: None, ids: None) -> Tensor:
         return eager.nt_xent(z1, z2, NT_XENT)
 
 

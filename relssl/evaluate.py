@@ -204,7 +204,7 @@ def extract_features(
     """
     features, labels = [], []
     batches = [indices.tolist() for indices in torch.arange(len(images)).split(batch)]
-    for x, y in load_batches(images, batches, skipped=skipped):
+    for x, y, _ in load_batches(images, batches, skipped=skipped):
         features.append(encode(x).float())
         labels.append(y.to(features[-1].device))
     if not features:

@@ -1,4 +1,4 @@
-"""Names in the checkpoints of earlier versions of relssl, and what they are called now."""
+"""What checkpoints of earlier versions of relssl call by another name, and the settings that they lack."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,14 +7,17 @@ from typing import Any
 KEYS = {"steps": "steps_per_epoch", "unjudged": "evaluation_due", "randomness": "rng_states"}
 # Settings in its config.
 SETTINGS = {"judge_every": "eval_every", "standardise": "normalize"}
+# Settings that its config may lack, with the values that change nothing.
+ADDED = {"exclude_own": False}
 # Submodules in its names of parameters and buffers.
 MODULES = {"standardise": "normalize"}
 
 
 def replace_old_names(contents: dict[str, Any]) -> None:
-    """Renames what has an old name in the contents of a checkpoint."""
+    """Renames what has an old name in the contents of a checkpoint, and adds the settings that it lacks."""
     _rename(contents, KEYS)
     _rename(contents["config"], SETTINGS)
+    contents["config"] = ADDED | contents["config"]
     model = contents["model"]
     _rename(model, {name: ".".join(MODULES.get(part, part) for part in name.split(".")) for name in model})
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from relssl import datasets, distributed, tuned
 from relssl.checkpoint import TrainState, describe_position, previous_path, restore, save
-from relssl.datasets.loading import channel_statistics, load_batches, skipped_message
+from relssl.datasets.loading import Batch, channel_statistics, load_batches, skipped_message
 from relssl.evaluate import evaluate_during_training
 from relssl.interruption import Stop, interruption
 from relssl.methods.base import Method, TrainConfig
@@ -80,10 +80,10 @@ class _Trainer:
         smallest = min(map(len, self.passes.values()))
         if smallest < config.batch_size:
             raise ValueError(f"batch size {config.batch_size} exceeds the {smallest} training images")
-        if config.queue_size > smallest and distributed.rank() == 0:
+        if config.queue_size > smallest and not config.exclude_own and distributed.rank() == 0:
             warnings.warn(
                 f"the queue of {config.queue_size} exceeds the {smallest} training images: it has earlier"
-                " embeddings of the same images that it is compared with",
+                " embeddings of the same images that it is compared with; --exclude-own leaves them out",
                 stacklevel=3,
             )
         torch.manual_seed(config.seed)
@@ -122,8 +122,8 @@ class _Trainer:
         state.method.train()
         began, first_step = time.perf_counter(), state.step
         losses: list[Tensor] = []  # Those not read yet.
-        for pass_name, images in epoch_batches(self.passes, config, state.epoch, state.step, self.skipped):
-            losses.append(self.run_step(images, pass_name))
+        for pass_name, batch in epoch_batches(self.passes, config, state.epoch, state.step, self.skipped):
+            losses.append(self.run_step(batch, pass_name))
             if self.check_and_save(losses):
                 return True
         seconds = time.perf_counter() - began
@@ -142,15 +142,17 @@ class _Trainer:
             return self.evaluate_and_save()
         return self.stop.any_rank_received(self.device)
 
-    def run_step(self, images: Tensor, pass_name: str) -> Tensor:
+    def run_step(self, batch: Batch, pass_name: str) -> Tensor:
         """Trains on one batch; returns its loss, on the device."""
         state = self.state
         lr = learning_rate(self.config, self.global_step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         state.method.epoch = state.epoch + state.step / self.steps
+        images = batch.images.to(self.device, non_blocking=True)
+        ids = batch.indices.to(self.device, non_blocking=True) if self.config.exclude_own else None
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            loss, logs = self.forward(images.to(self.device, non_blocking=True), pass_name)
+            loss, logs = self.forward(images, pass_name, ids)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -283,20 +285,23 @@ def epoch_batches(
     epoch: int,
     start: int,
     skipped: list[str] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Batch]]:
     """Yields this process's share of an epoch's batches from step `start` on, with the name of their pass.
 
-    Only the seed and the epoch determine their order. skipped: see `load_batches`.
+    Only the seed and the epoch determine their order. The indices count on from one pass to the next, whose
+    images are others: each image of a run has one index. skipped: see `load_batches`.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     share = config.batch_size // distributed.world_size()
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    first = 0  # The index of the pass's first image.
     for name, images in passes.items():
         order = torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size)
         full = [indices[own].tolist() for indices in order if len(indices) == config.batch_size]
         remaining, start = full[start:], max(0, start - len(full))
-        for batch, _ in load_batches(images, remaining, config.workers, skipped, fill=True):
-            yield name, batch
+        for batch in load_batches(images, remaining, config.workers, skipped, fill=True):
+            yield name, batch._replace(indices=batch.indices + first)
+        first += len(images)
 
 
 def report_skipped(skipped: list[str] | None, bar: tqdm) -> None:

@@ -22,6 +22,8 @@ CASES = {
     "sacc": replace(PRESETS["sacc"]["digits"], dim=16, clusters=10),
     "sacc with a queue": replace(PRESETS["sacc"]["digits"], dim=16, clusters=10, queue_size=40, sigma=0.5),
 }
+for case in ("ressl", "sacc with a queue"):
+    CASES[f"{case} without own"] = replace(CASES[case], exclude_own=True)
 STEPS, BATCH = 2, 16
 
 
@@ -53,14 +55,16 @@ def steps(case):
     without_batch_norm(method)
     method.weak = FixedView(0.1)
     strong = [FixedView(0.3), FixedView(0.4)]
-    method.strong = nn.ModuleList(strong) if case == "ressl" else strong[0]
+    method.strong = nn.ModuleList(strong) if "ressl" in case else strong[0]
     method.epoch = 0.5
     forward = distributed.wrap_ddp(method, find_unused_parameters=False)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     everything = torch.randint(0, 256, (STEPS, BATCH, 3, 16, 16), dtype=torch.uint8)
     found = {}
     for step, images in enumerate(everything):
-        loss, _ = forward(images.chunk(distributed.world_size())[distributed.rank()])
+        ids = (torch.arange(BATCH) + step) % BATCH  # The queue has those of the step before.
+        images, ids = (t.chunk(distributed.world_size())[distributed.rank()] for t in (images, ids))
+        loss, _ = forward(images, ids=ids if method.config.exclude_own else None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -68,7 +72,7 @@ def steps(case):
             if p.requires_grad:
                 found[f"{step} {name}"] = p.grad.clone()
     if method.queue is not None:
-        found["queue"] = method.queue.rows.clone()
+        found |= {f"queue {name}": t.double() for name, t in method.queue.named_buffers()}
     return found
 
 
@@ -91,8 +95,8 @@ def at_step(step, act):
     """Uses SACC as built here, with act(loss) as the loss of the given step, counted from 1."""
     forward, made, calls = SACC.forward, SACCConfig.build, [0]
 
-    def counted(self, images, part):
-        loss, logs = forward(self, images, part)
+    def counted(self, *batch):
+        loss, logs = forward(self, *batch)
         calls[0] += 1
         return (act(loss) if calls[0] == step else loss), logs
 

@@ -51,19 +51,24 @@ def test_batches_shrink_or_are_filled(pets):
     rows = [list(range(20)), list(range(20, 40)), broken]
     skipped = []
     found = list(load_batches(data, rows, workers=0, skipped=skipped))
-    assert [len(x) for x, _ in found] == [18, 18]  # The third batch is empty, and left out.
-    assert torch.equal(torch.cat([x for x, _ in found]), good[list(range(36))][0])
+    assert [len(b.images) for b in found] == [18, 18]  # The third batch is empty, and left out.
+    assert torch.equal(torch.cat([b.images for b in found]), good[list(range(36))][0])
+    assert [i for b in found for i in b.indices.tolist()] == [i for i in range(40) if i not in broken]
     assert skipped == [paths[i] for i in broken] * 2
     skipped.clear()
     filled = list(load_batches(data, rows, workers=0, skipped=skipped, fill=True))
-    assert [len(x) for x, _ in filled] == [20, 20, 4] and set(skipped) == {paths[i] for i in broken}
+    assert [len(b.images) for b in filled] == [20, 20, 4] and set(skipped) == {paths[i] for i in broken}
     readable, _ = good[list(range(36))]
     for batch, indices in zip(filled, rows, strict=True):
-        for image, label, i in zip(*batch, indices, strict=True):
+        for image, label, shown, i in zip(*batch, indices, strict=True):
             alone = next(load_batches(data, [[i]], workers=0, skipped=[], fill=True))
-            assert torch.equal(image, alone[0][0]) and label == alone[1][0]  # The index alone determines it.
+            assert torch.equal(image, alone.images[0]) and label == alone.labels[0]
+            assert alone.indices.tolist() == [shown]  # The index alone determines which image is shown.
             assert (readable == image).flatten(1).all(1).any()
-            assert i in broken or torch.equal(image, data[[i]][0][0])
+            assert torch.equal(image, data[[shown]][0][0]) and (shown == i) == (i not in broken)
+    by_worker = list(load_batches(data, rows, workers=1, skipped=[], fill=True))
+    for one, other in zip(filled, by_worker, strict=True):
+        assert all(torch.equal(t, u) for t, u in zip(one, other, strict=True))
     with pytest.raises(ValueError, match="cannot read"):
         list(load_batches(data, rows, workers=0))
 
@@ -71,15 +76,16 @@ def test_batches_shrink_or_are_filled(pets):
 def test_processes_share_the_batches_of_one(pets, monkeypatch):
     config = replace(PRESETS["sacc"]["folder"], batch_size=10, workers=0)
     passes = {"joint": datasets.load("folder", pets, 14).train}
-    alone = [x for _, x in epoch_batches(passes, config, 3, 1, [])]
+    alone = [b for _, b in epoch_batches(passes, config, 3, 1, [])]
     shares = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append([x for _, x in epoch_batches(passes, config, 3, 1, [])])
-    assert len(alone) == 3 and [len(x) for x in alone] == [10] * 3
+        shares.append([b for _, b in epoch_batches(passes, config, 3, 1, [])])
+    assert len(alone) == 3 and [len(b.images) for b in alone] == [10] * 3
     for whole, *parts in zip(alone, *shares, strict=True):
-        assert torch.equal(whole, torch.cat(parts))
+        assert torch.equal(whole.images, torch.cat([b.images for b in parts]))
+        assert torch.equal(whole.indices, torch.cat([b.indices for b in parts]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -129,12 +135,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pets, tmp_path, monkeypatch):
     config = replace(config, out=tmp_path / "parts")
     forward, calls = SACC.forward, []
 
-    def interrupted(self, images, part):
+    def interrupted(self, images, *others):
         assert len(images) == 8
         calls.append(0)
         if len(calls) == 7:  # the second step of the second epoch
             signal.raise_signal(signal.SIGINT)
-        return forward(self, images, part)
+        return forward(self, images, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(SACC, "forward", interrupted)

@@ -39,11 +39,11 @@ def after(step, act, method):
     """Returns the method's forward with a call of act() at the given step, counted from 1."""
     forward, calls = method.forward, [0]
 
-    def counted(self, images, part):
+    def counted(self, *batch):
         calls[0] += 1
         if calls[0] == step:
             act()
-        return forward(self, images, part)
+        return forward(self, *batch)
 
     return counted
 
@@ -96,6 +96,11 @@ RESUMED = {
     "sacc": (replace(SACC_TINY, schedule="constant"), SACC),
     "sacc with a queue": (replace(SACC_TINY, queue_size=300), SACC),
     "sacc, stl10": (replace(SACC_TINY, recipe="stl10"), SACC),
+    "ressl without own": (replace(TINY, queue_size=600, exclude_own=True, epochs=3), ReSSL),
+    "sacc, stl10, without own": (
+        replace(SACC_TINY, recipe="stl10", queue_size=900, exclude_own=True),
+        SACC,
+    ),
 }
 
 
@@ -109,6 +114,8 @@ RESUMED = {
         ("sacc", 9),
         pytest.param("sacc with a queue", 8, marks=pytest.mark.slow),
         ("sacc, stl10", 19),
+        ("ressl without own", 7),
+        pytest.param("sacc, stl10, without own", 19, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, stop_at):
@@ -122,7 +129,7 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, st
         interrupt = after(stop_at, lambda: signal.raise_signal(signal.SIGINT), method)
         patch.setattr(method, "forward", interrupt)
         stopped = train(part)  # Returns instead of raising KeyboardInterrupt.
-    steps_an_epoch = {"ressl": 5, "ressl whole": 5, "sacc, stl10": 12}.get(case, 7)
+    steps_an_epoch = 5 if method is ReSSL else 12 if config.recipe == "stl10" else 7
     assert stopped.epoch == pytest.approx((stop_at - (stop_at % steps_an_epoch > 0)) / steps_an_epoch)
     assert signal.getsignal(signal.SIGINT) is handler
     torch.manual_seed(99)  # A new process would not have the old one's generator.
@@ -145,7 +152,7 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, st
 # Names in checkpoints of earlier versions, and what those of the first version did not have.
 OLD_KEYS = {"steps_per_epoch": "steps", "evaluation_due": "unjudged", "rng_states": "randomness"}
 OLD_SETTINGS = {"eval_every": "judge_every", "normalize": "standardise"}
-ADDED = {"steps", "unjudged", "tuned", "save_every", "reschedule", "skip_unreadable"}
+ADDED = {"steps", "unjudged", "tuned", "save_every", "reschedule", "skip_unreadable", "exclude_own"}
 
 
 @pytest.mark.parametrize(("case", "first_version"), [("ressl", True), ("sacc", False)])
@@ -294,9 +301,9 @@ def test_save_every(few, monkeypatch):
     monkeypatch.setattr("relssl.train.time", SimpleNamespace(**now))
     forward = ReSSL.forward
 
-    def slow(self, images, part):
+    def slow(self, *batch):
         clock[0] += 25
-        return forward(self, images, part)
+        return forward(self, *batch)
 
     monkeypatch.setattr(ReSSL, "forward", slow)
     ends = {(1, 0), (2, 0)}
@@ -321,8 +328,8 @@ def spoilt(step, monkeypatch, spoil):
     """Replaces the loss by spoil(loss, step) from the given step on, counted from 1."""
     forward, calls = ReSSL.forward, [0]
 
-    def spoiling(self, images, part):
-        loss, logs = forward(self, images, part)
+    def spoiling(self, *batch):
+        loss, logs = forward(self, *batch)
         calls[0] += 1
         return (spoil(loss, calls[0]) if calls[0] >= step else loss), logs
 
@@ -631,7 +638,8 @@ def test_a_full_disk_is_an_error_of_one_line_and_loses_nothing():
 
 
 def test_a_queue_larger_than_the_data_is_warned_of():
-    with pytest.warns(UserWarning, match="the queue of 2000 exceeds the 1797 training images"):
+    message = "the queue of 2000 exceeds the 1797 training images: .*; --exclude-own leaves them out$"
+    with pytest.warns(UserWarning, match=message):
         train(replace(SACC_TINY, queue_size=2000, epochs=1))
 
 
@@ -648,8 +656,8 @@ def test_backends_agree_along_a_whole_run(monkeypatch, epochs):
         seen = losses[backend] = []
         forward = ReSSL.forward
 
-        def record(self, images, part, forward=forward, seen=seen):
-            loss, logs = forward(self, images, part)
+        def record(self, *batch, forward=forward, seen=seen):
+            loss, logs = forward(self, *batch)
             seen.append(loss.item())
             return loss, logs
 

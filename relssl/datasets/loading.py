@@ -3,6 +3,7 @@
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,22 @@ from relssl.datasets.images import Images, Unreadable, evenly_spaced, reads_file
 MAX_DRAWS = 100
 
 
+class Batch(NamedTuple):
+    """Images uint8 [B, 3, H, W], labels int64 [B], and indices int64 [B] of these images in their set."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
 def load_batches(
     images: Images,
     batches: Sequence[list[int]],
     workers: int = 2,
     skipped: list[str] | None = None,
     fill: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields images uint8 [B, 3, H, W] and labels [B] for each list of indices.
+) -> Iterator[Batch]:
+    """Yields the batch of each list of indices; a replacement has its own index.
 
     It draws no numbers from torch's global generators.
 
@@ -45,35 +54,35 @@ def load_batches(
     for result in loader:
         if isinstance(result, ValueError):
             raise result
-        batch, labels, paths = result
+        batch, paths = result
         if skipped is not None:
             skipped += paths
-        if len(batch):
-            yield batch, labels
+        if len(batch.images):
+            yield batch
 
 
 class _ReturnErrors:
     """Returns errors instead of raising them: DataLoader would wrap an error in its worker's traceback.
 
-    An item consists of the images and labels of a list of indices, and the paths of unreadable images.
+    An item consists of the batch of a list of indices, and the paths of unreadable images.
     """
 
     def __init__(self, images: Images, skip: bool, fill: bool) -> None:
         self.images, self.skip, self.fill = images, skip, fill
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor, list[str]] | ValueError:
+    def __getitem__(self, indices: list[int]) -> tuple[Batch, list[str]] | ValueError:
         try:
-            return *self.images[indices], []
+            return Batch(*self.images[indices], torch.tensor(indices)), []
         except ValueError as error:
             return self._one_by_one(indices) if self.skip and isinstance(error, Unreadable) else error
 
-    def _one_by_one(self, indices: list[int]) -> tuple[Tensor, Tensor, list[str]] | Unreadable:
+    def _one_by_one(self, indices: list[int]) -> tuple[Batch, list[str]] | Unreadable:
         items, paths = [], []
         for index in indices:
             generator = random.Random(index)
             for _ in range(MAX_DRAWS if self.fill else 1):
                 try:
-                    items.append(self.images[[index]])
+                    items.append(Batch(*self.images[[index]], torch.tensor([index])))
                     break
                 except Unreadable as error:
                     paths.append(error.args[0])
@@ -83,9 +92,8 @@ class _ReturnErrors:
                 if self.fill:
                     return Unreadable(last.args[0], f"{MAX_DRAWS - 1} replacements are unreadable, too")
         if not items:
-            return torch.empty(0), torch.empty(0), paths
-        images, labels = (torch.cat(t) for t in zip(*items, strict=True))
-        return images, labels, paths
+            return Batch(*(torch.empty(0) for _ in Batch._fields)), paths
+        return Batch(*map(torch.cat, zip(*items, strict=True))), paths
 
 
 def skipped_message(paths: Sequence[str]) -> str:
@@ -110,8 +118,8 @@ def channel_statistics(images: Images, skipped: list[str] | None = None) -> tupl
     total = torch.zeros(2, 3, dtype=torch.float64)
     pixels = 0
     batches = [indices[i : i + 512] for i in range(0, len(indices), 512)]
-    for batch, _ in load_batches(images, batches, skipped=skipped):
-        x = batch.double() / 255
+    for batch in load_batches(images, batches, skipped=skipped):
+        x = batch.images.double() / 255
         total += torch.stack((x.sum((0, 2, 3)), x.square().sum((0, 2, 3))))
         pixels += x.numel() // 3
     if not pixels:

@@ -80,6 +80,9 @@ class TrainConfig:
     """Past embeddings K. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet; SACC: 0]"""
     queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the queue; losses are computed in it if it has 16 bits. [relssl]"""
+    exclude_own: bool = False
+    """Leave an image's own past embeddings out of the losses over the queue. A queue larger than the data set
+    always has some. [relssl; the published methods keep them]"""
     backend: str = "auto"
     """Backend that computes the losses (see relssl info). [relssl]"""
     eval_every: int = 10
@@ -97,12 +100,14 @@ class TrainConfig:
     """Seed of weights, batches and augmentations. [relssl]"""
 
     def validate(self) -> None:
-        """Raises ValueError if a number is out of its range."""
+        """Raises ValueError if a number is out of its range, or an option has no effect."""
         for name, (smallest, largest) in RANGES.items():
             value = getattr(self, name, smallest)
             if not smallest <= value <= largest:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
+        if self.exclude_own and not self.queue_size:
+            raise ValueError("exclude_own needs a queue to leave images out of, got queue_size 0")
 
     def pick_device(self) -> torch.device:
         """Returns the device, under torchrun the GPU of the local rank; ValueError if there is none such."""
@@ -154,12 +159,16 @@ class Method(nn.Module):
     queue: FeatureQueue | None
     temperatures: dict[str, float]
 
-    def forward(self, images: Tensor, pass_name: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, pass_name: str = "train", ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of uint8 images [B, 3, H, W], and scalars to log, by name.
 
         Args:
             images: uint8 [B, 3, H, W].
             pass_name: the name of the images' set in TrainConfig.passes.
+            ids: int64 [B], one for each image of the run, which the queue keeps beside its embedding; None
+                unless config.exclude_own.
         """
         raise NotImplementedError
 

@@ -110,7 +110,8 @@ class ReSSL(Method):
         self.student = nn.ModuleDict({"backbone": backbone, "projector": projector})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = Predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
-        self.queue = FeatureQueue(config.queue_size, config.dim, dtype=getattr(torch, config.queue_dtype))
+        dtype = getattr(torch, config.queue_dtype)
+        self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype, ids=config.exclude_own)
         self.normalize = Normalize(mean, std)
         self.weak = Augment(config.image_size, self.normalize, crop=(config.crop_min, 1.0), flip=config.flip)
         self.strong = nn.ModuleList(
@@ -131,7 +132,9 @@ class ReSSL(Method):
         """The student's backbone, without its projector."""
         return self.student["backbone"]
 
-    def forward(self, images: Tensor, pass_name: str = "train") -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, pass_name: str = "train", ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of uint8 images [B, 3, H, W], the teacher's entropy and, in the warm-up, InfoNCE.
 
         The teacher is updated before its forward pass, the loss is computed with the old queue, and the keys
@@ -149,13 +152,15 @@ class ReSSL(Method):
             student_temperature=config.student_temperature,
             teacher_temperature=config.teacher_temperature,
             return_entropy=True,
+            ids=ids,
             backend=backend,
         )
         logs = {"teacher_entropy": entropy}
         if weight := self.info_nce_weight():
-            warm_up = info_nce(q, k, self.queue, temperature=config.info_nce_temperature, backend=backend)
+            tau = config.info_nce_temperature
+            warm_up = info_nce(q, k, self.queue, temperature=tau, ids=ids, backend=backend)
             loss, logs["info_nce"] = weight * warm_up + (1 - weight) * loss, warm_up
-        self.queue.enqueue(k)
+        self.queue.enqueue(k, ids)
         return loss, logs
 
     def info_nce_weight(self) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl.datasets import ConcatImages, Data, Images
-from relssl.distributed import all_gather_with_grad
+from relssl.distributed import all_gather, all_gather_with_grad
 from relssl.methods.augment import Augment, Normalize
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
@@ -127,7 +127,7 @@ class SACC(Method):
         self.queue = None
         if config.queue_size:
             dtype = getattr(torch, config.queue_dtype)
-            self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype)
+            self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype, ids=config.exclude_own)
         published = config.normalize == "strong"
         self.normalize = nn.Identity() if published else Normalize(mean, std)
         strong = Normalize(*IMAGENET) if published else self.normalize
@@ -142,30 +142,36 @@ class SACC(Method):
     def backbone(self) -> nn.Module:
         return self.net
 
-    def forward(self, images: Tensor, pass_name: str = "joint") -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, pass_name: str = "joint", ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of uint8 images [B, 3, H, W], and its instance and cluster losses.
 
         The passes "instance" and "cluster" are those of the recipe for STL-10; the former has no cluster
         loss.
         """
         views = [self.net(view(images)) for view in (self.weak, self.weak, self.strong)]
-        loss = self.instance_losses([self.embedding(v) for v in views], pass_name)
+        loss = self.instance_losses([self.embedding(v) for v in views], pass_name, ids)
         logs = {"instance_loss": loss}
         if pass_name != "instance":
             logs["cluster_loss"] = self.cluster_losses([self.assign(v) for v in views], pass_name)
             loss = loss + logs["cluster_loss"] * (self.config.sigma if pass_name == "joint" else 1.0)
         return loss, logs
 
-    def instance_losses(self, views: Sequence[Tensor], pass_name: str = "joint") -> Tensor:
+    def instance_losses(
+        self, views: Sequence[Tensor], pass_name: str = "joint", ids: Tensor | None = None
+    ) -> Tensor:
         """Computes L_I(w1, w2) + L_I(w2, s), the latter of (w1, s) in the recipe for STL-10; enqueues w2.
 
-        views: unit-norm embeddings [B, D] of the weak views and the strong one.
+        views: unit-norm embeddings [B, D] of the weak views and the strong one. ids: see `Method.forward`.
         """
         w1, w2, s = all_gather_with_grad(*views)
         weak = w2 if pass_name == "joint" else w1
-        loss = self.nt_xent(w1, w2, self.queue) + self.nt_xent(weak, s, self.queue)
+        all_ids = None if ids is None else all_gather(ids)
+        loss = self.nt_xent(w1, w2, self.queue, ids=all_ids)
+        loss = loss + self.nt_xent(weak, s, self.queue, ids=all_ids)
         if self.queue is not None:
-            self.queue.enqueue(views[1].detach())
+            self.queue.enqueue(views[1].detach(), ids)
         return loss
 
     def cluster_losses(self, views: Sequence[Tensor], pass_name: str = "joint") -> Tensor:
