@@ -23,17 +23,18 @@ class FeatureQueue(nn.Module):
     losses of `relssl.functional`. Enqueueing before `loss.backward()` is safe there: the gradient is
     computed in the forward pass, and no clone of the queue is needed.
 
-    Rows, ids, pointer and count are persistent buffers that stay on the device: enqueueing never
-    synchronises, is one op (one kernel on a CPU, or on a GPU with Triton), traces under torch.compile and
-    replays in a CUDA graph.
+    Rows, ids, pointer and count are persistent buffers that stay on the device. Enqueueing is one op: a C++
+    call on a CPU, a launch of Triton on a GPU. It never synchronises, traces under torch.compile and replays
+    in a CUDA graph.
 
     With ids the queue keeps an integer beside each row: that of its image or of its class. The losses leave
     out the queue rows whose id equals that of a row of the batch: another view of the same image, or an
     image of the same class, is no negative.
 
     `load_state_dict` also takes the buffers `queue` and `queue_ptr` of MoCo and of ReSSL's authors, [D, K],
-    and of solo-learn's ReSSL, [K, D]; where D = K it takes them for [D, K]. Such a queue is full, and its
-    rows have no ids. Give it those two keys, with the prefix of the queue's own.
+    and of solo-learn's ReSSL, [K, D], under the names that this module's own would have there
+    ("memory.queue" for a child "memory"). Where D = K it takes the rows for [D, K]. A queue loaded so is
+    full, and its rows have no ids.
 
     Where torch.distributed is initialised, `enqueue` gathers the keys of all ranks (no gradient), so
     every rank holds the same queue; each must enqueue equally many rows. The start is drawn from `seed`
