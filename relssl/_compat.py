@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable)
 
@@ -35,7 +36,7 @@ def in_functorch_transform() -> bool:
         return False
     if peek_interpreter_stack is not None and peek_interpreter_stack() is not None:
         return True
-    return torch.autograd.forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
 
 
 def is_batched(g: Tensor) -> bool:

@@ -28,7 +28,7 @@ class Settings(NamedTuple):
 
 def scales(temperatures: Sequence[Temperature], x: Tensor) -> Scale:
     """Returns 1/temperature; where one is a tensor, all become one tensor, in which a bad one is NaN."""
-    numbers = [1 / t for t in temperatures if not isinstance(t, Tensor)]
+    numbers = [1 / t for t in temperatures if isinstance(t, NUMBER)]
     if len(numbers) == len(temperatures):
         return numbers
     dtype, device = accumulator(x.dtype), x.device
@@ -88,8 +88,8 @@ class Relation(torch.autograd.Function):
         )
         grad_q, grad_k = grad_q if want_k else (grad_q, None)
         kept = (lse, mean_t) if needs_queue else (None, None)
-        of_taus = tensor_of(tau_s), tensor_of(tau_t)
-        save(ctx, queue, exclude, needs_queue, q, k, *of_taus, grad_q, grad_k, *kept)
+        given = q, k, tensor_of(tau_s), tensor_of(tau_t)
+        save(ctx, queue, exclude, needs_queue, given, (grad_q, grad_k, *kept))
         ctx.numbers = number_of(tau_s), number_of(tau_t)
         ctx.settings = settings
         ctx.mark_non_differentiable(entropy)
@@ -99,14 +99,15 @@ class Relation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, tau_s, tau_t, grad_q, grad_k, lse, mean_t, *rest = ctx.saved_tensors
-        needs_q, needs_k, needs_queue, needs_s, needs_t, *others = needs = ctx.needs_input_grad
-        none = (None,) * len(others)
+        needs = ctx.needs_input_grad
+        needs_q, needs_k, needs_queue, needs_s, needs_t = needs[:5]
+        none = (None,) * (len(needs) - 5)  # of the settings and what is left out
         if g is None:
-            return *(None,) * 5, *none
+            return (None,) * len(needs)
         dtype, backend, reduction, form = ctx.settings
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
         if differentiable_backward():
-            queue, exclude = read_again(ctx, rest)
+            queue, exclude = read_again(ctx, rest, len(none))
 
             def run(
                 q: Tensor, k: Tensor, queue: Tensor, tau_s: Temperature, tau_t: Temperature
@@ -131,7 +132,7 @@ class Relation(torch.autograd.Function):
             of_k = grad_k.to(k.dtype) if needs_k else None
             of_t = (k.to(dtype) * grad_k).sum() * -c_t if needs_t else None
         if needs_queue:  # Row j: sum_b (p_s - p_t) theta_s + p_t (u - ubar) theta_t, over all views.
-            queue, exclude = read_again(ctx, rest)
+            queue, exclude = read_again(ctx, rest, len(none))
             by_views = ops.for_views(exclude, q, k)
             x_q, x_k, x_queue = q.to(dtype), k.to(dtype), queue.to(dtype)
             g_mean = (ops.relation_g_mean(x_q, x_k, scale, form, mean_t.dtype) * g).sum_to_size(k.shape)
@@ -161,12 +162,15 @@ def queue_gradient(
     )[1]  # fmt: skip
 
 
+NUMBER = float, int  # A float is no Tensor, but to find that out takes longer.
+
+
 def tensor_of(value: Temperature) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None
+    return None if isinstance(value, NUMBER) else value
 
 
 def number_of(value: Temperature) -> float | None:
-    return None if isinstance(value, Tensor) else value
+    return value if isinstance(value, NUMBER) else None
 
 
 def _scaled(grad_q: Tensor, g: Tensor, q: Tensor) -> Tensor:
@@ -206,7 +210,7 @@ class InfoNCE(torch.autograd.Function):
         inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau,), q))
         loss, sigma, grad_q, lse = ops.info_nce(*inputs, *scale, reduction, True, backend, *exclude)
-        save(ctx, queue, exclude, needs_queue, q, k, tensor_of(tau), sigma, grad_q, lse)
+        save(ctx, queue, exclude, needs_queue, (q, k, tensor_of(tau)), (sigma, grad_q, lse))
         ctx.number = number_of(tau)
         ctx.settings = settings
         return loss
@@ -214,12 +218,13 @@ class InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, tau, sigma, grad_q, lse, *rest = ctx.saved_tensors
-        needs_q, needs_k, needs_queue, needs_tau, *others = needs = ctx.needs_input_grad
-        none = (None,) * len(others)
+        needs = ctx.needs_input_grad
+        needs_q, needs_k, needs_queue, needs_tau = needs[:4]
+        none = (None,) * (len(needs) - 4)  # of the settings and what is left out
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
         if differentiable_backward():
-            queue, exclude = read_again(ctx, rest)
+            queue, exclude = read_again(ctx, rest, len(none))
 
             def run(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
                 return [reduce(reference.info_nce(q, k, queue, tau, dtype, exclude), reduction)]
@@ -240,7 +245,7 @@ class InfoNCE(torch.autograd.Function):
         if needs_k:
             of_k = (to_dtype(q, dtype) * (g * -c)).sum_to_size(k.shape).to(k.dtype)
         if needs_queue:
-            queue, exclude = read_again(ctx, rest)
+            queue, exclude = read_again(ctx, rest, len(none))
             x, x_queue, by_views = (
                 to_dtype(q, dtype).flatten(0, -2), to_dtype(queue, dtype), ops.for_views(exclude, q, k)
             )  # fmt: skip
@@ -271,7 +276,7 @@ class LogSumExp(torch.autograd.Function):
         # A compiled graph cannot hold a plain reference, and in inference mode no changes are counted: there
         # a copy is saved.
         keep = ctx.needs_input_grad[1] or torch.compiler.is_compiling() or queue.is_inference()
-        save(ctx, queue, exclude, keep, x, tensor_of(tau), lse, mean)
+        save(ctx, queue, exclude, keep, (x, tensor_of(tau)), (lse, mean))
         ctx.number = number_of(tau)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -280,13 +285,13 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_lse: Tensor | None, g_mean: Tensor | None) -> tuple[Tensor | None, ...]:
         x, tau, lse, mean, *rest = ctx.saved_tensors
-        needs, none = ctx.needs_input_grad[:3], (None,) * len(ctx.needs_input_grad[3:])
+        needs, none = ctx.needs_input_grad[:3], (None,) * (len(ctx.needs_input_grad) - 3)
         dtype, backend, _, _ = ctx.settings
         if g_lse is None and g_mean is None:
             return *(None,) * 3, *none
         tau = ctx.number or tau
         if differentiable_backward():
-            queue, exclude = read_again(ctx, rest)
+            queue, exclude = read_again(ctx, rest, len(none))
             given = {i: g for i, g in enumerate((g_lse, g_mean)) if g is not None}
 
             def run(x: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
@@ -301,7 +306,7 @@ class LogSumExp(torch.autograd.Function):
         if g_lse is not None and g_mean is None and not needs[1]:
             grad_x = mean * g_lse[:, None] * scale[0]
         else:
-            queue, exclude = read_again(ctx, rest)
+            queue, exclude = read_again(ctx, rest, len(none))
             grad_x, grad_queue = ops.vjp(
                 x.to(dtype),
                 queue.to(dtype),

@@ -120,7 +120,7 @@ class NTXent(torch.autograd.Function):
             to_dtype(z1, dtype), to_dtype(z2, dtype), rows, *scale, reduction, True, backend, *exclude
         )
         guarded = z1 if queue is None else queue
-        save(ctx, guarded, exclude, needs_queue, z1, z2, tensor_of(tau), grad, lse, mean)
+        save(ctx, guarded, exclude, needs_queue, (z1, z2, tensor_of(tau)), (grad, lse, mean))
         ctx.has_queue = queue is not None
         ctx.number = number_of(tau)
         ctx.settings = settings
@@ -129,12 +129,13 @@ class NTXent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z1, z2, tau, grad, lse, mean, *rest = ctx.saved_tensors
-        needs_1, needs_2, needs_queue, needs_tau, *others = needs = ctx.needs_input_grad
-        none = (None,) * len(others)
+        needs = ctx.needs_input_grad
+        needs_1, needs_2, needs_queue, needs_tau = needs[:4]
+        none = (None,) * (len(needs) - 4)  # of the settings and what is left out
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
         if differentiable_backward():
-            queue, exclude = read_again(ctx, rest) if ctx.has_queue else (None, ())
+            queue, exclude = read_again(ctx, rest, len(none)) if ctx.has_queue else (None, ())
 
             def run(z1: Tensor, z2: Tensor, queue: Tensor | None, tau: Temperature) -> list[Tensor]:
                 return [reduce(reference.nt_xent(z1, z2, queue, tau, dtype, exclude), reduction)]
@@ -158,7 +159,7 @@ class NTXent(torch.autograd.Function):
                 if ctx.has_queue:
                     of_tau -= ((z * mean).sum(1) * weights).sum() * (c * c / 2)
             if needs_queue:
-                queue, exclude = read_again(ctx, rest)
+                queue, exclude = read_again(ctx, rest, len(none))
                 x_queue, by_views = to_dtype(queue, dtype), ops.for_views(exclude, z, z1)
                 of_queue = queue_gradient(z, x_queue, scale, lse, Cotangents(weights), backend, by_views)
                 of_queue = to_dtype(of_queue, queue.dtype)

@@ -174,8 +174,9 @@ def relation(
     queue_ids: Tensor | None = None, filled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     both = scale_of(scale, device_scale)
-    weight, excluded = row_weight(q, reduction), (ids, queue_ids, filled)
-    exclude = exclude_of(*for_views(excluded, q, k, extra=1))
+    weight, exclude = row_weight(q, reduction), None
+    if ids is not None or filled is not None:
+        exclude = Exclude(*for_views((ids, queue_ids, filled), q, k, extra=1))
     found = backends.get(backend).relation(q, k, queue, both, form, weight, want_grad, exclude)
     if not want_k:
         return found
@@ -187,7 +188,7 @@ def relation(
     g_mean = relation_g_mean(q, k, both, form, mean_t.dtype).flatten(0, -2)
     grad_k, _ = vjp(
         rows, queue, both[1:], lse_t, Cotangents(g_mean=g_mean), mean=mean,
-        exclude=for_views(excluded, q, k), backend=backend,
+        exclude=for_views((ids, queue_ids, filled), q, k), backend=backend,
     )  # fmt: skip
     return loss, entropy, torch.stack((grad_q, grad_k.view(q.shape))), lse, mean_t
 
@@ -213,8 +214,9 @@ def info_nce(
     reduction: str, want_grad: bool, backend: str, ids: Tensor | None = None,
     queue_ids: Tensor | None = None, filled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    weight, c = row_weight(q, reduction), scale_of(scale, device_scale)
-    exclude = exclude_of(*for_views((ids, queue_ids, filled), q, k))
+    weight, c, exclude = row_weight(q, reduction), scale_of(scale, device_scale), None
+    if ids is not None or filled is not None:
+        exclude = Exclude(*for_views((ids, queue_ids, filled), q, k))
     return backends.get(backend).info_nce(q, k, queue, c, weight, want_grad, exclude)
 
 

@@ -24,7 +24,7 @@ class _QueueGuard:
     Saved by autograd, the queue could not change before backward even where backward never reads it.
     """
 
-    def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, *tensors: Tensor | None) -> None:
         self.tensors = tensors
         self.versions = [*map(version, tensors)]
 
@@ -53,32 +53,37 @@ def _version_tensor(queue: Tensor) -> Tensor:
 
 
 def save(
-    ctx: Any, queue: Tensor, exclude: Sequence[Tensor | None], keep: bool, *tensors: Tensor | None
+    ctx: Any,
+    queue: Tensor,
+    exclude: tuple[Tensor | None, ...],
+    keep: bool,
+    inputs: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
 ) -> None:
-    """Saves the tensors for backward; behind them queue and exclusions if `keep`, else they are referred to.
+    """Saves inputs and results for backward, then queue and exclusions if `keep`; else it refers to these.
 
     Where hooks process what autograd saves, the queue's version is saved behind all.
     """
-    read_again = queue, *exclude
-    saved = tensors + read_again if keep else tensors
-    ctx.num_read_again = len(read_again)
+    again = (queue, *exclude) if keep else ()
     if torch.compiler.is_compiling():  # A compiled graph cannot hold a plain reference.
         ctx.queue_guard = None
     else:
-        ctx.queue_guard = None if keep else _QueueGuard(read_again)
-        for t in saved:
+        ctx.queue_guard = None if keep else _QueueGuard(queue, *exclude)
+        for t in inputs + again:
             if t is not None and t.is_inference():
-                saved = tuple(map(savable, saved))
+                inputs, again = tuple(map(savable, inputs)), tuple(map(savable, again))
                 break
         if saving_is_hooked():
-            saved = *saved, _version_tensor(queue)
-    ctx.save_for_backward(*saved)
+            again = *again, _version_tensor(queue)
+    ctx.save_for_backward(*inputs, *results, *again)
 
 
-def read_again(ctx: Any, rest: list[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Returns queue and exclusions as forward had them; `rest` is the end of ctx.saved_tensors."""
-    guard = ctx.queue_guard
-    queue, *exclude = rest[: ctx.num_read_again] if guard is None else guard.get()
+def read_again(ctx: Any, rest: Sequence[Tensor | None], count: int) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Returns queue and exclusions, `count` tensors, as forward had them.
+
+    rest: the end of ctx.saved_tensors, which has them where forward has saved them.
+    """
+    queue, *exclude = rest[:count] if ctx.queue_guard is None else ctx.queue_guard.get()
     return queue, exclude  # type: ignore[return-value]
 
 
@@ -103,7 +108,7 @@ class _WithVersion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, queue: Tensor) -> Tensor:
-        save(ctx, queue, (), False)
+        save(ctx, queue, (), False, (), ())
         return result.clone()
 
     @staticmethod

@@ -40,14 +40,16 @@ def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.dim() not in shapes:
         raise ValueError(f"{name} must be {' or '.join(shapes.values())}, got shape {tuple(t.shape)}")
-    if 0 in t.shape:
+    if t.numel() == 0:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
 
 
 def _temperature(name: str, value: Temperature, device: torch.device) -> Temperature:
     """Returns the temperature: as it is, or a tensor's one element as a 0-d tensor."""
     number = value
-    if isinstance(value, Tensor):
+    if isinstance(value, float):  # first, as the usual case
+        pass
+    elif isinstance(value, Tensor):
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be a number or a floating-point tensor, got {value.dtype}")
         if value.numel() != 1:
@@ -79,20 +81,20 @@ def queue_rows(
 
     Raises ValueError where one of ids and queue_ids has no counterpart.
     """
-    rows, of_rows, filled = queue, queue_ids, None
+    rows, filled = queue, None
     if isinstance(queue, FeatureQueue):
-        rows, of_rows, filled = queue.rows, queue.ids, queue.filled
         if queue_ids is not None:
             raise ValueError("queue_ids are those of a queue that is a tensor; a FeatureQueue keeps its own")
-        if ids is not None and of_rows is None:
-            raise ValueError(
-                "ids are given, but the queue keeps none: build it with FeatureQueue(..., ids=True)"
-            )
+        rows, filled = queue.rows, queue.filled
+        if ids is not None:
+            queue_ids = queue.ids
+            if queue_ids is None:
+                raise ValueError("ids are given, but the queue keeps none: FeatureQueue(..., ids=True) does")
     elif (ids is None) != (queue_ids is None):
         raise ValueError("ids and queue_ids must be given together where the queue is a tensor")
     if ids is None:
         return rows, () if filled is None else (None, None, filled)  # type: ignore[return-value]
-    return rows, (ids, of_rows, filled)  # type: ignore[return-value]
+    return rows, (ids, queue_ids, filled)  # type: ignore[return-value]
 
 
 def check_exclude(x: Tensor, queue: Tensor, exclude: tuple[Tensor | None, ...]) -> None:
@@ -132,7 +134,7 @@ def check_pair(
     check_queue("q", q, queue, {2: "[B, D]", 3: "[V, B, D]"})
     _rows("k", k, {2: "[B, D]"})
     _same_device("k", k, q.device)
-    if k.shape != q.shape[-2:]:
+    if k.shape != (q.shape if q.dim() == 2 else q.shape[1:]):
         raise ValueError(f"k must have the last two dimensions of q {tuple(q.shape)}, got {tuple(k.shape)}")
     return to_dtype(k, q.dtype), [_temperature(name, t, q.device) for name, t in temperatures.items()]
 

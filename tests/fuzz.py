@@ -16,7 +16,7 @@ from time import perf_counter
 import checks
 import emulated
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_nt_xent, check_relation
+from checks import LeftOut, batch, check_info_nce, check_logsumexp, check_nt_xent, check_relation
 from oracle import unit
 
 from relssl import _cpu
@@ -32,12 +32,13 @@ def strided(t):
     layout = random.randrange(4)
     if layout == 0:
         return t
-    if layout == 1:
+    if layout == 1 and t.dim() > 1:
         return t.mT.contiguous().mT
-    larger = t.new_full([n + random.randrange(3) for n in t.shape], torch.nan)
+    junk = torch.nan if t.is_floating_point() else -1
+    larger = t.new_full([n + random.randrange(3) for n in t.shape], junk)
     view = larger[tuple(slice(0, n) for n in t.shape)]
     if layout == 2:
-        larger = t.new_full([2 * n for n in t.shape], torch.nan)
+        larger = t.new_full([2 * n for n in t.shape], junk)
         view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
 
@@ -63,19 +64,23 @@ def good_cuda(module, seed):
 
 def check(inputs, taus, backend):
     q, k, queue = inputs = [strided(t) for t in inputs]
-    what = random.randrange(5)
+    what, how = random.randrange(5), {"drawn": True}
+    if random.random() < 0.4:
+        of, size = round(log_uniform(1, 1000)), len(queue)
+        ids = (strided(torch.randint(-1, of, (n,)) * 3 ** random.randrange(35)) for n in (len(k), size))
+        how["left_out"] = LeftOut(backend, *ids, random.choice([None, None, random.randint(0, size)]))
     if what < 2:
-        check_relation(*inputs, *taus, ("kl", "ce")[what], backend, drawn=True)
+        check_relation(*inputs, *taus, ("kl", "ce")[what], backend, **how)
     elif what == 2:
-        check_info_nce(*inputs, taus[0], backend, drawn=True)
+        check_info_nce(*inputs, taus[0], backend, **how)
     elif what == 3:
         reduction = random.choice(["mean", "sum", "none"])
-        negatives = random.choice([None, queue])
-        check_nt_xent(q if q.dim() == 2 else q[0], k, negatives, taus[0], backend, reduction, drawn=True)
-    else:
-        some = len(queue) > 1 and random.random() < 0.5
+        negatives = queue if "left_out" in how else random.choice([None, queue])
+        check_nt_xent(q if q.dim() == 2 else q[0], k, negatives, taus[0], backend, reduction, **how)
+    elif all(how["left_out"].rows if "left_out" in how else [True]):  # An infinite lse cannot be compared.
+        some = len(queue) > 1 and "left_out" not in how and random.random() < 0.5
         exclude = torch.randint(-1, len(queue), (len(k),)) if some else None
-        check_logsumexp(k, queue, taus[0], backend, exclude, drawn=True)
+        check_logsumexp(k, queue, taus[0], backend, exclude, **how)
 
 
 def bad():

@@ -18,9 +18,11 @@ from checks import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import unit
+from torch.autograd import gradcheck, gradgradcheck
 
-from relssl import FeatureQueue
+from relssl import FeatureQueue, _cpu
 from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
+from relssl.nn import InfoNCELoss, NTXentLoss, RelationLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,15 +80,15 @@ def test_reductions(reduction, backend):
 
 @pytest.mark.skipif(INTERPRETED, reason="slow")
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
-    rows=st.integers(1, 140), size=st.integers(1, 5000), dim=st.integers(1, 40),
+    rows=st.integers(1, 70), size=st.integers(1, 5000), dim=st.integers(1, 40),
     of=st.sampled_from([1, 2, 10, 10_000]), share=st.sampled_from([None, 0.0, 0.5, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_any_shape(backend, rows, size, dim, of, share, dtype, seed):
     torch.manual_seed(seed)
-    size = min(size, 100_000 // rows)
+    size = min(size, 50_000 // rows)
     q, k, queue = batch(None, rows, size, dim, dtype)
     out = left_out(backend, rows, size, of, share if share is None else int(size * share))
     check_relation(q, k, queue, 0.1, 0.04, "kl", backend, drawn=True, left_out=out)
@@ -160,3 +162,172 @@ def test_exclude_is_the_case_of_indices(backend):
     by_index = queue_logsumexp(x, queue, 0.1, exclude=exclude, backend=backend)
     by_ids = queue_logsumexp(x, queue, 0.1, ids=exclude, queue_ids=index, backend=backend)
     assert all(map(torch.equal, by_index, by_ids))
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instruction_sets(dtype, instruction_set):
+    out = left_out("cpu", 37, 700, 3, 650)
+    q, k, queue = batch(2, 37, 700, 24, dtype)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", f"cpu/{instruction_set}", left_out=out)
+
+
+# ------------------------------------------------------------------------------------------- autograd
+
+
+def leaves(*shapes):
+    return [unit(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("filled", [None, 5])
+def test_to_second_order(filled, backend):
+    """The rows have other rows of their id, none, all (left with nothing), and no id."""
+    ids, queue_ids = torch.tensor([1, 2, 3, -1]), torch.tensor([1, 3, 3, 3, 3, 3, 1])
+    if filled is None:
+        ids[2], queue_ids[1] = 3, 3
+    out = LeftOut("cpu", ids, queue_ids, filled)
+    inputs = leaves((4, 3), (4, 3), (7, 3))
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    for loss in (
+        lambda q, k, rows, tau, **how: relation_loss(q, k, rows, student_temperature=tau, **how),
+        lambda q, k, rows, tau, **how: info_nce(q, k, rows, temperature=tau, **how),
+        lambda q, k, rows, tau, **how: nt_xent(q, k, queue=rows, temperature=tau, reduction="none", **how),
+        lambda q, k, rows, tau, **how: queue_logsumexp(q, rows, tau, **how)[1],
+    ):
+
+        def call(q, k, rows, tau, loss=loss):
+            queue, others = out.arguments(rows)
+            return loss(q, k, queue, tau, backend=backend, **others)
+
+        assert gradcheck(call, (*inputs, tau)) and gradgradcheck(call, (*inputs, tau))
+
+
+def queue_with_ids(rows, of, start="random"):
+    queue = FeatureQueue(40, rows.shape[1], ids=True, start=start)
+    queue.enqueue(rows, torch.arange(len(rows)) % of)
+    return queue
+
+
+@pytest.mark.parametrize("start", ["random", "empty"])
+def test_enqueue_before_backward_changes_nothing(start):
+    q, k, ids = unit(6, 8), unit(6, 8), torch.arange(6)
+    grads = []
+    for early in (False, True):
+        queue, leaf = queue_with_ids(unit(30, 8) * 0 + q[0], 5, start), q.clone().requires_grad_()
+        losses = everything(leaf, k, queue, ids, "cpu")[:4]
+        if early:
+            queue.enqueue(k, ids)
+        sum(t.sum() for t in losses).backward()
+        grads.append(leaf.grad)
+        if not early:
+            continue
+        loss = relation_loss(leaf, k, queue, ids=ids)
+        ids_then = queue.ids.clone()
+        queue.enqueue(k, ids)
+        assert not torch.equal(queue.ids, ids_then)
+        with pytest.raises(RuntimeError, match="the queue has changed"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
+    assert torch.equal(*grads)
+
+
+def test_ids_that_change_are_noticed():
+    q, ids, queue_ids = unit(3, 8).requires_grad_(), torch.arange(3), torch.arange(20) % 4
+    loss = info_nce(q, unit(3, 8), unit(20, 8), ids=ids, queue_ids=queue_ids)
+    ids += 1
+    with pytest.raises(RuntimeError, match="the queue has changed"):
+        torch.autograd.grad(loss, q, create_graph=True)
+
+
+@pytest.mark.parametrize("start", ["random", "empty"])
+@pytest.mark.parametrize("dynamo", ["eager", "aot_eager"])
+def test_compiled_step(dynamo, start):
+    """Losses, gradients and an enqueue in one graph, as in eager code."""
+    q, k, ids, taken = unit(6, 8), unit(6, 8), torch.arange(6), unit(30, 8)
+
+    def step(q, rows, queue_ids, queue):
+        losses = everything(q, k, queue, ids, "cpu")[:4]
+        learned = relation_loss(q, k, rows, ids=ids, queue_ids=queue_ids)
+        total = sum(t.sum() for t in losses) + learned
+        queue.enqueue(k, ids)
+        return total
+
+    torch.compiler.reset()
+    found = []
+    for run in (step, torch.compile(step, fullgraph=True, backend=dynamo)):
+        queue = queue_with_ids(taken, 5, start)
+        leaf, rows = q.clone().requires_grad_(), taken.clone().requires_grad_()
+        total = run(leaf, rows, torch.arange(30) % 7, queue)
+        total.backward()
+        found.append((total.detach(), leaf.grad, rows.grad, queue.rows, queue.ids, queue.count))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_torch_func():
+    q, k, rows = unit(4, 8), unit(4, 8), unit(20, 8)
+    out = {"ids": torch.arange(4), "queue_ids": torch.arange(20) % 5}
+    leaf = q.clone().requires_grad_()
+    relation_loss(leaf, k, rows, **out).backward()
+    torch.testing.assert_close(torch.func.grad(lambda q: relation_loss(q, k, rows, **out))(q), leaf.grad)
+    one_by_one = torch.func.vmap(
+        lambda q, k, i: info_nce(q[None], k[None], rows, ids=i[None], queue_ids=i * 0 + out["queue_ids"])
+    )
+    torch.testing.assert_close(one_by_one(q, k, out["ids"]), info_nce(q, k, rows, reduction="none", **out))
+
+
+def test_modules_and_inference_tensors():
+    q, k, rows = unit(4, 8).requires_grad_(), unit(4, 8), unit(20, 8)
+    with torch.inference_mode():
+        frozen = {"ids": torch.arange(4), "queue_ids": torch.arange(20) % 5}
+    out = {name: t.clone() for name, t in frozen.items()}
+    for module, loss in (
+        (RelationLoss(), relation_loss),
+        (InfoNCELoss(), info_nce),
+        (NTXentLoss(), lambda q, k, queue, **how: nt_xent(q, k, queue=queue, **how)),
+    ):
+        results = [module(q, k, rows, **frozen), loss(q, k, rows, **out)]
+        assert torch.equal(*results)
+        assert torch.equal(*(torch.autograd.grad(r, q)[0] for r in results))
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+IDS, OF_QUEUE = torch.arange(3), torch.arange(9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"queue_ids": None}, ValueError, "ids and queue_ids must be given together"),
+        ({"ids": None}, ValueError, "ids and queue_ids must be given together"),
+        ({"ids": IDS.int()}, TypeError, "ids must be an int64 tensor, got torch.int32"),
+        ({"ids": [0, 1, 2]}, TypeError, "ids must be an int64 tensor, got list"),
+        ({"queue_ids": OF_QUEUE.float()}, TypeError, "queue_ids must be an int64 tensor, got torch.float32"),
+        ({"ids": IDS[:2]}, ValueError, r"ids must be \[B\] = \[3\], got shape \(2,\)"),
+        ({"queue_ids": OF_QUEUE[1:]}, ValueError, r"queue_ids must be \[K\] = \[9\], got shape \(8,\)"),
+        ({"ids": IDS.to("meta")}, RuntimeError, "ids is on meta, but expected on cpu"),
+        ({"queue_ids": OF_QUEUE.to("meta")}, RuntimeError, "queue_ids is on meta, but expected on cpu"),
+        ({"queue": FeatureQueue(9, 8)}, ValueError, "queue_ids are those of a queue that is a tensor"),
+        ({"queue": FeatureQueue(9, 8), "queue_ids": None}, ValueError, "the queue keeps none"),
+    ],
+)  # fmt: skip
+def test_bad_ids(changes, error, message):
+    good = {"queue": unit(9, 8), "ids": IDS, "queue_ids": OF_QUEUE}
+    queue, *others = (good | changes).values()
+    how = dict(zip(("ids", "queue_ids"), others, strict=True))
+    for call in (
+        lambda: relation_loss(unit(3, 8), unit(3, 8), queue, **how),
+        lambda: info_nce(unit(3, 8), unit(3, 8), queue, **how),
+        lambda: nt_xent(unit(3, 8), unit(3, 8), queue=queue, **how),
+        lambda: queue_logsumexp(unit(3, 8), queue, 0.1, **how),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_ids_without_a_queue_and_beside_exclude():
+    with pytest.raises(ValueError, match="ids leave out rows of a queue, but there is no queue"):
+        nt_xent(unit(3, 8), unit(3, 8), ids=IDS)
+    with pytest.raises(ValueError, match="either ids or exclude can be given, not both"):
+        queue_logsumexp(unit(3, 8), unit(9, 8), 0.1, ids=IDS, queue_ids=OF_QUEUE, exclude=IDS)

@@ -7,6 +7,7 @@ contiguous are copied once.
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,10 +56,11 @@ class Cpu(Backend):
     def lse_and_mean(
         self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Exclude | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
-        x, queue, ids = row_contiguous(x), *_left_out(row_contiguous(queue), exclude)
+        x, queue = row_contiguous(x), row_contiguous(queue)
+        queue, ids = (queue, NO_IDS) if exclude is None else _left_out(queue, exclude)
         count, dim = x.shape
         lse = x.new_empty(2, count, dtype=torch.float32)
-        mean = x.new_empty(count, dim if want_mean else 0, dtype=torch.float32)
+        mean = lse.new_empty(count, dim if want_mean else 0)
         first, second, rest = _stack(x, scale[0]), NONE, 0
         if num_first < count:  # Slices take as long as all else here.
             first, second = _stack(x[:num_first], scale[0]), _stack(x[num_first:], scale[1])
@@ -68,7 +70,7 @@ class Cpu(Backend):
             first,
             second,
             *_queue(queue),
-            *map(_address, ids),
+            *ids.addresses,
             lse.data_ptr(),
             *means,
             torch.get_num_threads(),
@@ -81,18 +83,19 @@ class Cpu(Backend):
         want_grad: bool, exclude: Exclude | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         batch, dim = k.shape
-        shape, dtype = q.shape, torch.float32
-        q, k, queue, ids = flat(q), row_contiguous(k), *_left_out(row_contiguous(queue), exclude)
+        shape = q.shape
+        q, k, queue = flat(q), row_contiguous(k), row_contiguous(queue)
+        queue, ids = (queue, NO_IDS) if exclude is None else _left_out(queue, exclude)
         count = q.shape[0]
-        loss = q.new_empty(shape[:-1] if weight is None else (), dtype=dtype)
-        entropy = q.new_empty(batch, dtype=dtype)
-        grad_q = q.new_empty(shape if want_grad else (count, 0), dtype=dtype)
-        lse, mean_t = q.new_empty(2, batch + count, dtype=dtype), q.new_empty(batch, dim, dtype=dtype)
+        loss = q.new_empty(shape[:-1] if weight is None else (), dtype=torch.float32)
+        entropy, mean_t = loss.new_empty(batch), loss.new_empty(batch, dim)
+        lse = loss.new_empty(2, batch + count)
+        grad_q = loss.new_empty(shape if want_grad else (count, 0))
         _cpu.relation(
             _stack(k, scale[1]),
             _stack(q, scale[0]),
             *_queue(queue),
-            *map(_address, ids),
+            *ids.addresses,
             form == "kl",
             1.0 if weight is None else weight,
             weight is not None,
@@ -146,19 +149,22 @@ class Cpu(Backend):
     def vjp(
         self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
-        x, (queue, ids) = row_contiguous(saved.x), _left_out(row_contiguous(saved.queue), saved.exclude)
+        x, queue, exclude = row_contiguous(saved.x), row_contiguous(saved.queue), saved.exclude
+        queue, ids = (queue, NO_IDS) if exclude is None else _left_out(queue, exclude)
         grad_x, grad_queue = (
             t.new_empty(t.shape[0] if wanted else 0, t.shape[1], dtype=torch.float32)
             for t, wanted in ((x, want_x), (saved.queue, want_queue))
         )
-        grad_queue[queue.shape[0] :] = 0  # of rows that are not filled
+        if queue.shape[0] < saved.queue.shape[0] and want_queue:
+            grad_queue[queue.shape[0] :] = 0  # of rows that are not filled
         # Kept by name, so that a copy made here lives as long as its address is in use.
         g = cotangents
-        optional = *ids, saved.lse, saved.mean, g.g_lse, g.g_mean, g.g_row
+        optional = saved.lse, saved.mean, g.g_lse, g.g_mean, g.g_row
         given = [t if t is None else t.contiguous() for t in optional]
         _cpu.vjp(
             _stack(x, saved.scale),
             *_queue(queue),
+            *ids.addresses,
             *(_address(t) for t in given),
             grad_x.data_ptr() if want_x else 0,
             grad_queue.data_ptr() if want_queue else 0,
@@ -169,19 +175,27 @@ class Cpu(Backend):
 
 
 NONE = 0, 0, 0, 0.0  # a stack without rows
-NO_IDS = None, None
 
 
 def _stack(x: Tensor, scale: float | Tensor) -> tuple[int, int, int, float]:
     return x.data_ptr(), x.stride(0), x.shape[0], float(scale)
 
 
-def _left_out(queue: Tensor, exclude: Exclude | None) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Returns the rows of the queue in use, and ids and queue_ids as the kernels read them."""
-    if exclude is None:
-        return queue, NO_IDS
+class Ids(NamedTuple):
+    """Those of rows and queue, kept while the kernels read their addresses."""
+
+    tensors: tuple[Tensor | None, ...]
+    addresses: tuple[int, ...]
+
+
+NO_IDS = Ids((), (0, 0))
+
+
+def _left_out(queue: Tensor, exclude: Exclude) -> tuple[Tensor, Ids]:
+    """Returns the rows of the queue in use, and the ids."""
     ids, queue_ids, filled = (t if t is None else t.contiguous() for t in exclude)
-    return queue if filled is None else queue[: int(filled)], (ids, queue_ids)
+    queue = queue if filled is None else queue[: int(filled)]
+    return queue, Ids((ids, queue_ids), (_address(ids), _address(queue_ids)))
 
 
 def _queue(queue: Tensor) -> tuple[int, int, int, int, bool]:
