@@ -66,8 +66,8 @@ def check(inputs, taus, backend):
     q, k, queue = inputs = [strided(t) for t in inputs]
     what, how = random.randrange(5), {"drawn": True}
     if random.random() < 0.4:
-        of, size = round(log_uniform(1, 1000)), len(queue)
-        ids = (strided(torch.randint(-1, of, (n,)) * 3 ** random.randrange(35)) for n in (len(k), size))
+        of, size, factor = round(log_uniform(1, 1000)), len(queue), 3 ** random.randrange(35)
+        ids = (strided(torch.randint(-1, of, (n,)) * factor) for n in (len(k), size))
         how["left_out"] = LeftOut(backend, *ids, random.choice([None, None, random.randint(0, size)]))
     if what < 2:
         check_relation(*inputs, *taus, ("kl", "ce")[what], backend, **how)
