@@ -103,5 +103,4 @@ class ClusterLoss(_Loss):
         super().__init__(temperature=temperature, backend=backend)
 
     def forward(self, p1: Tensor, p2: Tensor) -> Tensor:
-        entropies = functional.cluster_entropy_penalty(p1) + functional.cluster_entropy_penalty(p2)
-        return functional.cluster_contrast(p1, p2, **self.settings()) + entropies
+        return functional.cluster_loss(p1, p2, **self.settings())
