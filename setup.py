@@ -85,7 +85,9 @@ def cpu_objects(cxx: list[str]) -> dict[str, Object]:
         f"kernels_{name}.o": Object("cxx", CPU / "kernels.cpp", [*flags, f"-DRELSSL_ISA={name}"])
         for name, flags in sets.items()
     }
-    objects |= {f"{name}.o": Object("cxx", CPU / f"{name}.cpp", []) for name in ("losses", "threads")}
+    objects |= {
+        f"{name}.o": Object("cxx", CPU / f"{name}.cpp", []) for name in ("clusters", "losses", "threads")
+    }
     return objects | {"binding.o": Object("cxx", CPU / "binding.cpp", [*python_headers(), *listed])}
 
 

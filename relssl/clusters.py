@@ -1,13 +1,8 @@
-"""The cluster losses: the op, its autograd.Function, and the formulas as eager code.
+"""The cluster losses: their op, its autograd.Function, and the formulas as eager code.
 
-    relssl::cluster_loss  NT-Xent of two views' columns, with the sizes' penalty if wanted, and the gradient
+    relssl::cluster_loss  NT-Xent of two views' columns, with or without the penalties; and its gradient
 
-With c_m = p_m / |p_m| the unit column of a cluster, h_m the gradient of NT-Xent for it, s_m the cluster's share of
-its view and S the sum over that view,
-
-    grad p_m = (h_m - <h_m, c_m> c_m) / |p_m| + (log s_m - sum_k s_k log s_k) / S
-
-Some 30 small operations take as long as their calls, so forward computes this at once, without autograd's records.
+Some 80 small operations would take as long as their calls: forward computes loss and gradient in one.
 """
 
 from math import log
@@ -20,12 +15,11 @@ from relssl import backends, ops
 from relssl._compat import in_functorch_transform
 from relssl.autograd import Settings, differentiable_backward, number_of, recompute, scales, tensor_of
 from relssl.backends import reference
+from relssl.backends.clusters import EMPTY
 from relssl.backends.common import Temperature, accumulator, device_type, to_dtype
 from relssl.dispatch import wants_grad
 from relssl.saving import distinct, save, snapshots
 from relssl.validation import compute_dtype, savable
-
-EMPTY = 1e-8  # the length of a column below which its cluster is empty
 
 
 def penalty(p: Tensor) -> Tensor:
@@ -46,11 +40,11 @@ def eager_loss(p1: Tensor, p2: Tensor, tau: Temperature, dtype: torch.dtype, pen
 
 
 def _loss_fake(
-    p1: Tensor, p2: Tensor, scale: list[float], device_scale: Tensor | None, dtype: torch.dtype, penalize: bool,
-    want_grad: bool, backend: str,
+    p1: Tensor, p2: Tensor, scale: list[float], device_scale: Tensor | None, dtype: torch.dtype,
+    penalize: bool, want_grad: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = 2 * p1.shape[1] if want_grad else 0
-    return p1.new_empty(()), p1.new_empty(rows, p1.shape[0]), p1.new_empty(rows, 1)
+    views = 2 if want_grad else 0
+    return p1.new_empty(()), p1.new_empty(views, *p1.shape), p1.new_empty(views * p1.shape[1])
 
 
 @ops.op(
@@ -59,29 +53,11 @@ def _loss_fake(
     _loss_fake,
 )
 def loss_op(
-    p1: Tensor, p2: Tensor, scale: list[float], device_scale: Tensor | None, dtype: torch.dtype, penalize: bool,
-    want_grad: bool, backend: str,
+    p1: Tensor, p2: Tensor, scale: list[float], device_scale: Tensor | None, dtype: torch.dtype,
+    penalize: bool, want_grad: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the loss, its gradient for the columns [2M, N], and NT-Xent's along each unit column [2M, 1]."""
-    columns = torch.cat((p1.mT, p2.mT))
-    norms = columns.norm(dim=1, keepdim=True)
-    norms.masked_fill_(norms < EMPTY, 1.0)
-    unit, both = columns / norms, ops.scale_of(scale, device_scale)
-    loss, grad, _ = backends.get(backend).nt_xent(to_dtype(unit, dtype), both, None, 1 / len(unit), want_grad)
-    radial = grad.new_empty(0, 1)
-    if want_grad:
-        radial = (grad * unit).sum(1, keepdim=True)
-        grad = grad.addcmul_(unit, radial, value=-1).div_(norms)
-    if penalize:
-        sizes = columns.sum(1).view(2, -1)
-        total = sizes.sum(1, keepdim=True)
-        share = sizes / total
-        logs = share.clamp_min(torch.finfo(share.dtype).tiny).log_()
-        sums = (share * logs).sum(1, keepdim=True)
-        loss = loss + (sums.sum() + 2 * log(sizes.shape[1]))
-        if want_grad:
-            grad += ((logs - sums) / total).view(-1, 1)
-    return loss, grad, radial
+    both = ops.scale_of(scale, device_scale)
+    return backends.get(backend).cluster_loss(p1, p2, both, dtype, penalize, want_grad)
 
 
 class ClusterLoss(torch.autograd.Function):
@@ -112,12 +88,12 @@ class ClusterLoss(torch.autograd.Function):
 
             return *recompute(run, (p1, p2, tau), needs, (g,)), None, None
 
-        of_1, of_2 = (grad * g).chunk(2)
+        of_1, of_2 = grad * g
         of_tau = None
         if needs_tau:
             (c,) = scales((tau,), p1)
             of_tau = radial.sum() * g * (-c / 2)
-        return of_1.mT if needs_1 else None, of_2.mT if needs_2 else None, of_tau, None, None
+        return of_1 if needs_1 else None, of_2 if needs_2 else None, of_tau, None, None
 
 
 def cluster_loss(p1: Tensor, p2: Tensor, tau: Temperature, penalize: bool, backend: str) -> Tensor:

@@ -8,7 +8,6 @@ of the size batch x queue is ever needed, and the gradient costs no second pass.
 from typing import Literal, overload
 from warnings import warn
 
-import torch
 from torch import Tensor
 
 from relssl import clusters, dispatch, in_batch
@@ -214,8 +213,8 @@ def cluster_contrast(
 def cluster_loss(p1: Tensor, p2: Tensor, *, temperature: Temperature = 1.0, backend: str = "auto") -> Tensor:
     """The cluster loss of Contrastive Clustering and SACC, in one call.
 
-    It is `cluster_contrast` plus `cluster_entropy_penalty` of each view, and takes `cluster_contrast`'s arguments.
-    (Li et al., Contrastive Clustering, AAAI 2021, eq. 6.)
+    It is `cluster_contrast` plus `cluster_entropy_penalty` of each view, and takes the arguments of
+    `cluster_contrast`. (Li et al., Contrastive Clustering, AAAI 2021, eq. 6.)
     """
     p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
     return clusters.cluster_loss(p1, p2, tau, True, backend)
@@ -231,7 +230,8 @@ def cluster_entropy_penalty(p: Tensor) -> Tensor:
         p: soft assignments [N, M], not negative.
 
     Returns:
-        A scalar, float32 (float64 for float64). Finite, and so is its gradient, where clusters are empty.
+        A scalar, float32 (float64 for float64). Finite, and so is its gradient, where clusters are empty;
+        NaN where all are.
     """
     check_views(p, p, None, ("p", "p"), "[N, M]")
     return clusters.penalty(to_dtype(p, accumulator(p.dtype)))

@@ -93,10 +93,9 @@ class NTXentLoss(_Loss):
 
 
 class ClusterLoss(_Loss):
-    """The cluster loss of Contrastive Clustering and SACC; call it with two views' assignments (p1, p2).
+    """`functional.cluster_loss` as a module that stores its settings; call it with (p1, p2).
 
-    `functional.cluster_contrast` plus `functional.cluster_entropy_penalty` of each view. (Li et al.,
-    Contrastive Clustering, AAAI 2021, eq. 6.)
+    A temperature given as nn.Parameter (of one element) is learned.
     """
 
     def __init__(self, *, temperature: Temperature = 1.0, backend: str = "auto") -> None:

@@ -16,7 +16,7 @@ from time import perf_counter
 import checks
 import emulated
 import torch
-from checks import batch, check_info_nce, check_logsumexp, check_nt_xent, check_relation
+from checks import batch, check_clusters, check_info_nce, check_logsumexp, check_nt_xent, check_relation
 from oracle import unit
 
 from relssl import _cpu
@@ -63,7 +63,7 @@ def good_cuda(module, seed):
 
 def check(inputs, taus, backend):
     q, k, queue = inputs = [strided(t) for t in inputs]
-    what = random.randrange(5)
+    what = random.randrange(6)
     if what < 2:
         check_relation(*inputs, *taus, ("kl", "ce")[what], backend, drawn=True)
     elif what == 2:
@@ -72,6 +72,9 @@ def check(inputs, taus, backend):
         reduction = random.choice(["mean", "sum", "none"])
         negatives = random.choice([None, queue])
         check_nt_xent(q if q.dim() == 2 else q[0], k, negatives, taus[0], backend, reduction, drawn=True)
+    elif what == 4:
+        p1, p2 = (strided((3 * torch.randn(len(k), k.shape[1])).softmax(1).to(k.dtype)) for _ in range(2))
+        check_clusters(p1, p2, taus[0], random.random() < 0.5, backend, drawn=True)
     else:
         some = len(queue) > 1 and random.random() < 0.5
         exclude = torch.randint(-1, len(queue), (len(k),)) if some else None

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../addresses.h"
+#include "clusters.h"
 #include "losses.h"
 #include "threads.h"
 
@@ -179,6 +180,18 @@ PYBIND11_MODULE(_cpu, m) {
     const Kernels& chosen = kernels(isa);
     py::gil_scoped_release release;
     nt_xent_vjp(chosen, in, from, weights, to, threads);
+  });
+
+  m.def("cluster_loss", [](Address p1, Address p2, int64_t count, int64_t clusters, double scale, bool penalize,
+                           Address loss, Address grad, Address radial) {
+    check(count, clusters, "p1");
+    check(clusters, clusters, "p1");
+    if (count == 0 || clusters == 0) throw py::value_error("p1 is empty");
+    const float* const p[2] = {pointer<const float>(p1, "p1"), pointer<const float>(p2, "p2")};
+    float* const to = pointer<float>(loss, "loss");
+    if (grad) pointer<float>(radial, "radial");
+    py::gil_scoped_release release;
+    cluster_loss(p, count, clusters, scale, penalize, to, optional<float>(grad), optional<float>(radial));
   });
 
   // Runs multiply-adds in registers on all threads and returns their flop: its time gives the processor's peak rate.
