@@ -24,7 +24,8 @@ from relssl.validation import compute_dtype, savable
 
 def penalty(p: Tensor) -> Tensor:
     """Returns log M less the entropy of the clusters' shares of p [N, M], in float32 or float64."""
-    share = p.sum(0) / p.sum()
+    sizes = p.sum(0)
+    share = sizes / sizes.sum()
     # 0 log 0 is 0, but its gradient is not finite.
     return log(p.shape[1]) + (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
 

@@ -191,7 +191,7 @@ class Cpu(Backend):
 
 
 NONE = 0, 0, 0, 0.0  # a stack without rows
-FEW = 1 << 18  # images times squared clusters, up to which one thread needs a tenth of a millisecond
+FEW = 1 << 17  # images times squared clusters, up to which one thread needs a tenth of a millisecond
 
 
 def _stack(x: Tensor, scale: float | Tensor) -> tuple[int, int, int, float]:
