@@ -86,7 +86,8 @@ def cpu_objects(cxx: list[str]) -> dict[str, Object]:
         for name, flags in sets.items()
     }
     objects |= {
-        f"{name}.o": Object("cxx", CPU / f"{name}.cpp", []) for name in ("enqueue", "losses", "threads")
+        f"{name}.o": Object("cxx", CPU / f"{name}.cpp", [])
+        for name in ("clusters", "enqueue", "losses", "threads")
     }
     return objects | {"binding.o": Object("cxx", CPU / "binding.cpp", [*python_headers(), *listed])}
 

@@ -5,16 +5,14 @@ the softmax-weighted mean of the queue, and ReSSL's relation loss is the Bregman
 of the size batch x queue is ever needed, and the gradient costs no second pass.
 """
 
-from math import log
 from typing import Literal, overload
 from warnings import warn
 
-import torch
 from torch import Tensor
 
-from relssl import dispatch, in_batch
+from relssl import clusters, dispatch, in_batch
 from relssl.autograd import reduce
-from relssl.backends.common import Temperature
+from relssl.backends.common import Temperature, accumulator, to_dtype
 from relssl.queue import FeatureQueue
 from relssl.validation import (
     check_choice,
@@ -238,12 +236,17 @@ def cluster_contrast(
     dtypes and errors are those of `relation_loss`. A column of zeros, an empty cluster, has the cosine 0.
     """
     p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
-    wide = torch.promote_types(p1.dtype, torch.float32)
-    columns = torch.cat((p1.mT, p2.mT)).to(wide)
-    norms = columns.norm(dim=1, keepdim=True)
-    # An empty cluster's column stays as it is: divided by its length, it would have an infinite gradient.
-    c1, c2 = (columns / norms.masked_fill(norms < 1e-8, 1.0)).chunk(2)
-    return nt_xent(c1, c2, temperature=tau, backend=backend)
+    return clusters.cluster_loss(p1, p2, tau, False, backend)
+
+
+def cluster_loss(p1: Tensor, p2: Tensor, *, temperature: Temperature = 1.0, backend: str = "auto") -> Tensor:
+    """The cluster loss of Contrastive Clustering and SACC, in one call.
+
+    It is `cluster_contrast` plus `cluster_entropy_penalty` of each view, and takes the arguments of
+    `cluster_contrast`. (Li et al., Contrastive Clustering, AAAI 2021, eq. 6.)
+    """
+    p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
+    return clusters.cluster_loss(p1, p2, tau, True, backend)
 
 
 def cluster_entropy_penalty(p: Tensor) -> Tensor:
@@ -256,13 +259,11 @@ def cluster_entropy_penalty(p: Tensor) -> Tensor:
         p: soft assignments [N, M], not negative.
 
     Returns:
-        A scalar, float32 (float64 for float64). Finite, and so is its gradient, where clusters are empty.
+        A scalar, float32 (float64 for float64). Finite, and so is its gradient, where clusters are empty;
+        NaN where all are.
     """
     check_views(p, p, None, ("p", "p"), "[N, M]")
-    wide = p.to(torch.promote_types(p.dtype, torch.float32))
-    share = wide.sum(0) / wide.sum()
-    # 0 log 0 is 0, but its gradient is not finite.
-    return log(p.shape[1]) + (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
+    return clusters.penalty(to_dtype(p, accumulator(p.dtype)))
 
 
 def cluster_entropy(p: Tensor) -> Tensor:

@@ -114,15 +114,13 @@ class NTXentLoss(_Loss):
 
 
 class ClusterLoss(_Loss):
-    """The cluster loss of Contrastive Clustering and SACC; call it with two views' assignments (p1, p2).
+    """`functional.cluster_loss` as a module that stores its settings; call it with (p1, p2).
 
-    `functional.cluster_contrast` plus `functional.cluster_entropy_penalty` of each view. (Li et al.,
-    Contrastive Clustering, AAAI 2021, eq. 6.)
+    A temperature given as nn.Parameter (of one element) is learned.
     """
 
     def __init__(self, *, temperature: Temperature = 1.0, backend: str = "auto") -> None:
         super().__init__(temperature=temperature, backend=backend)
 
     def forward(self, p1: Tensor, p2: Tensor) -> Tensor:
-        entropies = functional.cluster_entropy_penalty(p1) + functional.cluster_entropy_penalty(p2)
-        return functional.cluster_contrast(p1, p2, **self.settings()) + entropies
+        return functional.cluster_loss(p1, p2, **self.settings())

@@ -6,6 +6,8 @@ import pytest
 import torch
 from oracle import (
     agree,
+    cluster_scales,
+    clusters,
     cotangents_like,
     info_nce,
     info_nce_scales,
@@ -21,9 +23,9 @@ from oracle import (
 )
 
 from relssl import FeatureQueue, backends
+from relssl.functional import cluster_contrast, cluster_loss, queue_logsumexp, relation_loss
 from relssl.functional import info_nce as our_info_nce
 from relssl.functional import nt_xent as our_nt_xent
-from relssl.functional import queue_logsumexp, relation_loss
 
 EMULATED = False  # set by tests while the CUDA kernels run on the CPU (emulated.py)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
@@ -170,6 +172,18 @@ def check_nt_xent(z1, z2, queue, tau, backend, reduction="none", drawn=False, le
         lambda z1, z2, tau, queue=None: reduced(nt_xent(z1, z2, queue, tau, left), reduction),
         inputs, [g], nt_xent_scales(z1, z2, queue, tau, weights, ones), z1.dtype,
         largest_logit((z1, tau), (z2, tau), queue=torch.cat([z1, z2, inputs.get("queue", z1)])), drawn,
+    )  # fmt: skip
+
+
+def check_clusters(p1, p2, tau, penalize, backend, drawn=False):
+    p1, p2 = to_device(backend, p1, p2)
+    (g,) = cotangents_like(())
+    ours = cluster_loss if penalize else cluster_contrast
+    agree(
+        lambda p1, p2, tau: ours(p1, p2, temperature=tau, backend=backend),
+        lambda p1, p2, tau: clusters(p1, p2, tau, penalize),
+        {"p1": p1, "p2": p2, "tau": temperature(tau, p1)},
+        [g], cluster_scales(p1, p2, tau, penalize, g), p1.dtype, 1 / tau, drawn,
     )  # fmt: skip
 
 

@@ -16,7 +16,15 @@ from time import perf_counter
 import checks
 import emulated
 import torch
-from checks import LeftOut, batch, check_info_nce, check_logsumexp, check_nt_xent, check_relation
+from checks import (
+    LeftOut,
+    batch,
+    check_clusters,
+    check_info_nce,
+    check_logsumexp,
+    check_nt_xent,
+    check_relation,
+)
 from oracle import unit
 
 from relssl import _cpu
@@ -64,7 +72,7 @@ def good_cuda(module, seed):
 
 def check(inputs, taus, backend):
     q, k, queue = inputs = [strided(t) for t in inputs]
-    what, how = random.randrange(5), {"drawn": True}
+    what, how = random.randrange(6), {"drawn": True}
     if random.random() < 0.4:
         of, size, factor = round(log_uniform(1, 1000)), len(queue), 3 ** random.randrange(35)
         ids = (strided(torch.randint(-1, of, (n,)) * factor) for n in (len(k), size))
@@ -77,6 +85,9 @@ def check(inputs, taus, backend):
         reduction = random.choice(["mean", "sum", "none"])
         negatives = queue if "left_out" in how else random.choice([None, queue])
         check_nt_xent(q if q.dim() == 2 else q[0], k, negatives, taus[0], backend, reduction, **how)
+    elif what == 4:
+        p1, p2 = (strided((3 * torch.randn(len(k), k.shape[1])).softmax(1).to(k.dtype)) for _ in range(2))
+        check_clusters(p1, p2, taus[0], random.random() < 0.5, backend, drawn=True)
     elif all(how["left_out"].rows if "left_out" in how else [True]):  # An infinite lse cannot be compared.
         some = len(queue) > 1 and "left_out" not in how and random.random() < 0.5
         exclude = torch.randint(-1, len(queue), (len(k),)) if some else None

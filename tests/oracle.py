@@ -91,6 +91,15 @@ def _nt_xent_of(i, z, others, tau):
     return F.cross_entropy(z[i : i + 1] @ without_itself.mT / tau, label, reduction="none")
 
 
+def clusters(p1, p2, tau, penalize):
+    """Returns the mean NT-Xent of the columns' cosines, with log M less the entropy of each view's shares."""
+    columns = [F.normalize(p, dim=0, eps=0).mT for p in (p1, p2)]
+    loss = nt_xent(*columns, None, tau).mean()
+    for p in (p1, p2) if penalize else ():
+        loss = loss + log(p.shape[1]) - torch.special.entr(p.sum(0) / p.sum()).sum()
+    return loss
+
+
 def logsumexp(x, queue, tau, left=None):
     """Returns lse [R] and mean [R, D]."""
     if left is not None:
@@ -218,6 +227,18 @@ def nt_xent_scales(z1, z2, queue, tau, g, ones):
         "queue": c * z * w,
         "tau": c * c * z * m * w,
     }
+
+
+def cluster_scales(p1, p2, tau, penalize, g):
+    """NT-Xent's of unit rows, over the columns' lengths; and that of the logarithms of the shares."""
+    scales = nt_xent_scales(torch.ones(1, 1), torch.ones(1, 1), None, tau, g, 1)
+    for name, p in (("p1", p1.detach().double()), ("p2", p2.detach().double())):
+        scales[name] = scales["z1"] / float(p.norm(dim=0).min())
+        if penalize:
+            scales["0"] += log(p.shape[1])
+            scales[name] += float(g.abs() * (p.sum(0) / p.sum()).log().norm() * len(p) ** 0.5 / p.sum())
+    scales["0"] += log(p1.shape[1])
+    return scales
 
 
 def logsumexp_scales(x, queue, tau, g_lse, g_mean):

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
+from oracle import clusters, relation, unit
 from oracle import info_nce as exact_info_nce
-from oracle import relation, unit
 from torch.autograd import gradcheck, gradgradcheck
 
 from relssl import FeatureQueue
-from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
+from relssl.functional import (
+    cluster_contrast,
+    cluster_loss,
+    info_nce,
+    nt_xent,
+    queue_logsumexp,
+    relation_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,6 +66,16 @@ def test_nt_xent_to_second_order(backend, reduction, negatives):
     z1, z2, queue = batch()
     inputs = leaves(z1, z2, TAU_S, *([queue] if negatives else []))
     assert gradcheck(loss, inputs) and gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", [cluster_contrast, cluster_loss])
+def test_clusters_to_second_order(backend, loss):
+    def run(p1, p2, tau):
+        return loss(p1, p2, temperature=tau, backend=backend)
+
+    inputs = leaves(*(torch.randn(5, 3).softmax(1) for _ in range(2)), TAU_S)
+    assert gradcheck(run, inputs) and gradgradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,6 +188,33 @@ def test_torch_func():
     again = flat.clone().requires_grad_()
     exact_info_nce(again, k, queue, 0.2).sum().backward()
     torch.testing.assert_close(per_sample(flat, k), again.grad)
+
+
+def test_torch_func_of_clusters():
+    p = torch.randn(3, 6, 4).double().softmax(2)
+
+    def ours(x):
+        return cluster_loss(x, p[0], temperature=0.7)
+
+    def exact(x):
+        return clusters(x, p[0], 0.7, True)
+
+    per_batch = torch.func.vmap(torch.func.grad(ours))(p)
+    torch.testing.assert_close(per_batch, torch.stack([torch.func.grad(exact)(x) for x in p]))
+    torch.testing.assert_close(torch.func.hessian(ours)(p[1]), torch.func.hessian(exact)(p[1]))
+
+
+@pytest.mark.parametrize("backend", ["cpu", *BACKENDS])
+def test_clusters_under_autocast(backend):
+    """The products are of bfloat16's columns, with sums in float32; all else is float32."""
+    p1, p2 = (torch.randn(20, 6).softmax(1).requires_grad_() for _ in range(2))
+    exact = cluster_loss(p1, p2, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cluster_loss(p1, p2, backend=backend)
+    assert loss.dtype == torch.float32 and loss != exact
+    torch.testing.assert_close(loss, exact, rtol=1e-3, atol=0)
+    for got, want in zip(*(torch.autograd.grad(t, (p1, p2)) for t in (loss, exact)), strict=True):
+        assert got.dtype == torch.float32 and (got - want).norm() < 2e-2 * want.norm()
 
 
 def test_forward_mode():

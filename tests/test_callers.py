@@ -16,6 +16,7 @@ from relssl import FeatureQueue
 from relssl.functional import (
     cluster_contrast,
     cluster_entropy_penalty,
+    cluster_loss,
     info_nce,
     nt_xent,
     queue_logsumexp,
@@ -59,6 +60,7 @@ ALIASED = {
     "one view twice": lambda x, y, t, b: nt_xent(x, x, temperature=t, backend=b),
     "the batch as queue": lambda x, y, t, b: nt_xent(x, y, queue=x, temperature=t, backend=b),
     "clusters": lambda x, y, t, b: cluster_contrast(x.softmax(1), y.softmax(1), temperature=t, backend=b),
+    "cluster_loss": lambda x, y, t, b: cluster_loss(x.softmax(1), y.softmax(1), temperature=t, backend=b),
     "one assignment twice": lambda x, y, t, b: cluster_contrast(x, x, temperature=t, backend=b),
     "x is queue": lambda x, y, t, b: primitive(x, x, t, backend=b),
     "x is queue, excluded": lambda x, y, t, b: primitive(x, x, t, exclude=torch.arange(K), backend=b),
@@ -387,7 +389,7 @@ def test_meta_tensors(autocast, backend):
             "views": relation_loss(torch.stack((q, q)), k, queue, teacher_temperature=tau, **b)[None],
             "info_nce": info_nce(q, k, queue, temperature=tau, reduction="none", **b),
             "nt_xent": nt_xent(q, k, queue=queue, temperature=tau, reduction="none", **b),
-            "clusters": cluster_contrast(q, k, temperature=tau, **b)[None] + cluster_entropy_penalty(q)[None],
+            "clusters": cluster_loss(q, k, temperature=tau, **b)[None] + cluster_entropy_penalty(q)[None],
             "lse": queue_logsumexp(q, queue, tau, exclude=own, **b)[0],
             "mean": queue_logsumexp(q, queue, tau, **b)[1],
         }

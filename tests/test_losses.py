@@ -9,6 +9,7 @@ from checks import (
     INTERPRETED,
     backends_of,
     batch,
+    check_clusters,
     check_info_nce,
     check_logsumexp,
     check_nt_xent,
@@ -88,6 +89,19 @@ def test_nt_xent(dtype, shape, reduction, backend, monkeypatch):
     check_nt_xent(
         unit(count, dim, dtype=dtype), unit(count, dim, dtype=dtype), queue, 0.3, backend, reduction
     )
+
+
+# N, M: one image, one cluster; SACC's; more than "cpu" computes without its kernels.
+ASSIGNMENTS = [(1, 1), (1, 3), (5, 2), (200, 10), (130, 33), (70, 67)]
+
+
+@pytest.mark.parametrize("penalize", [False, True], ids=["contrast", "loss"])
+@pytest.mark.parametrize("shape", ASSIGNMENTS, ids=str)
+@every(*DTYPES)
+def test_clusters(dtype, shape, penalize, backend):
+    p1, p2 = (torch.randn(shape).mul_(2).softmax(1).to(dtype) for _ in range(2))
+    for tau in (1.0, 0.1):
+        check_clusters(p1, p2, tau, penalize, backend)
 
 
 @shapes(*(s for s in SHAPES if s[0] is None))

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from relssl import FeatureQueue, backends
 from relssl.backends.chunked import Chunked
-from relssl.functional import info_nce, nt_xent, queue_logsumexp, relation_loss
+from relssl.functional import cluster_loss, info_nce, nt_xent, queue_logsumexp, relation_loss
 from relssl.info import report
 
 LAYOUTS = {
@@ -111,6 +111,10 @@ def test_opcheck(layout, scale, dtype, backend):
     torch.library.opcheck(
         ops.nt_xent_vjp.default, (torch.cat((q[0], k)), *one, lse, torch.randn(10), backend)
     )
+    p1, p2 = (LAYOUTS[layout](torch.rand(7, 3)) for _ in range(2))
+    for penalize, want in ((True, True), (False, False)):
+        arguments = (p1, p2, *one, p1.dtype, penalize, want, backend)
+        torch.library.opcheck(ops.cluster_loss.default, arguments)
     ids, queue_ids, filled = torch.tensor([0, -1, 3, 39, -1]), torch.arange(40) // 2, torch.tensor(30)
     for out, want in (((), True), ((ids,), True), ((ids, queue_ids), False), ((None, None, filled), True)):
         arguments = (k, queue, by_value, on_device, 3, want, backend, *out)
@@ -151,6 +155,7 @@ def losses(q, k, queue, tau):
         info_nce(q, k, queue, temperature=tau),
         nt_xent(q, k, queue=queue, temperature=tau, reduction="none").square().sum(),
         lse.square().mean() + mean.square().sum(),
+        cluster_loss(q.softmax(1), k.softmax(1), temperature=tau),
     )
 
 

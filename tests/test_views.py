@@ -7,7 +7,13 @@ import torch
 from oracle import unit
 
 import relssl
-from relssl.functional import cluster_contrast, cluster_entropy, cluster_entropy_penalty, nt_xent
+from relssl.functional import (
+    cluster_contrast,
+    cluster_entropy,
+    cluster_entropy_penalty,
+    cluster_loss,
+    nt_xent,
+)
 
 EXACT = ["chunked", "reference"]  # Those that accept float64.
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -105,11 +111,44 @@ def test_empty_clusters(dtype):
     logits.requires_grad_()
     p = logits.softmax(1)
     assert (p[:, 1] == 0).all()
-    value = cluster_entropy_penalty(p) + cluster_contrast(p, p.roll(1, 0))
+    value = cluster_loss(p, p.roll(1, 0))
     (gradient,) = torch.autograd.grad(value, logits)
     assert value.isfinite() and gradient.isfinite().all()
     halves = cluster_entropy_penalty(torch.tensor([[0.5, 0, 0.5, 0]]))
     assert halves == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_gradients_of_empty_clusters(backend):
+    """They are those of eager code: the logarithm of the least share, and NT-Xent's for cosines of 0."""
+    p = torch.rand(20, 4)
+    p[:, [1, 3]] = 0
+    found = []
+    for name in (backend, "reference"):
+        leaf = p.clone().requires_grad_()
+        loss = cluster_loss(leaf, leaf.flip(0).roll(1, 1), backend=name)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert found[0][1].isfinite().all() and (found[0][1][:, 1] < -4).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+def test_assignments_of_zeros(backend):
+    """They have no shares: the penalty is NaN, and the contrast of cosines 0 is log(2M - 1)."""
+    zeros = torch.zeros(5, 4, requires_grad=True)
+    assert cluster_entropy_penalty(zeros).isnan() and cluster_loss(zeros, zeros, backend=backend).isnan()
+    contrast = cluster_contrast(zeros, zeros, backend=backend)
+    assert contrast.item() == pytest.approx(math.log(7))
+    assert not torch.autograd.grad(contrast, zeros)[0].any()
+
+
+def test_the_cluster_loss_is_the_sum_of_its_parts():
+    p1, p2 = (assignments(30, 7, torch.float32) for _ in range(2))
+    penalties = cluster_entropy_penalty(p1) + cluster_entropy_penalty(p2)
+    whole = cluster_loss(p1, p2, temperature=0.5)
+    torch.testing.assert_close(whole, cluster_contrast(p1, p2, temperature=0.5) + penalties)
+    with pytest.raises(ValueError, match="p2 must have the shape of p1"):
+        cluster_loss(p1, p2[1:])
 
 
 def test_equal_clusters_have_no_penalty():

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../addresses.h"
+#include "clusters.h"
 #include "enqueue.h"
 #include "losses.h"
 #include "threads.h"
@@ -195,6 +196,18 @@ PYBIND11_MODULE(_cpu, m) {
     if (overlaps(ring, from)) throw std::runtime_error("keys and the queue share memory: pass a clone");
     py::gil_scoped_release release;
     enqueue(ring, from);
+  });
+
+  m.def("cluster_loss", [](Address p1, Address p2, int64_t count, int64_t clusters, double scale, bool penalize,
+                           Address loss, Address grad, Address radial) {
+    check(count, clusters, "p1");
+    check(clusters, clusters, "p1");
+    if (count == 0 || clusters == 0) throw py::value_error("p1 is empty");
+    const float* const p[2] = {pointer<const float>(p1, "p1"), pointer<const float>(p2, "p2")};
+    float* const to = pointer<float>(loss, "loss");
+    if (grad) pointer<float>(radial, "radial");
+    py::gil_scoped_release release;
+    cluster_loss(p, count, clusters, scale, penalize, to, optional<float>(grad), optional<float>(radial));
   });
 
   // Runs multiply-adds in registers on all threads and returns their flop: its time gives the processor's peak rate.

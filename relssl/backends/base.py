@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relssl.backends import tiles
+from relssl.backends import clusters, tiles
 from relssl.backends.common import Cotangents, Exclude, Saved, Scale, accumulator, to_dtype, total
 
 
@@ -143,6 +143,20 @@ class Backend(ABC):
     def nt_xent_vjp(self, z: Tensor, scale: Scale, lse: Tensor, g: Tensor) -> Tensor:
         """Returns the same gradient from lse [2, 2N], of the sum of g [2N] times the losses."""
         return tiles.nt_xent_vjp(z, scale, lse, g)
+
+    def cluster_loss(
+        self, p1: Tensor, p2: Tensor, scale: Scale, dtype: torch.dtype, penalize: bool, want_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes functional.cluster_loss of p1 and p2 [N, M], or cluster_contrast if not `penalize`.
+
+        dtype is that of the unit columns in NT-Xent's products; p1 and p2 have the accumulator's.
+
+        Returns:
+            loss: 0-d.
+            grad: its gradient for p1 and p2, [2, N, M]; [0, N, M] without want_grad.
+            radial: NT-Xent's gradient for each unit column along that column, [2M]; [0] without want_grad.
+        """
+        return clusters.cluster_loss(self, p1, p2, scale, dtype, penalize, want_grad)
 
     def variants(self, dtype: torch.dtype, dim: int) -> list[str]:
         """Returns the variants worth a measurement here, for a dtype and width that `supports` accepts."""
