@@ -72,14 +72,14 @@ class ClusterLoss(torch.autograd.Function):
             (tau,) = snapshots((tau, True))
         scale = ops.scale_arguments(scales((tau,), p1))
         loss, grad, radial = loss_op(p1, p2, *scale, settings.dtype, penalize, True, settings.backend)
-        save(ctx, p1, False, p1, p2, tensor_of(tau), grad, radial)
+        save(ctx, p1, (), False, (p1, p2, tensor_of(tau)), (grad, radial))
         ctx.number = number_of(tau)
         ctx.penalize, ctx.settings = penalize, settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        _, p1, p2, tau, grad, radial, *_ = ctx.saved_tensors
+        p1, p2, tau, grad, radial, *_ = ctx.saved_tensors
         needs_1, needs_2, needs_tau, *_ = needs = ctx.needs_input_grad
         tau = ctx.number or tau
         if differentiable_backward():
