@@ -100,9 +100,9 @@ def mask(s, n, size, row_ids, ids, EVEN: tl.constexpr, EXCLUDE: tl.constexpr):
 def load_row_ids(ids, row, rows, EXCLUDE: tl.constexpr):
     """Loads the ids [M] of rows of x; indices as int32, since a queue has fewer rows than 2^31."""
     if EXCLUDE == 1:
-        return tl.load(ids + row, mask=row < rows, other=-1).to(tl.int32)
-    if EXCLUDE == 2:
-        return tl.maximum(tl.load(ids + row, mask=row < rows, other=-1), -1)
+        row = tl.load(ids + row, mask=row < rows, other=-1).to(tl.int32)
+    elif EXCLUDE == 2:
+        row = tl.maximum(tl.load(ids + row, mask=row < rows, other=-1), -1)
     return row
 
 
@@ -110,8 +110,8 @@ def load_row_ids(ids, row, rows, EXCLUDE: tl.constexpr):
 def load_queue_ids(queue_ids, n, size, EXCLUDE: tl.constexpr):
     """Loads the ids [N] of a tile of the queue, or returns its indices."""
     if EXCLUDE == 2:
-        ids = tl.load(queue_ids + n, mask=n < size, other=-2)
-        return tl.where(ids < 0, -2, ids)
+        n = tl.load(queue_ids + n, mask=n < size, other=-2)
+        n = tl.where(n < 0, -2, n)
     return n
 
 
@@ -119,5 +119,5 @@ def load_queue_ids(queue_ids, n, size, EXCLUDE: tl.constexpr):
 def rows_in_use(size, filled, FILLED: tl.constexpr):
     """Returns how many rows of the queue are in use, the first ones: `filled` is a number on the device."""
     if FILLED:
-        return tl.minimum(tl.load(filled).to(tl.int32), size)
+        size = tl.minimum(tl.load(filled).to(tl.int32), size)
     return size

@@ -102,6 +102,13 @@ def backward_queue(chip: Chip, dtype: str, dim: int) -> Tiles:
     return _look_up("backward_queue", BACKWARD_QUEUE, chip, dtype, dim)
 
 
+def with_ids(tiles: Tiles) -> Tiles:
+    """Returns smaller tiles for kernels that compare ids: 64-bit numbers take registers, which would spill."""
+    if tiles.block_n > 16:
+        return tiles._replace(block_n=tiles.block_n // 2)
+    return tiles._replace(block_m=max(16, tiles.block_m // 2))
+
+
 def shared_memory(chip: Chip, dtype: str, dim: int, tiles: Tiles) -> int:
     """Returns the least bytes that a forward pass takes, for rows of x and the tiles that are in flight."""
     more = {"sm_90": 0, "sm_100": 0 if tiles.specialised else 1}.get(family(chip.capability), -1)

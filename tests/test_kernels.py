@@ -66,6 +66,20 @@ def test_compiled(capability, case):
         assert got.tensor == {90: "wgmma", 100: "tcgen05.mma"}[capability]
 
 
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100, 120, AMD))]
+)
+def test_kernels_that_compare_ids_do_not_spill(capability):
+    for case in resources.cases(capability, 128, "bf16"):
+        if case.name in ("forward", "backward_x", "backward_queue"):
+            flags = {"EXCLUDE": 2, "FILLED": True, "EVEN": False}
+            tiles = heuristics.with_ids(case.tiles)
+            got = resources.resources(
+                case._replace(constants=case.constants | flags, tiles=tiles), capability
+            )
+            assert got.spilled == 0, case.name
+
+
 def order(loop):
     """Returns a loop's products, waits and exponentials in their order, as (name, count)."""
     names = (re.match(r"(?:@\S+ )?(HGMMA|WARPGROUP\.DEPBAR\S* .*, \S+|MUFU\.EX2)", step) for step in loop)

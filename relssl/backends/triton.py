@@ -204,6 +204,8 @@ def _forward_launch(
     specialised = tiles.specialised and all_in_use and all(map(_describable, (first, second, queue)))
     if tiles.specialised and not specialised:
         tiles = plain
+    if queue_ids is not None:
+        tiles = heuristics.with_ids(tiles)
     tma = _describable(queue)
 
     def constants(tiles: Any, **flags: bool) -> dict[str, Any]:

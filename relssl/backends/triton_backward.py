@@ -31,11 +31,14 @@ class Backward:
             lse, self.c, self.lse, len(x), BLOCK=256, DEVICE_SCALE=on_device
         )
 
+    def fitting(self, tiles: Any) -> Any:
+        return tiles if self.exclude[1] is None else self.kernels.heuristics.with_ids(tiles)
+
     def x(self, base: Tensor, want_weighted: bool, symmetric: bool = False) -> tuple[Tensor, Tensor]:
         """Returns the totals [S, R] of S splits, and weighted [S, R, D] or [0]."""
         (x, queue), c, lse = self.tensors, self.c, self.lse
         (rows, dim), size = x.shape, len(queue)
-        tiles = self.kernels.heuristics.backward(self.chip, self.dtype, dim, symmetric)
+        tiles = self.fitting(self.kernels.heuristics.backward(self.chip, self.dtype, dim, symmetric))
         options = self.common | {
             "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "EVEN": size % tiles.block_n == 0 and not self.common["FILLED"],
@@ -58,7 +61,7 @@ class Backward:
     def queue(self, base: Tensor, g_row: Tensor | None) -> Tensor:
         """Returns grad_queue [K, D]."""
         (x, queue), size = self.tensors, len(self.tensors[1])
-        tiles = self.kernels.heuristics.backward_queue(self.chip, self.dtype, x.shape[1])
+        tiles = self.fitting(self.kernels.heuristics.backward_queue(self.chip, self.dtype, x.shape[1]))
         grad_queue = self.lse.new_empty(queue.shape)
         self.kernels.backward_queue[(-(-size // tiles.block_n),)](
             x, queue, *self.exclude, self.c, self.lse, base, self.g_mean, g_row, grad_queue,
