@@ -18,6 +18,24 @@ def relation_loss(q: Tensor, k: Tensor, queue: Tensor, tau_s: float = 0.1, tau_t
     return -torch.sum(target * F.log_softmax(logits_q / tau_s, dim=1), dim=1).mean()
 
 
+def relation_loss_with_ids(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    ids: Tensor,
+    queue_ids: Tensor,
+    tau_s: float = 0.1,
+    tau_t: float = 0.04,
+) -> Tensor:
+    """ReSSL over a queue [D, K] without the rows whose id is that of the image."""
+    same = ids[:, None] == queue_ids
+    least = torch.finfo(q.dtype).min
+    logits_q = torch.mm(q, queue.clone().detach()).masked_fill(same, least)
+    logits_k = torch.mm(k, queue.clone().detach()).masked_fill(same, least)
+    target = F.softmax(logits_k.detach() / tau_t, dim=1)
+    return -torch.sum(target * F.log_softmax(logits_q / tau_s, dim=1), dim=1).mean()
+
+
 def multi_crop(q: Tensor, k: Tensor, queue: Tensor, tau_s: float = 0.1, tau_t: float = 0.04) -> Tensor:
     """ReSSL with several student views: q [V, B, D]. The teacher's logits are repeated for each view."""
     logits_q = torch.mm(q.flatten(0, 1), queue.clone().detach())

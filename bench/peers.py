@@ -123,13 +123,24 @@ def ours(p: Problem, backend: str) -> Loss:
             return (lse - (p.q * p.k).sum(1) / INFO_NCE).mean()
 
         return in_queue
-    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name)
+    ids = {"ids": p.ids, "queue_ids": p.queue_ids} if case.work == "relation_ids" else {}
+    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name, **ids)
 
 
-for _work in ("relation", "multi_crop", "info_nce", "in_queue", "nt_xent", "nt_xent_queue", "sacc"):
+for _work in (
+    "relation",
+    "relation_ids",
+    "multi_crop",
+    "info_nce",
+    "in_queue",
+    "nt_xent",
+    "nt_xent_queue",
+    "sacc",
+):
     for _name in backends.BACKENDS:
         _traits = {"memory": matrices} if _name == "reference" else {}
         peer(_work, f"relssl {_name}", **_traits)(partial(ours, backend=_name))
+peer("relation_ids", "relssl without ids")(lambda p: lambda: relation_loss(p.q, p.k, p.queue, form="ce"))
 peer("relation", "relssl triton" + GRAPH)(partial(ours, backend="triton"))
 peer("relation", "relssl cuda/sm_90a")(partial(ours, backend="cuda/sm_90a"))
 
@@ -178,6 +189,16 @@ def replayed(run: Callable[[], tuple]) -> Callable[[], tuple]:
 
 EAGER: dict[str, Callable[[Problem], tuple]] = {
     "relation": lambda p: (eager.relation_loss, p.q, p.k, p.columns, STUDENT, TEACHER),
+    "relation_ids": lambda p: (
+        eager.relation_loss_with_ids,
+        p.q,
+        p.k,
+        p.columns,
+        p.ids,
+        p.queue_ids,
+        STUDENT,
+        TEACHER,
+    ),
     "multi_crop": lambda p: (eager.multi_crop, p.q, p.k, p.columns, STUDENT, TEACHER),
     "info_nce": lambda p: (eager.info_nce, p.q, p.k, p.columns, INFO_NCE),
     "in_queue": lambda p: (eager.queue_cross_entropy, p.q, p.queue, p.targets, INFO_NCE),

@@ -17,6 +17,7 @@ BLOCK = 2**26 if torch.cuda.is_available() else 2**21  # similarities in memory 
 
 TITLES = {
     "relation": "relation loss",
+    "relation_ids": "relation loss with ids",
     "info_nce": "InfoNCE with a queue",
     "in_queue": "InfoNCE over a queue that holds the positives",
     "nt_xent": "NT-Xent",
@@ -75,7 +76,7 @@ class Case:
 # with a gradient, the means. Within a batch the similarities are needed twice: for the sums, then to weigh
 # z_j by E / Z_i + E / Z_j. SACC's clusters are few beside its rows.
 UNITS: dict[str, Callable[[Case], tuple[int, int]]] = {
-    "relation": lambda case: (4 if case.grad else 2, 0),
+    **dict.fromkeys(("relation", "relation_ids"), lambda case: (4 if case.grad else 2, 0)),
     "multi_crop": lambda case: ((case.views + 1) * (2 if case.grad else 1), 0),
     "info_nce": lambda case: (2 if case.grad else 1, 0),
     "in_queue": lambda case: (2 if case.grad else 1, 0),
@@ -114,6 +115,9 @@ class Problem:
         if case.work == "in_queue":  # as if k had been enqueued already
             self.queue[: case.rows] = self.k
         self.targets = torch.arange(case.rows, device=device)
+        # Those of the rows are not in the queue, so the loss is the one without ids.
+        self.ids = self.targets + case.size
+        self.queue_ids = torch.arange(case.size, device=device)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -138,7 +142,7 @@ class Problem:
         for at in torch.arange(len(rows), device=q.device).split(max(1, BLOCK // max(1, case.size))):
             x = rows[at].detach().requires_grad_()
             logits, teacher = x @ queue.T, keys[at] @ queue.T
-            if case.work in ("relation", "multi_crop"):
+            if case.work in ("relation", "relation_ids", "multi_crop"):
                 p = F.softmax(teacher / TEACHER, 1)
                 loss = -(p * F.log_softmax(logits / STUDENT, 1)).sum()
                 entropy = torch.special.entr(p).sum()

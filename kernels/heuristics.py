@@ -103,7 +103,7 @@ def backward_queue(chip: Chip, dtype: str, dim: int) -> Tiles:
 
 
 def with_ids(tiles: Tiles) -> Tiles:
-    """Returns smaller tiles for kernels that compare ids: 64-bit numbers take registers, which would spill."""
+    """Returns smaller tiles for kernels that compare ids, 64-bit numbers, which would spill otherwise."""
     if tiles.block_n > 16:
         return tiles._replace(block_n=tiles.block_n // 2)
     return tiles._replace(block_m=max(16, tiles.block_m // 2))

@@ -62,7 +62,7 @@ def formula(p):
     """Returns the mean loss by tests/oracle.py, and the gradients of p.leaves."""
     leaves = [t.detach().double().requires_grad_() for t in p.leaves]
     q, k, queue = leaves[0], p.k.detach().double(), p.queue.double()
-    if p.case.work in ("relation", "multi_crop"):
+    if p.case.work in ("relation", "relation_ids", "multi_crop"):
         loss, _ = oracle.relation(q, k, queue, work.STUDENT, work.TEACHER, "ce")
     elif p.case.work == "info_nce":
         loss = oracle.info_nce(q, k, queue, work.INFO_NCE)
