@@ -19,9 +19,9 @@ Start = Literal["random", "zeros", "empty"]
 class FeatureQueue(nn.Module):
     """A first-in, first-out queue of K feature rows of width D.
 
-    It starts with random unit-norm rows, as ReSSL's and MoCo's code does. Pass it, or its `rows`, to the
-    losses of `relssl.functional`. Enqueueing before `loss.backward()` is safe there: the gradient is
-    computed in the forward pass, and no clone of the queue is needed.
+    It starts with random unit-norm rows, as ReSSL's and MoCo's code does. Pass it to the losses of
+    `relssl.functional`; with its `rows` alone they exclude no rows. Enqueueing before `loss.backward()` is
+    safe there: the gradient is computed in the forward pass, and no clone of the queue is needed.
 
     Rows, ids, pointer and count are persistent buffers that stay on the device. Enqueueing is one op: a C++
     call on a CPU, a launch of Triton on a GPU. It never synchronises, traces under torch.compile and replays

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, int64, nn, strided
 
 from relssl._compat import in_functorch_transform
 from relssl.backends.common import Temperature, autocasts, device_type, to_dtype
@@ -101,19 +101,21 @@ def check_exclude(x: Tensor, queue: Tensor, exclude: tuple[Tensor | None, ...]) 
     """Checks ids and queue_ids for x [..., B, D]. Raises TypeError, ValueError or RuntimeError."""
     ids, queue_ids, _ = exclude
     if ids is not None and queue_ids is not None:
-        _indices("ids", ids, x.shape[-2], "B", x.device)
-        _indices("queue_ids", queue_ids, queue.shape[0], "K", x.device)
+        device = x.device
+        _indices("ids", ids, x.shape[-2], "B", device)
+        _indices("queue_ids", queue_ids, queue.shape[0], "K", device)
 
 
 def _indices(name: str, t: Tensor, count: int, shape: str, device: torch.device) -> None:
-    if not isinstance(t, Tensor) or t.dtype != torch.int64:
+    if not isinstance(t, Tensor) or t.dtype != int64:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} must be an int64 tensor, got {got}")
-    if t.layout != torch.strided:
+    if t.layout != strided:
         raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.shape != (count,):
         raise ValueError(f"{name} must be [{shape}] = [{count}], got shape {tuple(t.shape)}")
-    _same_device(name, t, device)
+    if t.device != device:  # The call would cost more than the comparison.
+        _same_device(name, t, device)
 
 
 def check_queue(name: str, x: Tensor, queue: Tensor, shapes: dict[int, str]) -> None:
