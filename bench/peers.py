@@ -123,8 +123,8 @@ def ours(p: Problem, backend: str) -> Loss:
             return (lse - (p.q * p.k).sum(1) / INFO_NCE).mean()
 
         return in_queue
-    ids = {"ids": p.ids, "queue_ids": p.queue_ids} if case.work == "relation_ids" else {}
-    return lambda: relation_loss(p.q, p.k, p.queue, form="ce", backend=name, **ids)
+    ids, queue_ids = (p.ids, p.queue_ids) if case.work == "relation_ids" else (None, None)
+    return lambda: relation_loss(p.q, p.k, p.queue, ids=ids, queue_ids=queue_ids, form="ce", backend=name)
 
 
 for _work in (

@@ -101,7 +101,7 @@ class Relation(torch.autograd.Function):
         q, k, tau_s, tau_t, grad_q, grad_k, lse, mean_t, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad
         needs_q, needs_k, needs_queue, needs_s, needs_t = needs[:5]
-        none = (None,) * (len(needs) - 5)  # of the settings and what is left out
+        none = (None,) * (len(needs) - 5)  # of the settings and what is excluded
         if g is None:
             return (None,) * len(needs)
         dtype, backend, reduction, form = ctx.settings
@@ -220,7 +220,7 @@ class InfoNCE(torch.autograd.Function):
         q, k, tau, sigma, grad_q, lse, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad
         needs_q, needs_k, needs_queue, needs_tau = needs[:4]
-        none = (None,) * (len(needs) - 4)  # of the settings and what is left out
+        none = (None,) * (len(needs) - 4)  # of the settings and what is excluded
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
         if differentiable_backward():

@@ -98,7 +98,7 @@ def _evaluate(arguments: list[str]) -> None:
 
         knn and linear are accuracies on the test images; nmi, acc (Hungarian method) and ari compare
         clusters with classes on training and test images: the method's own clusters, or those of k-means on
-        the features. Scores for which the data set has no labels are left out, with a warning.
+        the features. Scores for which the data set has no labels are omitted, with a warning.
         """
 
         checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
@@ -111,7 +111,7 @@ def _evaluate(arguments: list[str]) -> None:
         classes: str = ""
         """Class folders to use, as in training. Default: those of training, or all of --data."""
         skip_unreadable: bool = False
-        """Leave out images that cannot be read, and report them. Default: as in training."""
+        """Skip images that cannot be read, and report them. Default: as in training."""
         baselines: bool = False
         """Evaluate raw pixels and the untrained encoder, too."""
         plots: bool = False

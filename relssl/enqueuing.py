@@ -43,7 +43,7 @@ def _op(
     if run is not _by_cpu:  # C++ has a check of its own.
         for to, new in (rows, keys), (ids, key_ids):
             if to is not None and new is not None and _overlap(to, new):
-                raise RuntimeError("keys and the queue share memory: pass a clone")
+                raise RuntimeError("keys or ids share memory with the queue: pass a clone")
     run(rows, ids, pointer, count, keys, key_ids)
     if run is not _by_torch:
         # Autograd, and the guard of a queue that changes before backward, see no write to an address.

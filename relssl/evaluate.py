@@ -43,7 +43,7 @@ def evaluate(method: Method, config: TrainConfig, options: EvalConfig = DEFAULTS
 
     knn and linear are accuracies on the test images; nmi, acc and ari are `clustering_scores` on training
     and test images (config.clusters_test_images). The clusters are those that the method assigns, or else
-    those of k-means. Scores for which the data set has no labels are left out, with a UserWarning; the
+    those of k-means. Scores for which the data set has no labels are omitted, with a UserWarning; the
     entropies of `softmax_entropies` need none.
     """
     method.eval()
@@ -102,7 +102,7 @@ def _score(
 def evaluate_during_training(method: Method, data: datasets.Data) -> dict[str, float]:
     """Computes the scores that a training run records: knn, of the method's clusters, and entropies.
 
-    It uses at most 10,000 training and test images each, and leaves out (with a UserWarning) the scores for
+    It uses at most 10,000 training and test images each, and omits (with a UserWarning) the scores for
     which the data set has no labels.
     """
     method.eval()

@@ -110,12 +110,14 @@ def relation_loss(
     Args:
         q: student embeddings, [B, D], or [V, B, D] for V student views of one teacher view.
         k: teacher embeddings, [B, D], cast to q's dtype. Detach them where the teacher is not trained.
-        queue: [K, D], or a FeatureQueue. Any strides. Rows not filled yet of FeatureQueue(start="empty") are
-            ignored.
+        queue: [K, D], or a FeatureQueue. Any strides. The rows of FeatureQueue(start="empty") that have not
+            been written yet are excluded.
         ids: int64 [B], an id for each row of k, such as its image's index or its class: the queue rows of the
-            same id are left out of both softmaxes. A negative id matches nothing. A row that is left with
-            nothing has the loss, the entropy and the gradient 0.
-        queue_ids: int64 [K], those of the queue's rows; only where the queue is a tensor.
+            same id are excluded from both softmaxes. A negative id matches nothing. Where every queue row is
+            excluded, the loss, the entropy and the gradient are 0. Without ids no row is excluded by its id,
+            even where the queue keeps ids.
+        queue_ids: int64 [K], the ids of the queue's rows, where the queue is a tensor; a FeatureQueue keeps
+            them.
         student_temperature: number or tensor of one element, which may require grad. Published: 0.1. Where it
             changes under torch.compile, pass a tensor: each new number is compiled anew.
         teacher_temperature: number or tensor of one element, which may require grad. Published: 0.04.
@@ -165,8 +167,8 @@ def info_nce(
 
     (van den Oord et al. 2018, eq. 4; He et al., MoCo, CVPR 2020, eq. 1; tau = 0.2 as in MoCo v2.)
 
-    Arguments, dtypes and errors are those of `relation_loss`; k may require grad too. ids leave out negatives
-    alone, never the positive: a row that is left without negatives has the loss 0.
+    Arguments, dtypes and errors are those of `relation_loss`; k may require grad too. ids exclude negatives
+    alone, never the positive: a row without negatives has the loss 0.
     """
     rows, exclude = queue_rows(queue, ids, queue_ids)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -203,15 +205,16 @@ def nt_xent(
         z1, z2: embeddings of the two views, [N, D]; z2 is cast to z1's dtype.
         temperature: number or tensor of one element, which may require grad.
         queue: [K, D] or a FeatureQueue of further negatives, which may require grad; None for the paper.
-        ids: int64 [N], one for each image: the queue rows of the same id are left out, but never the batch's.
-        queue_ids: int64 [K], those of the queue's rows; only where the queue is a tensor.
+        ids: int64 [N], one for each image: the queue rows of the same id are excluded from the negatives of
+            both views. Rows of the batch are never excluded, even where their ids are equal.
+        queue_ids: int64 [K], the ids of the queue's rows, where the queue is a tensor.
         reduction: "mean" and "sum" over all 2N rows, "none" for a loss of shape [2N], z1's rows first.
         backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     dtypes and errors are those of `relation_loss`, the loss's dtype among them.
     """
     if queue is None and (ids is not None or queue_ids is not None):
-        raise ValueError("ids leave out rows of a queue, but there is no queue")
+        raise ValueError("ids exclude rows of a queue, but queue is None")
     rows, exclude = (None, ()) if queue is None else queue_rows(queue, ids, queue_ids)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
@@ -294,15 +297,15 @@ def queue_logsumexp(
         x: rows [R, D].
         queue: [K, D], or a FeatureQueue. Any strides.
         temperature: number or tensor of one element, which may require grad.
-        ids, queue_ids: int64 [R] and [K]: each row of x leaves out the queue rows of its id, as in
+        ids, queue_ids: int64 [R] and [K]: the queue rows of its id are excluded for each row of x, as in
             `relation_loss`.
-        exclude: int64 [R], instead of ids: the index of the queue row that each row of x leaves out, or -1
-            for none.
+        exclude: int64 [R], instead of ids: the index of the queue row that is excluded for each row of x, or
+            -1 for none.
         backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
 
     Returns:
-        lse: [R], float32 (float64 for float64 input); -inf for a row that is left with nothing.
-        mean: [R, D], of the same dtype; 0 for such a row.
+        lse: [R], float32 (float64 for float64 input); -inf where every queue row is excluded.
+        mean: [R, D], of the same dtype; 0 there.
 
     dtypes and errors are those of `relation_loss`; an index in exclude that is out of range
     raises ValueError, or on an accelerator makes its row NaN.

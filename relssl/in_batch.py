@@ -131,7 +131,7 @@ class NTXent(torch.autograd.Function):
         z1, z2, tau, grad, lse, mean, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad
         needs_1, needs_2, needs_queue, needs_tau = needs[:4]
-        none = (None,) * (len(needs) - 4)  # of the settings and what is left out
+        none = (None,) * (len(needs) - 4)  # of the settings and what is excluded
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
         if differentiable_backward():

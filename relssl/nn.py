@@ -30,7 +30,7 @@ class _Loss(nn.Module):
 
 
 class RelationLoss(_Loss):
-    """`functional.relation_loss` as a module that stores its settings; call it with (q, k, queue), and ids.
+    """`functional.relation_loss` as a module that stores its settings; call it with (q, k, queue[, ids]).
 
     A temperature given as nn.Parameter (of one element) is learned.
     """
@@ -66,7 +66,7 @@ class RelationLoss(_Loss):
 
 
 class InfoNCELoss(_Loss):
-    """`functional.info_nce` as a module that stores its settings; call it with (q, k, queue), and ids.
+    """`functional.info_nce` as a module that stores its settings; call it with (q, k, queue[, ids]).
 
     A temperature given as nn.Parameter (of one element) is learned.
     """
@@ -92,7 +92,7 @@ class InfoNCELoss(_Loss):
 
 
 class NTXentLoss(_Loss):
-    """`functional.nt_xent` as a module that stores its settings; call it with (z1, z2[, queue, ids]).
+    """`functional.nt_xent` as a module that stores its settings; call it with (z1, z2[, queue[, ids]]).
 
     A temperature given as nn.Parameter (of one element) is learned.
     """

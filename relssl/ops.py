@@ -6,7 +6,7 @@
     relssl::info_nce          InfoNCE and grad_q
     relssl::snapshot          a copy
 
-The last arguments of the first four say what is left out of the queue, as in backends.common.Exclude: ids,
+The last arguments of the first four say what is excluded from the queue, as in backends.common.Exclude: ids,
 queue_ids, filled. They default to None, which costs nothing where they are not given.
 
 Ops are opaque to torch.compile and have no autograd of their own: autograd.py has the Functions around them.

@@ -19,22 +19,22 @@ Start = Literal["random", "zeros", "empty"]
 class FeatureQueue(nn.Module):
     """A first-in, first-out queue of K feature rows of width D.
 
-    It starts with random unit-norm rows, as ReSSL's and MoCo's code does. Pass it, or its `rows`, to the
-    losses of `relssl.functional`. Enqueueing before `loss.backward()` is safe there: the gradient is
-    computed in the forward pass, and no clone of the queue is needed.
+    It starts with random unit-norm rows, as ReSSL's and MoCo's code does. Pass it to the losses of
+    `relssl.functional`; with its `rows` alone they exclude no rows. Enqueueing before `loss.backward()` is
+    safe there: the gradient is computed in the forward pass, and no clone of the queue is needed.
 
     Rows, ids, pointer and count are persistent buffers that stay on the device. Enqueueing is one op: a C++
     call on a CPU, a launch of Triton on a GPU. It never synchronises, traces under torch.compile and replays
     in a CUDA graph.
 
-    With ids the queue keeps an integer beside each row: that of its image or of its class. The losses leave
-    out the queue rows whose id equals that of a row of the batch: another view of the same image, or an
-    image of the same class, is no negative.
+    With ids the queue keeps an integer beside each row, such as the index or the class of its image. A loss
+    that is given the ids of its rows excludes for each row the queue rows of the same id.
 
     `load_state_dict` also takes the buffers `queue` and `queue_ptr` of MoCo and of ReSSL's authors, [D, K],
     and of solo-learn's ReSSL, [K, D], under the names that this module's own would have there
     ("memory.queue" for a child "memory"). Where D = K it takes the rows for [D, K]. A queue loaded so is
-    full, and its rows have no ids.
+    full, and its rows have no ids. A state dict has neither start nor seed: create a queue that is to be
+    resumed with the same arguments.
 
     Where torch.distributed is initialised, `enqueue` gathers the keys of all ranks (no gradient), so
     every rank holds the same queue; each must enqueue equally many rows. The start is drawn from `seed`
@@ -51,11 +51,12 @@ class FeatureQueue(nn.Module):
         device: device of the rows.
         seed: seed of the random start.
         ids: whether it keeps ids.
-        start: "random" rows of norm 1, or "zeros"; "empty" has zeros, too, but the losses ignore rows that
+        start: "random" rows of norm 1, or "zeros"; "empty" has zeros, too, but the losses exclude rows that
             have not been written yet.
 
     Raises:
-        TypeError: size or dim is not an integer, dtype is none that the losses take, or ids is not a bool.
+        TypeError: size, dim or seed is not an integer, dtype is none that the losses take, or ids is not a
+            bool.
         ValueError: size or dim is below 1, or start is none of the above.
     """
 
@@ -81,8 +82,8 @@ class FeatureQueue(nn.Module):
         start: Start = "random",
     ) -> None:
         super().__init__()
-        if not all(isinstance(number, Integral) for number in (size, dim)):
-            raise TypeError(f"size and dim must be integers, got {size!r} and {dim!r}")
+        if not all(isinstance(number, Integral) for number in (size, dim, seed)):
+            raise TypeError(f"size, dim and seed must be integers, got {size!r}, {dim!r} and {seed!r}")
         if size < 1 or dim < 1:
             raise ValueError(f"size and dim must be at least 1, got {size} and {dim}")
         dtype = dtype or torch.get_default_dtype()
@@ -110,7 +111,7 @@ class FeatureQueue(nn.Module):
 
     @property
     def filled(self) -> Tensor | None:
-        """The number of rows that the losses use, the first of them, int64, 0-d; None for all."""
+        """How many rows the losses use, of the first ones: `count` with start="empty", else None, for all."""
         return self.count if self.start == "empty" else None
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from relssl.validation import savable
 
 
 class _QueueGuard:
-    """A plain reference to a queue and what is left out of it, which raises when read after one has changed.
+    """A plain reference to a queue and its exclusions, which raises when read after one has changed.
 
     Saved by autograd, the queue could not change before backward even where backward never reads it.
     """

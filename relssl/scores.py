@@ -129,7 +129,7 @@ def linear_accuracy(
 ) -> float:
     """Computes the top-1 accuracy in [0, 1] of a linear classifier on frozen features.
 
-    SGD with Nesterov momentum 0.9, no weight decay and a cosine schedule, on normalized features that are
+    SGD with Nesterov momentum 0.9, no weight decay and a cosine schedule, on normalised features that are
     computed once: unlike in the published protocol, training images are not augmented.
 
     Args:

@@ -82,8 +82,8 @@ class _Trainer:
             raise ValueError(f"batch size {config.batch_size} exceeds the {smallest} training images")
         if config.queue_size > smallest and not config.exclude_own and distributed.rank() == 0:
             warnings.warn(
-                f"the queue of {config.queue_size} exceeds the {smallest} training images: it has earlier"
-                " embeddings of the same images that it is compared with; --exclude-own leaves them out",
+                f"the queue of {config.queue_size} exceeds the {smallest} training images: it contains"
+                " earlier embeddings of the images that it is compared with; --exclude-own excludes them",
                 stacklevel=3,
             )
         torch.manual_seed(config.seed)
@@ -305,7 +305,7 @@ def epoch_batches(
 
 
 def report_skipped(skipped: list[str] | None, bar: tqdm) -> None:
-    """Writes a line about the unreadable images that all processes have left out since the last call."""
+    """Writes a line about the unreadable images that all processes have skipped since the last call."""
     if skipped is not None:
         paths = [path for own in distributed.all_gather_object(skipped) for path in own]
         skipped.clear()

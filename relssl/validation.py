@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, int64, nn, strided
 
 from relssl._compat import in_functorch_transform
 from relssl.backends.common import Temperature, autocasts, device_type, to_dtype
@@ -77,21 +77,21 @@ def _same_device(name: str, t: Tensor, device: torch.device) -> None:
 def queue_rows(
     queue: Tensor | FeatureQueue, ids: Tensor | None = None, queue_ids: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Returns the rows of a queue and what is left out of it, () or (ids, queue_ids, filled), unchecked.
+    """Returns the rows of a queue and what is excluded from it, () or (ids, queue_ids, filled), unchecked.
 
     Raises ValueError where one of ids and queue_ids has no counterpart.
     """
     rows, filled = queue, None
     if isinstance(queue, FeatureQueue):
         if queue_ids is not None:
-            raise ValueError("queue_ids are those of a queue that is a tensor; a FeatureQueue keeps its own")
+            raise ValueError("queue_ids must be None: a FeatureQueue keeps its own (ids=True)")
         rows, filled = queue.rows, queue.filled
         if ids is not None:
             queue_ids = queue.ids
             if queue_ids is None:
-                raise ValueError("ids are given, but the queue keeps none: FeatureQueue(..., ids=True) does")
+                raise ValueError("ids must be None: the queue keeps none (FeatureQueue's ids=True)")
     elif (ids is None) != (queue_ids is None):
-        raise ValueError("ids and queue_ids must be given together where the queue is a tensor")
+        raise ValueError("ids and queue_ids must be given together where queue is a tensor")
     if ids is None:
         return rows, () if filled is None else (None, None, filled)  # type: ignore[return-value]
     return rows, (ids, queue_ids, filled)  # type: ignore[return-value]
@@ -101,17 +101,21 @@ def check_exclude(x: Tensor, queue: Tensor, exclude: tuple[Tensor | None, ...]) 
     """Checks ids and queue_ids for x [..., B, D]. Raises TypeError, ValueError or RuntimeError."""
     ids, queue_ids, _ = exclude
     if ids is not None and queue_ids is not None:
-        _indices("ids", ids, x.shape[-2], "B", x.device)
-        _indices("queue_ids", queue_ids, queue.shape[0], "K", x.device)
+        device = x.device
+        _indices("ids", ids, x.shape[-2], "B", device)
+        _indices("queue_ids", queue_ids, queue.shape[0], "K", device)
 
 
 def _indices(name: str, t: Tensor, count: int, shape: str, device: torch.device) -> None:
-    if not isinstance(t, Tensor) or t.dtype != torch.int64:
+    if not isinstance(t, Tensor) or t.dtype != int64:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    if t.layout != strided:
+        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.shape != (count,):
         raise ValueError(f"{name} must be [{shape}] = [{count}], got shape {tuple(t.shape)}")
-    _same_device(name, t, device)
+    if t.device != device:  # The call would cost more than the comparison.
+        _same_device(name, t, device)
 
 
 def check_queue(name: str, x: Tensor, queue: Tensor, shapes: dict[int, str]) -> None:

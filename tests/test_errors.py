@@ -310,7 +310,7 @@ def test_enqueue_of_the_queues_own_memory(native, monkeypatch):
         (queue.rows[-1:].expand(3, D), torch.arange(3)),
         (torch.ones(3, D), queue.ids[-3:]),
     ):
-        with pytest.raises(RuntimeError, match="keys and the queue share memory: pass a clone"):
+        with pytest.raises(RuntimeError, match="keys or ids share memory with the queue: pass a clone"):
             queue.enqueue(keys, ids)
         assert all(torch.equal(t, before[name]) for name, t in queue.state_dict().items())
     queue.enqueue(queue.rows[1:4].clone(), torch.arange(3))
@@ -321,6 +321,8 @@ def test_feature_queue_options():
         FeatureQueue(K, D, start="ones")
     with pytest.raises(TypeError, match="ids must be True or False, got Tensor"):
         FeatureQueue(K, D, ids=torch.arange(K))
+    with pytest.raises(TypeError, match="size, dim and seed must be integers, got 7, 8 and '1'"):
+        FeatureQueue(K, D, seed="1")
 
 
 @pytest.mark.parametrize(("size", "dim"), [(0, D), (K, 0), (-1, D)])
@@ -331,7 +333,7 @@ def test_empty_feature_queue(size, dim):
 
 @pytest.mark.parametrize(("size", "dim"), [(1.5, D), (K, 8.0), ("7", D), (None, D)])
 def test_feature_queue_size_is_an_integer(size, dim):
-    with pytest.raises(TypeError, match=f"size and dim must be integers, got {size!r} and {dim!r}"):
+    with pytest.raises(TypeError, match=f"size, dim and seed must be integers, got {size!r}, {dim!r} and 0"):
         FeatureQueue(size, dim)
 
 

@@ -177,5 +177,5 @@ def test_a_resumed_run_cannot_change_it(tmp_path):
 def test_without_a_queue_it_is_refused(command):
     run = command("train", "sacc", "--data", "digits", "--exclude-own", "--out", "run")
     assert run.returncode == 1 and run.stderr.splitlines()[-1] == (
-        "relssl train: exclude_own needs a queue to leave images out of, got queue_size 0"
+        "relssl train: exclude_own needs a queue, got queue_size 0"
     )

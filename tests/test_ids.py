@@ -302,13 +302,14 @@ IDS, OF_QUEUE = torch.arange(3), torch.arange(9)
         ({"queue_ids": None}, ValueError, "ids and queue_ids must be given together"),
         ({"ids": None}, ValueError, "ids and queue_ids must be given together"),
         ({"ids": IDS.int()}, TypeError, "ids must be an int64 tensor, got torch.int32"),
+        ({"ids": IDS.to_sparse()}, TypeError, "ids must be a dense tensor, got torch.sparse_coo"),
         ({"ids": [0, 1, 2]}, TypeError, "ids must be an int64 tensor, got list"),
         ({"queue_ids": OF_QUEUE.float()}, TypeError, "queue_ids must be an int64 tensor, got torch.float32"),
         ({"ids": IDS[:2]}, ValueError, r"ids must be \[B\] = \[3\], got shape \(2,\)"),
         ({"queue_ids": OF_QUEUE[1:]}, ValueError, r"queue_ids must be \[K\] = \[9\], got shape \(8,\)"),
         ({"ids": IDS.to("meta")}, RuntimeError, "ids is on meta, but expected on cpu"),
         ({"queue_ids": OF_QUEUE.to("meta")}, RuntimeError, "queue_ids is on meta, but expected on cpu"),
-        ({"queue": FeatureQueue(9, 8)}, ValueError, "queue_ids are those of a queue that is a tensor"),
+        ({"queue": FeatureQueue(9, 8)}, ValueError, "queue_ids must be None: a FeatureQueue"),
         ({"queue": FeatureQueue(9, 8), "queue_ids": None}, ValueError, "the queue keeps none"),
     ],
 )  # fmt: skip
@@ -327,7 +328,7 @@ def test_bad_ids(changes, error, message):
 
 
 def test_ids_without_a_queue_and_beside_exclude():
-    with pytest.raises(ValueError, match="ids leave out rows of a queue, but there is no queue"):
+    with pytest.raises(ValueError, match="ids exclude rows of a queue, but queue is None"):
         nt_xent(unit(3, 8), unit(3, 8), ids=IDS)
     with pytest.raises(ValueError, match="either ids or exclude can be given, not both"):
         queue_logsumexp(unit(3, 8), unit(9, 8), 0.1, ids=IDS, queue_ids=OF_QUEUE, exclude=IDS)

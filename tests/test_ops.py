@@ -45,7 +45,7 @@ def test_the_primitive_of_the_reference_in_float64(on_device):
 
 
 def test_the_backend_of_the_documentation(monkeypatch):
-    """docs/backends.md's, in float64: each loss with its gradients, and a row that is left with nothing."""
+    """docs/backends.md's, in float64: each loss with its gradients, and a row for which all is excluded."""
     page = Path(__file__).parents[1] / "docs" / "backends.md"
     (code,) = re.findall("```python\n(.*?)```", page.read_text(), re.S)
     monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS})

@@ -94,14 +94,14 @@ def test_a_run_reports_what_it_left_out(command, pets, workers):
     stopped = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, "--out", "run")
     assert stopped.returncode == 1 and "relssl train: cannot read" in stopped.stderr
     more = "--skip-unreadable", "--workers", workers, "--out", "run"
-    in_evaluation = re.escape(f"evaluation: unreadable images left out: 5 ({pets}/train/cat/08.png, {pets}/")
+    in_evaluation = re.escape(f"evaluation: unreadable images skipped: 5 ({pets}/train/cat/08.png, {pets}/")
     with pytest.warns(UserWarning, match=in_evaluation):
         run = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, *more)
     assert run.returncode == 0, run.stderr
     line = next(
-        part for part in re.split("[\r\n]", run.stderr) if part.startswith("unreadable images left out")
+        part for part in re.split("[\r\n]", run.stderr) if part.startswith("unreadable images skipped")
     )
-    assert line.startswith(f"unreadable images left out: 4 ({pets}/train/cat/08.png, ")
+    assert line.startswith(f"unreadable images skipped: 4 ({pets}/train/cat/08.png, ")
     assert line.endswith(" and 1 more); others replaced them")
     assert len(run.stdout.splitlines()) == 1
     scores = json.loads(run.stdout)
@@ -120,7 +120,7 @@ def test_evaluation_alone_can_skip(command, pets):
     assert (
         refused.returncode == 1 and f"relssl evaluate: cannot read {pets}/train/cat/08.png" in refused.stderr
     )
-    with pytest.warns(UserWarning, match="evaluation: unreadable images left out: 5 "):
+    with pytest.warns(UserWarning, match="evaluation: unreadable images skipped: 5 "):
         found = command(*here, "--skip-unreadable")
     whole = command("evaluate", "run/checkpoint.pt", *whole, "--baselines")
     assert json.loads(found.stdout) == json.loads(whole.stdout)
@@ -162,7 +162,7 @@ def test_nothing_readable_is_an_error(command, pets):
     first = pets / "train/cat/00.png"
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith(
-        f"relssl train: no image can be read; unreadable images left out: 40 ({first}, "
+        f"relssl train: no image can be read; unreadable images skipped: 40 ({first}, "
     )
     images = datasets.load("folder", pets, 14).train
     with pytest.raises(ValueError, match=f"{loading.MAX_DRAWS - 1} replacements are unreadable, too$"):

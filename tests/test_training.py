@@ -638,7 +638,7 @@ def test_a_full_disk_is_an_error_of_one_line_and_loses_nothing():
 
 
 def test_a_queue_larger_than_the_data_is_warned_of():
-    message = "the queue of 2000 exceeds the 1797 training images: .*; --exclude-own leaves them out$"
+    message = "the queue of 2000 exceeds the 1797 training images: .*; --exclude-own excludes them$"
     with pytest.warns(UserWarning, match=message):
         train(replace(SACC_TINY, queue_size=2000, epochs=1))
 

@@ -444,7 +444,7 @@ def test_opcheck_of_enqueue():
 def test_enqueue_of_the_queues_own_memory():
     queue = FeatureQueue(5, 16, device=device("triton"))
     before = queue.rows.clone()
-    with pytest.raises(RuntimeError, match="keys and the queue share memory"):
+    with pytest.raises(RuntimeError, match="keys or ids share memory with the queue"):
         queue.enqueue(queue.rows[2:4])
     assert torch.equal(queue.rows, before) and queue.pointer.item() == 0
     queue.enqueue(queue.rows[2:4].clone())

@@ -193,7 +193,7 @@ PYBIND11_MODULE(_cpu, m) {
                     pointer<int64_t>(to, "pointer"), pointer<int64_t>(count, "count")};
     const Keys from{pointer<const char>(keys, "keys"), batch, stride,
                     ids ? pointer<const int64_t>(key_ids, "key_ids") : nullptr};
-    if (overlaps(ring, from)) throw std::runtime_error("keys and the queue share memory: pass a clone");
+    if (overlaps(ring, from)) throw std::runtime_error("keys or ids share memory with the queue: pass a clone");
     py::gil_scoped_release release;
     enqueue(ring, from);
   });

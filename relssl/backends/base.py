@@ -10,8 +10,8 @@ x [R, D] and queue [K, D] have one dtype and any strides. A scale consists of Py
 where a temperature is one. `exclude` is None or a common.Exclude of the rows. Everything else is float32
 (float64 for float64 input), and so are results, which are contiguous, as torch.compile expects them, and
 share no memory with the arguments. lse comes in two parts, [2, R], whose sum it is: rounded to one float, a
-large one would carry its rounding into every p. An empty row (all of the queue is left out) has lse = -inf
-and mean = 0; its relation loss, entropy and gradients are 0.
+large one would carry its rounding into every p. A row for which every queue row is excluded has
+lse = -inf and mean = 0; its relation loss, entropy and gradients are 0.
 """
 
 from abc import ABC, abstractmethod

@@ -15,12 +15,12 @@ F = TypeVar("F", bound=Callable)
 
 
 class Exclude(NamedTuple):
-    """The queue rows that are left out: for each row of x those of its id, and for all those not filled yet.
+    """The queue rows that are excluded: for each row of x those of its id, for all those not written yet.
 
     Attributes:
-        ids: int64 [R], of the rows of x; a negative one matches nothing. None leaves out nothing by ids.
+        ids: int64 [R], of the rows of x; a negative one matches nothing. None excludes nothing by ids.
         queue_ids: int64 [K], of the queue's rows; None stands for their indices.
-        filled: int64, 0-d, on the device: the number of rows in use, which come first; None uses all.
+        filled: int64, 0-d, on the device: the number of rows written so far, which come first; None uses all.
     """
 
     ids: Tensor | None
@@ -32,7 +32,7 @@ class Exclude(NamedTuple):
         return self if self.ids is None else self._replace(ids=self.ids[rows])
 
     def mask(self, queue: Tensor) -> Tensor:
-        """Returns which queue rows each row leaves out, bool [R, K]; [1, K] where there are no ids."""
+        """Returns where queue rows are excluded for rows of x, bool [R, K]; [1, K] where there are no ids."""
         index = torch.arange(len(queue), device=queue.device)
         unused = (index < 0 if self.filled is None else index >= self.filled)[None]
         if self.ids is None:
@@ -48,7 +48,7 @@ class Saved(NamedTuple):
         x: rows [R, D].
         queue: [K, D].
         scale: 1/temperature, a number or a tensor on the device.
-        exclude: the queue rows that are left out, or None.
+        exclude: the queue rows that are excluded, or None.
         lse: [2, R], two parts whose sum is the log-sum-exp.
         mean: [R, D], or None where it is not needed.
     """

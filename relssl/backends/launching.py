@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as tiles.py has them
 
 
-NOTHING = None, None, None  # is left out: the tensors of an Exclude
+NOTHING = None, None, None  # is excluded: the tensors of an Exclude
 
 
 def exclude_flags(ids: Tensor | None, queue_ids: Tensor | None, filled: Tensor | None) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def relation(
     if not exclude:
         log_p_s, log_p_t = student.log_softmax(-1), teacher.log_softmax(-1)
         p_t = log_p_t.exp()
-    else:  # Where p_t is 0 for what is left out, any finite log_p will do.
+    else:  # Where p_t is 0 for what is excluded, any finite log_p will do.
         out = Exclude(*exclude).mask(queue)
         hidden = out & ~out.all(1, keepdim=True)  # Not all: a softmax of nothing would be NaN.
         log_p_s, log_p_t = (

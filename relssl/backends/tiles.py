@@ -33,7 +33,7 @@ def lse_and_mean(
         p = logits.softmax(1)
         # The largest probability is exp(largest logit - lse).
         part_high, part_low = logits.amax(1), p.amax(1).log_().neg_()
-        if exclude is not None:  # A row of which all is left out has the sum 0 beside a finite shift.
+        if exclude is not None:  # A row for which all is excluded has the sum 0 beside a finite shift.
             empty = part_high == -torch.inf
             p.masked_fill_(empty[:, None], 0)
             part_low.masked_fill_(empty, -torch.inf)
@@ -69,7 +69,7 @@ def vjp(saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool) ->
     def weights() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         for columns, tile, logits in _tiles(theta, queue, exclude):
             p = logits.sub_(high).sub_(low).exp_()
-            if exclude is not None:  # A row left with nothing: exp(-inf - -inf).
+            if exclude is not None:  # Where all is excluded: exp(-inf - -inf).
                 p.masked_fill_(high + low == -torch.inf, 0)
             w = p * base if g_mean is None else torch.addmm(base, g_mean, tile.T).mul_(p)
             yield columns, tile, p, w

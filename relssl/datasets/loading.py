@@ -35,11 +35,11 @@ def load_batches(
     It draws no numbers from torch's global generators.
 
     Args:
-        skipped: where the paths of unreadable images are appended, which are left out; with None, an
+        skipped: where the paths of unreadable images are appended, which are skipped; with None, an
             unreadable image raises ValueError.
         fill: whether another image replaces an unreadable one. The index of the latter alone determines
             which, so a batch is the same in every run and process. Otherwise batches shrink, and empty ones
-            are left out.
+            are skipped.
 
     Raises:
         ValueError: neither an image nor any replacement can be read; the message names its file.
@@ -100,7 +100,7 @@ def skipped_message(paths: Sequence[str]) -> str:
     """Returns a line with the number of the unreadable images of `load_batches`, and the first of them."""
     names = list(dict.fromkeys(paths))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"unreadable images left out: {len(names)} ({', '.join(names[:3])}{more})"
+    return f"unreadable images skipped: {len(names)} ({', '.join(names[:3])}{more})"
 
 
 def _ignore_signals(_: int) -> None:

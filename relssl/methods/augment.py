@@ -14,7 +14,7 @@ with warnings.catch_warnings():  # kornia scripts a few functions on import.
 
 
 class Augment(nn.Module):
-    """Maps uint8 images [B, 3, H, W] to float crops [B, 3, size, size], augmented and normalized.
+    """Maps uint8 images [B, 3, H, W] to float crops [B, 3, size, size], augmented and normalised.
 
     Args:
         size: side of the crops in pixels.

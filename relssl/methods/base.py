@@ -75,14 +75,14 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """L2 penalty. [ReSSL: 5e-4 on small data sets, 1e-4 on ImageNet; SACC: 0]"""
     decay_norm_and_bias: bool = True
-    """Whether weight decay applies to biases and normalization layers, too. [ReSSL: not on ImageNet]"""
+    """Whether weight decay applies to biases and normalisation layers, too. [ReSSL: not on ImageNet]"""
     queue_size: int = 4096
     """Past embeddings K. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet; SACC: 0]"""
     queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the queue; losses are computed in it if it has 16 bits. [relssl]"""
     exclude_own: bool = False
-    """Leave an image's own past embeddings out of the losses over the queue. A queue larger than the data set
-    always has some. [relssl; the published methods keep them]"""
+    """Exclude an image's own past embeddings from the losses over the queue. A queue larger than the data set
+    contains some of nearly every image. [relssl; the published methods use them]"""
     backend: str = "auto"
     """Backend that computes the losses (see relssl info). [relssl]"""
     eval_every: int = 10
@@ -94,7 +94,7 @@ class TrainConfig:
     workers: int = 2
     """Processes that load images from files; data in memory need none. [relssl]"""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read, and report them, instead of stopping; in training, other images,
+    """Skip images that cannot be read, and report them, instead of stopping; in training, other images,
     drawn by the index of the unreadable one, replace them. [relssl]"""
     seed: int = 0
     """Seed of weights, batches and augmentations. [relssl]"""
@@ -107,7 +107,7 @@ class TrainConfig:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
         if self.exclude_own and not self.queue_size:
-            raise ValueError("exclude_own needs a queue to leave images out of, got queue_size 0")
+            raise ValueError("exclude_own needs a queue, got queue_size 0")
 
     def pick_device(self) -> torch.device:
         """Returns the device, under torchrun the GPU of the local rank; ValueError if there is none such."""
