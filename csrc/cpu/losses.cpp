@@ -188,9 +188,11 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
   const Stack &teacher = in.stacks[0], &student = in.stacks[1];
   const int64_t batch = teacher.count, count = all_rows(in), dim = in.dim;
   // The cross-entropy of a row with the teacher's softmax, whose mean is `center`; 0 where they are left with nothing.
+  // Otherwise logits below all floats have the log-sum-exp -infinity, and make the loss NaN.
+  const bool may_be_empty = in.ids || in.size == 0;
   const auto cross_entropy = [&](const Stack& stack, int64_t row, int64_t index, const float* center) {
     const double exact = static_cast<double>(lse[row]) + lse[count + row];
-    if (exact == -INFINITY) return 0.0;
+    if (may_be_empty && exact == -INFINITY) return 0.0;
     const void* x = row_address(stack, index, in.bf16);
     return exact - exact_scale(stack.scale) * dot(x, in.bf16, center, false, dim);
   };
