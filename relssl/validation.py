@@ -109,6 +109,8 @@ def _indices(name: str, t: Tensor, count: int, shape: str, device: torch.device)
     if not isinstance(t, Tensor) or t.dtype != torch.int64:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.shape != (count,):
         raise ValueError(f"{name} must be [{shape}] = [{count}], got shape {tuple(t.shape)}")
     _same_device(name, t, device)
