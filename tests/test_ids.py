@@ -141,6 +141,25 @@ def test_an_empty_queue(backend):
 
 
 @backends_of(*BACKENDS)
+def test_values_of_rows_not_filled_do_not_matter(backend):
+    q, k, new = to_device(backend, unit(3, 8), unit(3, 8), unit(7, 8))
+    found = []
+    for value in (0.0, torch.nan):
+        queue = FeatureQueue(16, 8, start="empty", device=q.device)
+        queue.enqueue(new)
+        queue.rows[7:] = value
+        inputs = [t.requires_grad_() for t in (q, k, queue.rows)]
+        losses = everything(q, k, queue, None, backend)
+        total = sum(t.sum() for t in losses)
+        first = torch.autograd.grad(total, inputs, retain_graph=True)
+        again = torch.autograd.grad(total, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), inputs)
+        found.append((*losses, *first, *second))
+    for clean, dirty in zip(*found, strict=True):
+        torch.testing.assert_close(dirty, clean)
+
+
+@backends_of(*BACKENDS)
 def test_own_copies_change_nothing(backend):
     """InfoNCE of a queue with the images' own keys, which are left out, is that of the other rows."""
     q, k, others = to_device(backend, unit(6, 16), unit(6, 16), unit(50, 16))

@@ -127,6 +127,7 @@ def _tiles(theta: Tensor, queue: Tensor, exclude: Exclude | None) -> Iterator[tu
     for start in range(0, size, width):
         stop = min(start + width, size)
         tile = to_dtype(queue if width >= size else queue[start:stop], dtype)
+        tile = tile if exclude is None else exclude.used(tile, start)
         logits = torch.mm(theta, tile.T)
         if exclude is not None:
             _leave_out(exclude, start, stop, logits)
