@@ -322,6 +322,7 @@ IDS, OF_QUEUE = torch.arange(3), torch.arange(9)
         ({"ids": None}, ValueError, "ids and queue_ids must be given together"),
         ({"ids": IDS.int()}, TypeError, "ids must be an int64 tensor, got torch.int32"),
         ({"ids": [0, 1, 2]}, TypeError, "ids must be an int64 tensor, got list"),
+        ({"ids": IDS.to_sparse()}, TypeError, "ids must be a dense tensor, got torch.sparse_coo"),
         ({"queue_ids": OF_QUEUE.float()}, TypeError, "queue_ids must be an int64 tensor, got torch.float32"),
         ({"ids": IDS[:2]}, ValueError, r"ids must be \[B\] = \[3\], got shape \(2,\)"),
         ({"queue_ids": OF_QUEUE[1:]}, ValueError, r"queue_ids must be \[K\] = \[9\], got shape \(8,\)"),
