@@ -46,7 +46,7 @@ def relation(
         return with_version(reduce(loss, reduction), queue), entropy.detach()
     if wants_grad(q, k, queue, tau_s, tau_t):
         settings = Settings(dtype, backend, reduction, form)
-        return Relation.apply(*distinct(q, k, queue, tau_s, tau_t), settings, *exclude)
+        return Relation.apply(*distinct(q, k, queue, tau_s, tau_t, settings, *exclude))
     scale = ops.scale_arguments(scales((tau_s, tau_t), q))
     q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
     return ops.relation(q, k, queue, *scale, form, reduction, False, False, backend, *exclude)[:2]
@@ -69,7 +69,7 @@ def info_nce(
         rows = reference.info_nce(q, k, unaliased(queue), tau, dtype, exclude)
         return with_version(reduce(rows, reduction), queue)
     if wants_grad(q, k, queue, tau):
-        return InfoNCE.apply(*distinct(q, k, queue, tau), Settings(dtype, backend, reduction), *exclude)
+        return InfoNCE.apply(*distinct(q, k, queue, tau, Settings(dtype, backend, reduction), *exclude))
     scale = ops.scale_arguments(scales((tau,), q))
     q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
     return ops.info_nce(q, k, queue, *scale, reduction, False, backend, *exclude)[0]
@@ -85,7 +85,7 @@ def logsumexp(
         lse, mean = reference.logsumexp(savable(x), unaliased(queue), tau, dtype, exclude)
         return with_version(lse, queue), with_version(mean, queue)
     if wants_grad(x, queue, tau):
-        return LogSumExp.apply(*distinct(x, queue, tau), Settings(dtype, backend), *exclude)
+        return LogSumExp.apply(*distinct(x, queue, tau, Settings(dtype, backend), *exclude))
     scale = ops.scale_arguments(scales((tau, tau), x))
     lse, mean = ops.lse_and_mean(x.to(dtype), queue.to(dtype), *scale, len(x), True, backend, *exclude)
     return lse.sum(0), mean

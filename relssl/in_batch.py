@@ -188,7 +188,7 @@ def nt_xent(
         return loss if queue is None else with_version(loss, queue)
     if wants_grad(z1, z2, queue, tau):
         settings = Settings(dtype, backend, reduction)
-        return NTXent.apply(*distinct(z1, z2, queue, tau), settings, *exclude)
+        return NTXent.apply(*distinct(z1, z2, queue, tau, settings, *exclude))
     scale: Scale = scales((tau,), z1)
     rows = None if queue is None else to_dtype(queue, dtype)
     views = to_dtype(z1, dtype), to_dtype(z2, dtype)

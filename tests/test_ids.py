@@ -266,8 +266,9 @@ def test_compiled_step(dynamo, start):
 
     def step(q, rows, queue_ids, queue):
         losses = everything(q, k, queue, ids, "cpu")[:4]
+        in_batch = everything(q, k, k, ids, "cpu", queue_ids=ids)[:4]  # one tensor for both
         learned = relation_loss(q, k, rows, ids=ids, queue_ids=queue_ids)
-        total = sum(t.sum() for t in losses) + learned
+        total = sum(t.sum() for t in (*losses, *in_batch)) + learned
         queue.enqueue(k, ids)
         return total
 
