@@ -43,7 +43,7 @@ def relation(
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
         loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype, exclude)
-        return with_version(reduce(loss, reduction), queue), entropy.detach()
+        return with_version(reduce(loss, reduction), queue, exclude), entropy.detach()
     if wants_grad(q, k, queue, tau_s, tau_t):
         settings = Settings(dtype, backend, reduction, form)
         return Relation.apply(*distinct(q, k, queue, tau_s, tau_t, settings, *exclude))
@@ -67,7 +67,7 @@ def info_nce(
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
         rows = reference.info_nce(q, k, unaliased(queue), tau, dtype, exclude)
-        return with_version(reduce(rows, reduction), queue)
+        return with_version(reduce(rows, reduction), queue, exclude)
     if wants_grad(q, k, queue, tau):
         return InfoNCE.apply(*distinct(q, k, queue, tau, Settings(dtype, backend, reduction), *exclude))
     scale = ops.scale_arguments(scales((tau,), q))
@@ -83,7 +83,7 @@ def logsumexp(
     backend = backends.choose(backend, device_type(x), dtype, x.shape[-1], (x,), queue)
     if backend == "reference" or in_functorch_transform():
         lse, mean = reference.logsumexp(savable(x), unaliased(queue), tau, dtype, exclude)
-        return with_version(lse, queue), with_version(mean, queue)
+        return with_version(lse, queue, exclude), with_version(mean, queue, exclude)
     if wants_grad(x, queue, tau):
         return LogSumExp.apply(*distinct(x, queue, tau, Settings(dtype, backend), *exclude))
     scale = ops.scale_arguments(scales((tau, tau), x))

@@ -185,7 +185,7 @@ def nt_xent(
         z1, z2 = savable(z1), savable(z2)
         rows = None if queue is None else unaliased(queue)
         loss = reduce(reference.nt_xent(z1, z2, rows, tau, dtype, exclude), reduction)
-        return loss if queue is None else with_version(loss, queue)
+        return loss if queue is None else with_version(loss, queue, exclude)
     if wants_grad(z1, z2, queue, tau):
         settings = Settings(dtype, backend, reduction)
         return NTXent.apply(*distinct(z1, z2, queue, tau, settings, *exclude))
