@@ -42,7 +42,7 @@ def lse_to_log2(lse, scale, out, rows, BLOCK: tl.constexpr, DEVICE_SCALE: tl.con
     c = load_scale(scale, DEVICE_SCALE).to(tl.float64)
     exact = tl.load(lse + row, mask=inside, other=0.0).to(tl.float64)
     exact = (exact + tl.load(lse + rows + row, mask=inside, other=0.0).to(tl.float64)) * LOG2E
-    # Within float32, however small c is. A row left with nothing has no weights: its lse would make them NaN.
+    # Within float32, however small c is. An empty row has no weights: its lse would make them NaN.
     empty = exact == float("-inf")
     most = HUGE / 2
     high = tl.minimum(tl.maximum(exact / c, -most), most).to(tl.float32)

@@ -27,7 +27,7 @@ def merge(stats, row, rows, num_splits, c, S: tl.constexpr, MEAN: tl.constexpr):
     lse = top.to(tl.float64) * c.to(tl.float64) + tl.log2(total.to(tl.float64))
     if MEAN:
         divisor = tl.sum(weight * tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
-        weight = weight / tl.where(divisor == 0.0, 1.0, divisor)  # A row left with nothing has the mean 0.
+        weight = weight / tl.where(divisor == 0.0, 1.0, divisor)  # An empty row has the mean 0.
     return lse, weight
 
 
@@ -79,7 +79,7 @@ def inner(x, mean):
 
 @triton.jit
 def cross_entropy(lse, c, along):
-    """Returns that of a row with the teacher's softmax, in units of log 2; 0 for a row left with nothing."""
+    """Returns that of a row with the teacher's softmax, in units of log 2; 0 for an empty row."""
     return tl.where(lse == float("-inf"), 0.0, lse - c.to(tl.float64) * along)
 
 

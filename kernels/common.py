@@ -84,7 +84,7 @@ def product(
 
 @triton.jit
 def mask(s, n, size, row_ids, ids, EVEN: tl.constexpr, EXCLUDE: tl.constexpr):
-    """Returns similarities s [M, N] with -inf beyond the queue and where a row leaves an entry out."""
+    """Returns similarities s [M, N] with -inf beyond the queue and where a row excludes an entry."""
     if not EVEN:
         s = tl.where((n < size)[None, :], s, float("-inf"))
     if EXCLUDE:
@@ -92,7 +92,7 @@ def mask(s, n, size, row_ids, ids, EVEN: tl.constexpr, EXCLUDE: tl.constexpr):
     return s
 
 
-# EXCLUDE, in the kernels: 0 leaves nothing out, 1 the queue row whose index a row of x has as its id, and 2
+# EXCLUDE, in the kernels: 0 excludes nothing, 1 the queue row whose index a row of x has as its id, and 2
 # those of its id. A negative id matches nothing.
 
 

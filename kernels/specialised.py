@@ -2,7 +2,7 @@
 
 It stores what forward.py stores, but Triton gives copies, matrix products and exponentials warps of their
 own, which overlap. That takes one loop a kernel, and rows of x that TMA can load: so a block has rows
-of one stack, nothing may be left out of the queue, and rows for which the fixed shift is not exact are
+of one stack, nothing may be excluded from the queue, and rows for which the fixed shift is not exact are
 marked by a sum that is NaN or out of range, for forward.py to recompute in a launch of its own (REDO there).
 
 It takes 16-bit rows, D = 64 and 128. No GPU has run it.

@@ -75,11 +75,11 @@ class Relation(torch.autograd.Function):
         _, needs_k, needs_queue, needs_s, needs_t = ctx.needs_input_grad[:5]
         if torch.compiler.is_compiling():
             reads_q, reads_k = (q, needs_s or needs_queue), (k, needs_t or needs_queue)
-            q, k, queue, tau_s, tau_t, *left_out = snapshots(
+            q, k, queue, tau_s, tau_t, *copies = snapshots(
                 reads_q, reads_k, (queue, needs_queue), (tau_s, True), (tau_t, True),
                 *((t, needs_queue) for t in exclude),
             )  # fmt: skip
-            exclude = tuple(left_out)
+            exclude = tuple(copies)
         inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau_s, tau_t), q))
         want_k = needs_k or needs_t
@@ -203,10 +203,10 @@ class InfoNCE(torch.autograd.Function):
         _, needs_k, needs_queue, needs_tau = ctx.needs_input_grad[:4]
         if torch.compiler.is_compiling():
             reads_q = q, needs_k or needs_queue or needs_tau
-            q, queue, tau, *kept = snapshots(
+            q, queue, tau, *copies = snapshots(
                 reads_q, (queue, needs_queue), (tau, True), *((t, needs_queue) for t in exclude)
             )
-            exclude = tuple(kept)
+            exclude = tuple(copies)
         inputs = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau,), q))
         loss, sigma, grad_q, lse = ops.info_nce(*inputs, *scale, reduction, True, backend, *exclude)
@@ -268,8 +268,8 @@ class LogSumExp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype, backend, _, _ = settings
         if torch.compiler.is_compiling():
-            x, queue, tau, *kept = snapshots(*((t, True) for t in (x, queue, tau, *exclude)))
-            exclude = tuple(kept)
+            x, queue, tau, *copies = snapshots(*((t, True) for t in (x, queue, tau, *exclude)))
+            exclude = tuple(copies)
         inputs = to_dtype(x, dtype), to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau, tau), x))
         lse, mean = ops.lse_and_mean(*inputs, *scale, len(x), True, backend, *exclude)

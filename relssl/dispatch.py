@@ -43,10 +43,10 @@ def relation(
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
         loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype, exclude)
-        return with_version(reduce(loss, reduction), queue), entropy.detach()
+        return with_version(reduce(loss, reduction), queue, exclude), entropy.detach()
     if wants_grad(q, k, queue, tau_s, tau_t):
         settings = Settings(dtype, backend, reduction, form)
-        return Relation.apply(*distinct(q, k, queue, tau_s, tau_t), settings, *exclude)
+        return Relation.apply(*distinct(q, k, queue, tau_s, tau_t, settings, *exclude))
     scale = ops.scale_arguments(scales((tau_s, tau_t), q))
     q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
     return ops.relation(q, k, queue, *scale, form, reduction, False, False, backend, *exclude)[:2]
@@ -67,9 +67,9 @@ def info_nce(
     if backend == "reference" or in_functorch_transform():
         q, k = savable(q), savable(k)
         rows = reference.info_nce(q, k, unaliased(queue), tau, dtype, exclude)
-        return with_version(reduce(rows, reduction), queue)
+        return with_version(reduce(rows, reduction), queue, exclude)
     if wants_grad(q, k, queue, tau):
-        return InfoNCE.apply(*distinct(q, k, queue, tau), Settings(dtype, backend, reduction), *exclude)
+        return InfoNCE.apply(*distinct(q, k, queue, tau, Settings(dtype, backend, reduction), *exclude))
     scale = ops.scale_arguments(scales((tau,), q))
     q, k, queue = to_dtype(q, dtype), to_dtype(k, dtype), to_dtype(queue, dtype)
     return ops.info_nce(q, k, queue, *scale, reduction, False, backend, *exclude)[0]
@@ -83,9 +83,9 @@ def logsumexp(
     backend = backends.choose(backend, device_type(x), dtype, x.shape[-1], (x,), queue)
     if backend == "reference" or in_functorch_transform():
         lse, mean = reference.logsumexp(savable(x), unaliased(queue), tau, dtype, exclude)
-        return with_version(lse, queue), with_version(mean, queue)
+        return with_version(lse, queue, exclude), with_version(mean, queue, exclude)
     if wants_grad(x, queue, tau):
-        return LogSumExp.apply(*distinct(x, queue, tau), Settings(dtype, backend), *exclude)
+        return LogSumExp.apply(*distinct(x, queue, tau, Settings(dtype, backend), *exclude))
     scale = ops.scale_arguments(scales((tau, tau), x))
     lse, mean = ops.lse_and_mean(x.to(dtype), queue.to(dtype), *scale, len(x), True, backend, *exclude)
     return lse.sum(0), mean

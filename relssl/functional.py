@@ -310,12 +310,12 @@ def queue_logsumexp(
     dtypes and errors are those of `relation_loss`; an index in exclude that is out of range
     raises ValueError, or on an accelerator makes its row NaN.
     """
-    rows, left_out = queue_rows(queue, ids, queue_ids)
+    rows, excluded = queue_rows(queue, ids, queue_ids)
     tau = check_logsumexp(x, rows, temperature, exclude)
-    if left_out:
-        check_exclude(x, rows, left_out)
+    if excluded:
+        check_exclude(x, rows, excluded)
     if exclude is not None:
         if ids is not None:
             raise ValueError("either ids or exclude can be given, not both")
-        left_out = (exclude, None, left_out[2] if left_out else None)
-    return dispatch.logsumexp(x, rows, tau, backend, left_out)
+        excluded = (exclude, None, excluded[2] if excluded else None)
+    return dispatch.logsumexp(x, rows, tau, backend, excluded)

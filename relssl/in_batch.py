@@ -109,11 +109,11 @@ class NTXent(torch.autograd.Function):
         _, _, needs_queue, needs_tau = ctx.needs_input_grad[:4]
         if torch.compiler.is_compiling():
             read = needs_queue or needs_tau or reduction == "none"
-            z1, z2, queue, tau, *kept = snapshots(
+            z1, z2, queue, tau, *copies = snapshots(
                 (z1, read), (z2, read), (queue, needs_queue), (tau, True),
                 *((t, needs_queue) for t in exclude),
             )  # fmt: skip
-            exclude = tuple(kept)
+            exclude = tuple(copies)
         rows = None if queue is None else to_dtype(queue, dtype)
         scale = ops.scale_arguments(scales((tau,), z1))
         loss, grad, lse, mean = loss_op(
@@ -185,10 +185,10 @@ def nt_xent(
         z1, z2 = savable(z1), savable(z2)
         rows = None if queue is None else unaliased(queue)
         loss = reduce(reference.nt_xent(z1, z2, rows, tau, dtype, exclude), reduction)
-        return loss if queue is None else with_version(loss, queue)
+        return loss if queue is None else with_version(loss, queue, exclude)
     if wants_grad(z1, z2, queue, tau):
         settings = Settings(dtype, backend, reduction)
-        return NTXent.apply(*distinct(z1, z2, queue, tau), settings, *exclude)
+        return NTXent.apply(*distinct(z1, z2, queue, tau, settings, *exclude))
     scale: Scale = scales((tau,), z1)
     rows = None if queue is None else to_dtype(queue, dtype)
     views = to_dtype(z1, dtype), to_dtype(z2, dtype)

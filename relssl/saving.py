@@ -42,13 +42,14 @@ class _QueueGuard:
         return self.tensors
 
 
-def _version_tensor(queue: Tensor) -> Tensor:
-    """Returns a small tensor whose shape encodes the queue's version modulo 1,024, for autograd to save.
+def _version_tensor(queue: Tensor, exclude: Sequence[Tensor | None]) -> Tensor:
+    """Returns a small tensor whose shape encodes the number of writes to all modulo 1,024, for autograd to
+    save.
 
     Activation checkpointing runs forward again for backward and raises where the two runs save other shapes:
     so it raises where the queue has moved in between, and the gradient would be another queue's.
     """
-    count = version(queue) or 0
+    count = sum(version(t) or 0 for t in (queue, *exclude))
     return queue.new_zeros((1 + count % 32, 1 + count // 32 % 32))
 
 
@@ -62,7 +63,7 @@ def save(
 ) -> None:
     """Saves inputs and results for backward, then queue and exclusions if `keep`; else it refers to these.
 
-    Where hooks process what autograd saves, the queue's version is saved behind all.
+    Where hooks process what autograd saves, the versions of queue and exclusions are saved behind all.
     """
     again = (queue, *exclude) if keep else ()
     if torch.compiler.is_compiling():  # A compiled graph cannot hold a plain reference.
@@ -74,7 +75,7 @@ def save(
                 inputs, again = tuple(map(savable, inputs)), tuple(map(savable, again))
                 break
         if saving_is_hooked():
-            again = *again, _version_tensor(queue)
+            again = *again, _version_tensor(queue, exclude)
     ctx.save_for_backward(*inputs, *results, *again)
 
 
@@ -104,21 +105,21 @@ def distinct(*inputs: Any) -> Sequence[Any]:
 
 
 class _WithVersion(torch.autograd.Function):
-    """Returns a copy of a tensor, and saves the version of a queue with it."""
+    """Returns a copy of a tensor, and saves the versions of a queue and its exclusions with it."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, queue: Tensor) -> Tensor:
-        save(ctx, queue, (), False, (), ())
+    def forward(ctx: Any, result: Tensor, queue: Tensor, *exclude: Tensor | None) -> Tensor:
+        save(ctx, queue, exclude, False, (), ())
         return result.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # which is where checkpointing compares
-        return g, None
+        return g, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
-def with_version(result: Tensor, queue: Tensor) -> Tensor:
-    """Has the backward of a result of the reference compare the queue's version, as `save` does."""
+def with_version(result: Tensor, queue: Tensor, exclude: Sequence[Tensor | None]) -> Tensor:
+    """Has the backward of a result of the reference compare their versions, as `save` does."""
     if (
         not result.requires_grad
         or torch.compiler.is_compiling()
@@ -126,7 +127,7 @@ def with_version(result: Tensor, queue: Tensor) -> Tensor:
         or not saving_is_hooked()
     ):
         return result
-    return _WithVersion.apply(result, queue)
+    return _WithVersion.apply(result, queue, *exclude)
 
 
 def unaliased(queue: Tensor) -> Tensor:

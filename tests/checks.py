@@ -87,7 +87,7 @@ def weigh(shape, reduction):
     return g, (g * weight).expand(shape), ones
 
 
-class LeftOut:
+class Excluded:
     """What is left out of a queue [K, D]: rows of the same id, and those behind the first `filled` ones."""
 
     def __init__(self, backend, ids, queue_ids, filled=None):
@@ -105,17 +105,17 @@ class LeftOut:
         return queue, {"ids": self.ids}
 
 
-def arguments(left_out, rows):
-    return (rows, {}) if left_out is None else left_out.arguments(rows)
+def arguments(excluded, rows):
+    return (rows, {}) if excluded is None else excluded.arguments(rows)
 
 
-def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False, left_out=None):
+def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", drawn=False, excluded=None):
     q, k, queue = to_device(backend, q, k, queue)
-    left = left_out and left_out.rows
+    left = excluded and excluded.rows
     g, weights, ones = weigh(q.shape[:-1], reduction)
 
     def ours(q, k, queue, tau_s, tau_t):
-        queue, others = arguments(left_out, queue)
+        queue, others = arguments(excluded, queue)
         return relation_loss(
             q, k, queue, student_temperature=tau_s, teacher_temperature=tau_t,
             form=form, reduction=reduction, backend=backend, **others,
@@ -135,13 +135,13 @@ def check_relation(q, k, queue, tau_s, tau_t, form, backend, reduction="none", d
     )  # fmt: skip
 
 
-def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False, left_out=None):
+def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False, excluded=None):
     q, k, queue = to_device(backend, q, k, queue)
-    left = left_out and left_out.rows
+    left = excluded and excluded.rows
     g, weights, ones = weigh(q.shape[:-1], reduction)
 
     def ours(q, k, queue, tau):
-        queue, others = arguments(left_out, queue)
+        queue, others = arguments(excluded, queue)
         return our_info_nce(q, k, queue, temperature=tau, reduction=reduction, backend=backend, **others)
 
     agree(
@@ -153,16 +153,16 @@ def check_info_nce(q, k, queue, tau, backend, reduction="none", drawn=False, lef
     )  # fmt: skip
 
 
-def check_nt_xent(z1, z2, queue, tau, backend, reduction="none", drawn=False, left_out=None):
+def check_nt_xent(z1, z2, queue, tau, backend, reduction="none", drawn=False, excluded=None):
     z1, z2 = to_device(backend, z1, z2)
-    left = left_out and left_out.rows
+    left = excluded and excluded.rows
     inputs = {"z1": z1, "z2": z2, "tau": temperature(tau, z1)}
     if queue is not None:
         inputs["queue"] = to_device(backend, queue)
     g, weights, ones = weigh(torch.Size([2 * len(z1)]), reduction)
 
     def ours(z1, z2, tau, queue=None):
-        queue, others = arguments(left_out, queue)
+        queue, others = arguments(excluded, queue)
         return our_nt_xent(
             z1, z2, temperature=tau, queue=queue, reduction=reduction, backend=backend, **others
         )
@@ -187,15 +187,15 @@ def check_clusters(p1, p2, tau, penalize, backend, drawn=False):
     )  # fmt: skip
 
 
-def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False, left_out=None):
+def check_logsumexp(x, queue, tau, backend, exclude=None, drawn=False, excluded=None):
     x, queue = to_device(backend, x, queue)
-    left = left_out and left_out.rows
+    left = excluded and excluded.rows
     if exclude is not None:
         left, exclude = left_of(len(queue), exclude=exclude), to_device(backend, exclude)
     g = cotangents_like(x.shape[:1], x.shape)
 
     def ours(x, queue, tau):
-        queue, others = arguments(left_out, queue)
+        queue, others = arguments(excluded, queue)
         return queue_logsumexp(x, queue, tau, exclude=exclude, backend=backend, **others)
 
     agree(

@@ -17,7 +17,7 @@ import checks
 import emulated
 import torch
 from checks import (
-    LeftOut,
+    Excluded,
     batch,
     check_clusters,
     check_info_nce,
@@ -76,20 +76,20 @@ def check(inputs, taus, backend):
     if random.random() < 0.4:
         of, size, factor = round(log_uniform(1, 1000)), len(queue), 3 ** random.randrange(35)
         ids = (strided(torch.randint(-1, of, (n,)) * factor) for n in (len(k), size))
-        how["left_out"] = LeftOut(backend, *ids, random.choice([None, None, random.randint(0, size)]))
+        how["excluded"] = Excluded(backend, *ids, random.choice([None, None, random.randint(0, size)]))
     if what < 2:
         check_relation(*inputs, *taus, ("kl", "ce")[what], backend, **how)
     elif what == 2:
         check_info_nce(*inputs, taus[0], backend, **how)
     elif what == 3:
         reduction = random.choice(["mean", "sum", "none"])
-        negatives = queue if "left_out" in how else random.choice([None, queue])
+        negatives = queue if "excluded" in how else random.choice([None, queue])
         check_nt_xent(q if q.dim() == 2 else q[0], k, negatives, taus[0], backend, reduction, **how)
     elif what == 4:
         p1, p2 = (strided((3 * torch.randn(len(k), k.shape[1])).softmax(1).to(k.dtype)) for _ in range(2))
         check_clusters(p1, p2, taus[0], random.random() < 0.5, backend, drawn=True)
-    elif all(how["left_out"].rows if "left_out" in how else [True]):  # An infinite lse cannot be compared.
-        some = len(queue) > 1 and "left_out" not in how and random.random() < 0.5
+    elif all(how["excluded"].rows if "excluded" in how else [True]):  # An infinite lse cannot be compared.
+        some = len(queue) > 1 and "excluded" not in how and random.random() < 0.5
         exclude = torch.randint(-1, len(queue), (len(k),)) if some else None
         check_logsumexp(k, queue, taus[0], backend, exclude, **how)
 

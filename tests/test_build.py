@@ -39,7 +39,7 @@ def test_no_compiler(tmp_path):
     assert "RELSSL_CPU=0" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_left_out(tmp_path):
+def test_excluded(tmp_path):
     run = build(tmp_path, CXX="no-such-compiler", RELSSL_CPU="0")
     assert run.returncode == 0, run.stderr
     assert not list(tmp_path.rglob("_cpu*"))
@@ -122,7 +122,7 @@ def test_cuda_asked_for_without_nvcc(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("build")
-def test_cuda_left_out(tmp_path, quick):
+def test_cuda_excluded(tmp_path, quick):
     run = build(tmp_path, RELSSL_CUDA="0", **quick)
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.rglob("_cpu*.so")) and not list(tmp_path.rglob("_cuda*"))

@@ -486,6 +486,19 @@ def test_checkpointing(name, backend, learns):
         moved.backward()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+def test_checkpointing_notices_other_ids(backend):
+    q, k, queue = unit(B, D).requires_grad_(), unit(B, D), unit(K, D)
+    for loss in (relation_loss, info_nce, lambda q, k, queue, **how: nt_xent(q, k, queue=queue, **how)):
+        queue_ids = torch.arange(K)
+        moved = checkpoint(
+            loss, q, k, queue, ids=torch.arange(B), queue_ids=queue_ids, backend=backend, use_reentrant=False
+        )
+        queue_ids += 1
+        with pytest.raises(RuntimeError, match="different metadata"):
+            moved.backward()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_hooks_may_read_what_is_saved_and_results_may_be_changed(backend):
     q, k, queue = unit(B, D).requires_grad_(), unit(B, D), FeatureQueue(K, D)

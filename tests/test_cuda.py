@@ -10,7 +10,7 @@ import emulated
 import pytest
 import torch
 from checks import (
-    LeftOut,
+    Excluded,
     batch,
     check_info_nce,
     check_logsumexp,
@@ -91,10 +91,10 @@ def test_losses(cuda, dtype, dim, shape):
 def test_ids(cuda, dtype, dim, of, filled):
     q, k, queue = batch(2, 20, 300, dim, dtype)
     drawn = [torch.randint(-1, of, (n,)) * (2**32 if dim == 64 else 1) for n in (20, 300)]
-    left_out = LeftOut("cuda", *drawn, filled)
-    check_relation(q, k, queue, 0.1, 0.04, "kl", "cuda", left_out=left_out)
-    check_info_nce(q, k, queue, 0.2, "cuda", "mean", left_out=left_out)
-    check_nt_xent(q[0], k, queue, 0.5, "cuda", left_out=left_out)
+    excluded = Excluded("cuda", *drawn, filled)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", "cuda", excluded=excluded)
+    check_info_nce(q, k, queue, 0.2, "cuda", "mean", excluded=excluded)
+    check_nt_xent(q[0], k, queue, 0.5, "cuda", excluded=excluded)
 
 
 @pytest.mark.parametrize("views", [None, 2])

@@ -46,8 +46,8 @@ def info_nce(q, k, queue, own, temperature):
 
 def nt_xent(z1, z2, queue, own, temperature):
     z, n = torch.cat((z1, z2)), len(z1)
-    left_out = torch.cat((torch.eye(2 * n, dtype=torch.bool), own.repeat(2, 1)), 1)
-    logits = log_softmax(z, torch.cat((z, queue)), temperature, left_out)
+    excluded = torch.cat((torch.eye(2 * n, dtype=torch.bool), own.repeat(2, 1)), 1)
+    logits = log_softmax(z, torch.cat((z, queue)), temperature, excluded)
     return -logits[torch.arange(2 * n), (torch.arange(2 * n) + n) % (2 * n)].mean()
 
 
@@ -87,9 +87,9 @@ def test_every_loss_of_a_run_is_without_an_images_own_embeddings(name, monkeypat
     assert tuple(map(len, found.values())) == calls
     for loss, expected, _ in chain(*found.values()):
         assert loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    left_out = [count for *_, count in found["relation_loss"] + found["nt_xent"]]
-    per_epoch = len(left_out) // config.epochs
-    assert not any(left_out[:per_epoch]) and all(left_out[per_epoch + 2 :])
+    excluded = [count for *_, count in found["relation_loss"] + found["nt_xent"]]
+    per_epoch = len(excluded) // config.epochs
+    assert not any(excluded[:per_epoch]) and all(excluded[per_epoch + 2 :])
 
     shown = []
     for epoch in range(config.epochs):

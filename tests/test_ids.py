@@ -5,7 +5,7 @@ import torch
 from checks import (
     BACKENDS,
     INTERPRETED,
-    LeftOut,
+    Excluded,
     backends_of,
     batch,
     check_info_nce,
@@ -45,8 +45,8 @@ def drawn_ids(count, of):
     return torch.where(torch.rand(count) < 0.15, -1, ids + apart)
 
 
-def left_out(backend, rows, size, of, filled=None):
-    return LeftOut(backend, drawn_ids(rows, of), drawn_ids(size, of), filled)
+def drawn(backend, rows, size, of, filled=None):
+    return Excluded(backend, drawn_ids(rows, of), drawn_ids(size, of), filled)
 
 
 @pytest.mark.parametrize("shape", SHAPES[: 3 if INTERPRETED else None], ids=str)
@@ -55,16 +55,16 @@ def left_out(backend, rows, size, of, filled=None):
 def test_losses_and_gradients(dtype, loss, shape, backend):
     views, rows, size, dim, of, filled = shape
     q, k, queue = batch(views, rows, size, dim, dtype)
-    out = left_out(backend, rows, size, of, filled)
+    out = drawn(backend, rows, size, of, filled)
     if loss == "info_nce":
-        check_info_nce(q, k, queue, 0.2, backend, left_out=out)
+        check_info_nce(q, k, queue, 0.2, backend, excluded=out)
     elif loss == "nt_xent":
-        check_nt_xent(q if views is None else q[0], k, queue, 0.5, backend, "mean", left_out=out)
+        check_nt_xent(q if views is None else q[0], k, queue, 0.5, backend, "mean", excluded=out)
     elif loss == "logsumexp":
         if all(out.rows):  # An infinite lse is compared in test_rows_left_with_nothing.
-            check_logsumexp(k, queue, 0.1, backend, left_out=out)
+            check_logsumexp(k, queue, 0.1, backend, excluded=out)
     else:
-        check_relation(q, k, queue, 0.1, 0.04, loss, backend, left_out=out)
+        check_relation(q, k, queue, 0.1, 0.04, loss, backend, excluded=out)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -72,10 +72,10 @@ def test_losses_and_gradients(dtype, loss, shape, backend):
 def test_reductions(reduction, backend):
     q, k, queue = batch(2, 9, 50, 12, torch.float32)
     for filled in (None, 23):
-        out = left_out(backend, 9, 50, 2, filled)
-        check_relation(q, k, queue, 0.1, 0.04, "kl", backend, reduction, left_out=out)
-        check_info_nce(q, k, queue, 0.2, backend, reduction, left_out=out)
-        check_nt_xent(q[0], k, queue, 0.5, backend, reduction, left_out=out)
+        out = drawn(backend, 9, 50, 2, filled)
+        check_relation(q, k, queue, 0.1, 0.04, "kl", backend, reduction, excluded=out)
+        check_info_nce(q, k, queue, 0.2, backend, reduction, excluded=out)
+        check_nt_xent(q[0], k, queue, 0.5, backend, reduction, excluded=out)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow")
@@ -90,9 +90,9 @@ def test_any_shape(backend, rows, size, dim, of, share, dtype, seed):
     torch.manual_seed(seed)
     size = min(size, 50_000 // rows)
     q, k, queue = batch(None, rows, size, dim, dtype)
-    out = left_out(backend, rows, size, of, share if share is None else int(size * share))
-    check_relation(q, k, queue, 0.1, 0.04, "kl", backend, drawn=True, left_out=out)
-    check_nt_xent(q, k, queue, 0.5, backend, drawn=True, left_out=out)
+    out = drawn(backend, rows, size, of, share if share is None else int(size * share))
+    check_relation(q, k, queue, 0.1, 0.04, "kl", backend, drawn=True, excluded=out)
+    check_nt_xent(q, k, queue, 0.5, backend, drawn=True, excluded=out)
 
 
 def everything(q, k, queue, ids, backend, **others):
@@ -141,6 +141,25 @@ def test_an_empty_queue(backend):
 
 
 @backends_of(*BACKENDS)
+def test_values_of_rows_not_filled_do_not_matter(backend):
+    q, k, new = to_device(backend, unit(3, 8), unit(3, 8), unit(7, 8))
+    found = []
+    for value in (0.0, torch.nan):
+        queue = FeatureQueue(16, 8, start="empty", device=q.device)
+        queue.enqueue(new)
+        queue.rows[7:] = value
+        inputs = [t.requires_grad_() for t in (q, k, queue.rows)]
+        losses = everything(q, k, queue, None, backend)
+        total = sum(t.sum() for t in losses)
+        first = torch.autograd.grad(total, inputs, retain_graph=True)
+        again = torch.autograd.grad(total, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), inputs)
+        found.append((*losses, *first, *second))
+    for clean, dirty in zip(*found, strict=True):
+        torch.testing.assert_close(dirty, clean)
+
+
+@backends_of(*BACKENDS)
 def test_own_copies_change_nothing(backend):
     """InfoNCE of a queue with the images' own keys, which are left out, is that of the other rows."""
     q, k, others = to_device(backend, unit(6, 16), unit(6, 16), unit(50, 16))
@@ -167,9 +186,9 @@ def test_exclude_is_the_case_of_indices(backend):
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_instruction_sets(dtype, instruction_set):
-    out = left_out("cpu", 37, 700, 3, 650)
+    out = drawn("cpu", 37, 700, 3, 650)
     q, k, queue = batch(2, 37, 700, 24, dtype)
-    check_relation(q, k, queue, 0.1, 0.04, "kl", f"cpu/{instruction_set}", left_out=out)
+    check_relation(q, k, queue, 0.1, 0.04, "kl", f"cpu/{instruction_set}", excluded=out)
 
 
 # ------------------------------------------------------------------------------------------- autograd
@@ -186,7 +205,7 @@ def test_to_second_order(filled, backend):
     ids, queue_ids = torch.tensor([1, 2, 3, -1]), torch.tensor([1, 3, 3, 3, 3, 3, 1])
     if filled is None:
         ids[2], queue_ids[1] = 3, 3
-    out = LeftOut("cpu", ids, queue_ids, filled)
+    out = Excluded("cpu", ids, queue_ids, filled)
     inputs = leaves((4, 3), (4, 3), (7, 3))
     tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     for loss in (
@@ -247,8 +266,9 @@ def test_compiled_step(dynamo, start):
 
     def step(q, rows, queue_ids, queue):
         losses = everything(q, k, queue, ids, "cpu")[:4]
+        in_batch = everything(q, k, k, ids, "cpu", queue_ids=ids)[:4]  # one tensor for both
         learned = relation_loss(q, k, rows, ids=ids, queue_ids=queue_ids)
-        total = sum(t.sum() for t in losses) + learned
+        total = sum(t.sum() for t in (*losses, *in_batch)) + learned
         queue.enqueue(k, ids)
         return total
 
@@ -304,6 +324,7 @@ IDS, OF_QUEUE = torch.arange(3), torch.arange(9)
         ({"ids": IDS.int()}, TypeError, "ids must be an int64 tensor, got torch.int32"),
         ({"ids": IDS.to_sparse()}, TypeError, "ids must be a dense tensor, got torch.sparse_coo"),
         ({"ids": [0, 1, 2]}, TypeError, "ids must be an int64 tensor, got list"),
+        ({"ids": IDS.to_sparse()}, TypeError, "ids must be a dense tensor, got torch.sparse_coo"),
         ({"queue_ids": OF_QUEUE.float()}, TypeError, "queue_ids must be an int64 tensor, got torch.float32"),
         ({"ids": IDS[:2]}, ValueError, r"ids must be \[B\] = \[3\], got shape \(2,\)"),
         ({"queue_ids": OF_QUEUE[1:]}, ValueError, r"queue_ids must be \[K\] = \[9\], got shape \(8,\)"),

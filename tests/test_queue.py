@@ -1,6 +1,7 @@
 """Tests FeatureQueue against Python's deque, without synchronisation, and on several ranks."""
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -255,6 +256,21 @@ def test_every_way_to_enqueue_is_noticed_by_double_backward(way, monkeypatch):
     assert all(t._version > old for t, old in zip(queue.buffers(), versions, strict=True))
     with pytest.raises(RuntimeError, match="queue has changed since the forward pass"):
         torch.autograd.grad(loss, q, create_graph=True)
+
+
+@pytest.mark.alone
+def test_threads_enqueue_one_after_the_other():
+    queue, batch, threads, times = FeatureQueue(200_000, 256, ids=True, start="zeros"), 12_000, 4, 4
+
+    def run(id):
+        keys, ids = torch.full((batch, 256), float(id)), torch.full((batch,), id)
+        for _ in range(times):
+            queue.enqueue(keys, ids)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(1, threads + 1)))
+    assert [int((queue.ids == id).sum()) for id in range(1, threads + 1)] == [batch * times] * threads
+    assert torch.equal(queue.rows[: int(queue.count), 0].long(), queue.ids[: int(queue.count)])
 
 
 @pytest.mark.alone

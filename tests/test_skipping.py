@@ -89,7 +89,7 @@ def test_processes_share_the_batches_of_one(pets, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_reports_what_it_left_out(command, pets, workers):
+def test_a_run_reports_what_it_excluded(command, pets, workers):
     """Scores are those of the data set without the files. Evaluating the run needs no option."""
     stopped = command("train", "sacc", *SETTINGS.split(), "--data-root", pets, "--out", "run")
     assert stopped.returncode == 1 and "relssl train: cannot read" in stopped.stderr

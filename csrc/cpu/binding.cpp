@@ -194,8 +194,7 @@ PYBIND11_MODULE(_cpu, m) {
     const Keys from{pointer<const char>(keys, "keys"), batch, stride,
                     ids ? pointer<const int64_t>(key_ids, "key_ids") : nullptr};
     if (overlaps(ring, from)) throw std::runtime_error("keys or ids share memory with the queue: pass a clone");
-    py::gil_scoped_release release;
-    enqueue(ring, from);
+    enqueue(ring, from);  // With the GIL: a second thread would write to the same rows.
   });
 
   m.def("cluster_loss", [](Address p1, Address p2, int64_t count, int64_t clusters, double scale, bool penalize,

@@ -140,9 +140,9 @@ void similarities(const typename E::Scalar* tile, int64_t stride, int64_t count,
     multiply<E, V>(count, tile + d, stride, 1, panel + d * kPanel, kPanel, min(step, depth - d), s, s_stride, d > 0);
 }
 
-// Sets the similarities of rows [row, row + rows), at most a panel, with the queue rows that they leave out to -infinity.
+// Sets the similarities of rows [row, row + rows), at most a panel, with the queue rows that they exclude to -infinity.
 template <int V>
-void leave_out(const Inputs& in, int64_t row, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
+void exclude_rows(const Inputs& in, int64_t row, int64_t rows, int64_t first, int64_t count, float* s, int64_t s_stride) {
   rows = min(rows, kPanel);
   if (!in.queue_ids) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -326,7 +326,7 @@ void forward_with(const Inputs& in, const Block& block, const Partial& out, char
       const auto step = [&](auto width) {
         constexpr int V = decltype(width)::value;
         similarities<E, V>(tile.rows, tile.row_stride, count, panel, depth, memory.s, kPanel);
-        if (in.ids) leave_out<V>(in, block.row + row, block.rows - row, first, count, memory.s, kPanel);
+        if (in.ids) exclude_rows<V>(in, block.row + row, block.rows - row, first, count, memory.s, kPanel);
         if (float* to = kept_similarities(in, block.row + row, first)) std::memcpy(to, memory.s, 4 * count * kPanel);
         online_softmax_step<E, V>(memory.s, count, memory.scale + row, memory.soft[row / kPanel], tile.columns,
                                   tile.column_stride, dim, mean);
@@ -453,7 +453,7 @@ struct Packed {
       similarities<Single, V>(tile.data, tile.stride, count, static_cast<const float*>(panels) + row * in.dim, in.dim,
                               s, s_stride);
     }
-    if (in.ids && !in.similarities) leave_out<V>(in, from_row, rows, first, count, s, s_stride);
+    if (in.ids && !in.similarities) exclude_rows<V>(in, from_row, rows, first, count, s, s_stride);
     if (g_panels) similarities<Single, V>(tile.data, tile.stride, count, g_panels + row * in.dim, in.dim, u, kPanel);
     const PanelTerms terms{scale + row, high + row, low + row, base + row};
     if (g.symmetric)

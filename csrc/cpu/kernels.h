@@ -25,7 +25,7 @@ struct Inputs {
   const void* queue;
   int64_t queue_stride, size, dim;
   bool bf16;
-  const int64_t* ids;        // of the rows of x, or null: a row leaves out the queue rows of its id, if not negative
+  const int64_t* ids;        // of the rows of x, or null: a row excludes the queue rows of its id, if not negative
   const int64_t* queue_ids;  // of the queue rows, or null: their indices
   // For all rows in panels, [panels, size, panel], or null: `forward` writes the similarities here, and `backward_x`
   // takes them from here instead of computing them again, and overwrites them.
@@ -51,7 +51,7 @@ static inline const void* row_address(const Stack& stack, int64_t row, bool bf16
 static inline int64_t all_rows(const Inputs& in) { return in.stacks[0].count + in.stacks[1].count; }
 
 // Returns the factor by which the kernels multiply similarities: the scale in units of log 2, rounded to float, and
-// never 0, because a queue row that is left out has the similarity -infinity.
+// never 0, because an excluded queue row has the similarity -infinity.
 static inline float log2_scale(double scale) {
   const float rounded = static_cast<float>(scale * 1.4426950408889634074);
   return rounded < FLT_MIN ? FLT_MIN : rounded;
@@ -63,7 +63,7 @@ struct Block {
 };
 
 // The results of each row with one range of the queue: sum_j 2^(logit_j - shift), with logits in units of log 2, and
-// the mean of the queue rows under that softmax. If all rows of the range are left out, the sum and the mean are 0.
+// the mean of the queue rows under that softmax. If all rows of the range are excluded, the sum and the mean are 0.
 struct Partial {
   double* shift;   // [rows]
   double* sum;     // [rows]

@@ -88,7 +88,7 @@ struct Normalizers {
     const double scale = log2_scale(in.stacks[0].scale);
     for (int64_t r = 0; r < count; ++r) {
       const double exact = (static_cast<double>(lse[r]) + lse[count + r]) / kLn2;
-      // The values are clamped to float for any small scale. A row that is left with nothing has no weights; an
+      // The values are clamped to float for any small scale. An empty row, of which all is excluded, has no weights; an
       // infinite lse would make them NaN.
       const double most = FLT_MAX / 2;
       high[r] = exact == -INFINITY ? FLT_MAX : static_cast<float>(std::clamp(exact / scale, -most, most));
@@ -128,7 +128,7 @@ struct WeightedRows {
   }
 };
 
-// The index of each row, which NT-Xent leaves out.
+// The index of each row, which NT-Xent excludes.
 std::vector<int64_t> own_rows(const Inputs& in) {
   std::vector<int64_t> own(all_rows(in));
   std::iota(own.begin(), own.end(), 0);
@@ -187,10 +187,12 @@ void relation(const Kernels& kernels, const Inputs& in, bool kl, double weight, 
   lse_and_mean(kernels, in, lse, mean, threads);
   const Stack &teacher = in.stacks[0], &student = in.stacks[1];
   const int64_t batch = teacher.count, count = all_rows(in), dim = in.dim;
-  // The cross-entropy of a row with the teacher's softmax, whose mean is `center`; 0 where they are left with nothing.
+  // The cross-entropy of a row with the teacher's softmax, whose mean is `center`; 0 for empty rows.
+  // Otherwise logits below all floats have the log-sum-exp -infinity, and make the loss NaN.
+  const bool may_be_empty = in.ids || in.size == 0;
   const auto cross_entropy = [&](const Stack& stack, int64_t row, int64_t index, const float* center) {
     const double exact = static_cast<double>(lse[row]) + lse[count + row];
-    if (exact == -INFINITY) return 0.0;
+    if (may_be_empty && exact == -INFINITY) return 0.0;
     const void* x = row_address(stack, index, in.bf16);
     return exact - exact_scale(stack.scale) * dot(x, in.bf16, center, false, dim);
   };

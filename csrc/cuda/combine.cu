@@ -83,7 +83,7 @@ __device__ void merge_splits(const Row& row, double& lse, float (&weights)[MAX_S
     total += __shfl_xor_sync(~0u, total, lanes);
     divisor += __shfl_xor_sync(~0u, divisor, lanes);
   }
-  const float inverse = divisor == 0 ? 1 : 1 / divisor;  // The mean of a row that is left with nothing is 0.
+  const float inverse = divisor == 0 ? 1 : 1 / divisor;  // The mean of an empty row, of which all is excluded, is 0.
 #pragma unroll
   for (int i = 0; i < EACH; i++) weights[lane + 32 * i] = lane + 32 * i < in.num_splits ? shift[i] * inverse : 0;
   if (lane == 0) lse = static_cast<double>(top) * row.scale + log2(static_cast<double>(total));
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(MAX_DIM) combine_lse_and_mean(const __grid_con
   in.mean[static_cast<int64_t>(row) * in.dim + d] = mean;
 }
 
-// Returns a row's cross-entropy with the teacher's softmax, in units of log 2; 0 for a row that is left with nothing.
+// Returns a row's cross-entropy with the teacher's softmax, in units of log 2; 0 for an empty row.
 __device__ double cross_entropy(double lse, float scale, double dot) { return lse == -INFINITY ? 0 : lse - scale * dot; }
 
 // loss = A(theta_s) - <theta_s, mean_t> (- H(p_t) if kl),  H(p_t) = A(theta_t) - <theta_t, mean_t>

@@ -22,7 +22,7 @@ struct Forward {
   const uint16_t *first, *second, *queue;
   int64_t first_stride, second_stride, queue_stride;
   Scale scale_first, scale_second;
-  const int64_t* ids;        // of the rows of x, or null: a row leaves out the queue rows of its id, if not negative
+  const int64_t* ids;        // of the rows of x, or null: a row excludes the queue rows of its id, if not negative
   const int64_t* queue_ids;  // of the queue rows, or null: their indices
   const int64_t* filled;     // the number of queue rows in use, which come first, or null: all
   int num_first, rows, size, step;

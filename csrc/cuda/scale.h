@@ -12,7 +12,7 @@ namespace relssl {
 __device__ inline float load_scale(const Scale& scale) {
   if (!scale.address) return scale.value;
   const float c = *scale.address * 1.4426950408889634f;
-  return c < FLT_MIN ? FLT_MIN : c;  // An entry that is left out has the similarity -inf, and 0 * inf is NaN.
+  return c < FLT_MIN ? FLT_MIN : c;  // An excluded entry has the similarity -inf, and 0 * inf is NaN.
 }
 
 }  // namespace relssl

@@ -101,7 +101,7 @@ struct Softmax {
   float c[FRAGMENTS][2];  // scales
   float shift[FRAGMENTS][2], total[FRAGMENTS][2], divisor[FRAGMENTS][2];  // total and divisor: this lane's partial sums
   const int used;        // rows of the queue
-  const int lane_index;  // the queue row that the warp's row number `lane` leaves out by its index, for `needs_mask`
+  const int lane_index;  // the queue row that the warp's row number `lane` excludes by its index, for `needs_mask`
 
   __device__ Softmax(const Forward& in, int block_row, const Sharing& sharing)
       : in(in),
@@ -135,7 +135,7 @@ struct Softmax {
   }
 
   // Returns whether the tile of `size` rows from `start` on reaches beyond the queue, or may hold a row that this warp
-  // leaves out.
+  // excludes.
   __device__ bool needs_mask(int start, int size) const {
     if (start + size > used || in.queue_ids) return true;
     return in.ids && __any_sync(~0u, static_cast<unsigned>(lane_index - start) < static_cast<unsigned>(size));

@@ -57,7 +57,7 @@ class Cpu(Backend):
         self, x: Tensor, queue: Tensor, scale: Scale, num_first: int, exclude: Exclude | None, want_mean: bool
     ) -> tuple[Tensor, Tensor]:
         x, queue = row_contiguous(x), row_contiguous(queue)
-        queue, ids = (queue, NO_IDS) if exclude is None else _left_out(queue, exclude)
+        queue, ids = (queue, NO_IDS) if exclude is None else _rows_and_ids(queue, exclude)
         count, dim = x.shape
         lse = x.new_empty(2, count, dtype=torch.float32)
         mean = lse.new_empty(count, dim if want_mean else 0)
@@ -85,7 +85,7 @@ class Cpu(Backend):
         batch, dim = k.shape
         shape = q.shape
         q, k, queue = flat(q), row_contiguous(k), row_contiguous(queue)
-        queue, ids = (queue, NO_IDS) if exclude is None else _left_out(queue, exclude)
+        queue, ids = (queue, NO_IDS) if exclude is None else _rows_and_ids(queue, exclude)
         count = q.shape[0]
         loss = q.new_empty(shape[:-1] if weight is None else (), dtype=torch.float32)
         entropy, mean_t = loss.new_empty(batch), loss.new_empty(batch, dim)
@@ -173,7 +173,7 @@ class Cpu(Backend):
         self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
         x, queue, exclude = row_contiguous(saved.x), row_contiguous(saved.queue), saved.exclude
-        queue, ids = (queue, NO_IDS) if exclude is None else _left_out(queue, exclude)
+        queue, ids = (queue, NO_IDS) if exclude is None else _rows_and_ids(queue, exclude)
         grad_x, grad_queue = (
             t.new_empty(t.shape[0] if wanted else 0, t.shape[1], dtype=torch.float32)
             for t, wanted in ((x, want_x), (saved.queue, want_queue))
@@ -215,7 +215,7 @@ class Ids(NamedTuple):
 NO_IDS = Ids((), (0, 0))
 
 
-def _left_out(queue: Tensor, exclude: Exclude) -> tuple[Tensor, Ids]:
+def _rows_and_ids(queue: Tensor, exclude: Exclude) -> tuple[Tensor, Ids]:
     """Returns the rows of the queue in use, and the ids."""
     ids, queue_ids, filled = (t if t is None else t.contiguous() for t in exclude)
     queue = queue if filled is None else queue[: int(filled)]

@@ -23,7 +23,7 @@ NOTHING = None, None, None  # is excluded: the tensors of an Exclude
 
 
 def exclude_flags(ids: Tensor | None, queue_ids: Tensor | None, filled: Tensor | None) -> dict[str, Any]:
-    """Returns the constants of a kernel that decide what it leaves out: see kernels/common.py."""
+    """Returns the constants of a kernel that decide what it excludes: see kernels/common.py."""
     return {"EXCLUDE": 0 if ids is None else 1 if queue_ids is None else 2, "FILLED": filled is not None}
 
 

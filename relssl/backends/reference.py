@@ -53,7 +53,7 @@ def logsumexp(
     exclude: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor]:
     """Returns lse [R] = log sum_j exp(<x, m_j>/tau) and mean [R, D] = sum_j softmax_j m_j, in one dtype."""
-    x, queue = (straight_through_round(t, dtype) for t in (x, queue))
+    x, queue = straight_through_round(x, dtype), _used(queue, dtype, exclude)
     logits = x @ queue.T / nan_if_invalid(temperature)
     if not exclude:
         return logits.logsumexp(1), logits.softmax(1) @ queue
@@ -76,7 +76,8 @@ def relation(
     exclude: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor]:
     """Returns ReSSL's relation loss ([B] or [V, B]) and the teacher's entropy [B]."""
-    q, k, queue = (straight_through_round(t, dtype) for t in (q, k, queue))
+    q, k = straight_through_round(q, dtype), straight_through_round(k, dtype)
+    queue = _used(queue, dtype, exclude)
     student = q @ queue.T / nan_if_invalid(student_temperature)
     teacher = k @ queue.T / nan_if_invalid(teacher_temperature)
     if not exclude:
@@ -110,7 +111,7 @@ def nt_xent(
     tau = nan_if_invalid(temperature)
     logits = (z @ z.T / tau).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     if queue is not None:
-        negatives = _negatives(z.view(2, *z1.shape), straight_through_round(queue, dtype), tau, exclude)
+        negatives = _negatives(z.view(2, *z1.shape), _used(queue, dtype, exclude), tau, exclude)
         logits = torch.cat((logits, negatives.flatten(0, 1)), 1)
     return logits.logsumexp(1) - (z * z.roll(len(z1), 0)).sum(1) / tau
 
@@ -125,7 +126,8 @@ def info_nce(
     exclude: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Returns InfoNCE with positive k and negatives queue ([B] or [V, B])."""
-    q, k, queue = (straight_through_round(t, dtype) for t in (q, k, queue))
+    q, k = straight_through_round(q, dtype), straight_through_round(k, dtype)
+    queue = _used(queue, dtype, exclude)
     positive = (q * k).sum(-1, keepdim=True)
     positive = positive + 0 * positive  # An infinite one becomes NaN, and with it the loss.
     tau = nan_if_invalid(temperature)
@@ -133,7 +135,13 @@ def info_nce(
     return -logits.log_softmax(-1)[..., 0]
 
 
+def _used(queue: Tensor, dtype: torch.dtype, exclude: Sequence[Tensor | None]) -> Tensor:
+    """Returns the queue rounded to dtype, with zeros for the rows not filled."""
+    queue = straight_through_round(queue, dtype)
+    return Exclude(*exclude).used(queue) if exclude else queue
+
+
 def _negatives(x: Tensor, queue: Tensor, tau: Temperature, exclude: Sequence[Tensor | None]) -> Tensor:
-    """Returns the logits of x [..., B, D] with the queue, [..., B, K]; -inf for what B's rows leave out."""
+    """Returns the logits of x [..., B, D] with the queue, [..., B, K]; -inf for what B's rows exclude."""
     logits = x @ queue.T / tau
     return logits.masked_fill(Exclude(*exclude).mask(queue), -torch.inf) if exclude else logits

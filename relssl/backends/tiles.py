@@ -127,13 +127,14 @@ def _tiles(theta: Tensor, queue: Tensor, exclude: Exclude | None) -> Iterator[tu
     for start in range(0, size, width):
         stop = min(start + width, size)
         tile = to_dtype(queue if width >= size else queue[start:stop], dtype)
+        tile = tile if exclude is None else exclude.used(tile, start)
         logits = torch.mm(theta, tile.T)
         if exclude is not None:
-            _leave_out(exclude, start, stop, logits)
+            _exclude(exclude, start, stop, logits)
         yield slice(start, stop), tile, logits
 
 
-def _leave_out(exclude: Exclude, start: int, stop: int, logits: Tensor) -> None:
+def _exclude(exclude: Exclude, start: int, stop: int, logits: Tensor) -> None:
     """Sets the logits [R, T] of the excluded ones among the queue rows from `start` to `stop` to -inf."""
     ids, queue_ids, filled = exclude
     if ids is not None and queue_ids is None:
