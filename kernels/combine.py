@@ -78,9 +78,15 @@ def inner(x, mean):
 
 
 @triton.jit
-def cross_entropy(lse, c, along):
-    """Returns that of a row with the teacher's softmax, in units of log 2; 0 for an empty row."""
-    return tl.where(lse == float("-inf"), 0.0, lse - c.to(tl.float64) * along)
+def cross_entropy(lse, c, along, EXCLUDE: tl.constexpr):
+    """Returns that of a row with the teacher's softmax, in units of log 2; 0 for an empty row.
+
+    Without EXCLUDE no row is empty: logits below all floats have the lse -inf, too, and make the loss NaN.
+    """
+    cross = lse - c.to(tl.float64) * along
+    if EXCLUDE:
+        cross = tl.where(lse == float("-inf"), 0.0, cross)
+    return cross
 
 
 @triton.jit(do_not_specialize=["num_first", "rows", "num_splits"])
@@ -112,7 +118,8 @@ def combine_relation(
     batch, rows_t, splits_t, rows_s, splits_s,
     offset,  # of the students' rows in their stats and means
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr,
-    KL: tl.constexpr, TOTAL: tl.constexpr, GRAD: tl.constexpr, DEVICE_SCALE: tl.constexpr,
+    KL: tl.constexpr, TOTAL: tl.constexpr, GRAD: tl.constexpr, EXCLUDE: tl.constexpr,
+    DEVICE_SCALE: tl.constexpr,
 ):  # fmt: skip
     """A program for each student row r, whose teacher is row r % batch; the first view's writes that, too.
 
@@ -142,8 +149,8 @@ def combine_relation(
             tl.store(grad_q + r.to(tl.int64) * DIM + d, factor * (mean_s - mean_t), mask=inside)
         if r < batch:
             tl.store(mean_out + b.to(tl.int64) * DIM + d, mean_t, mask=inside)
-    own = cross_entropy(lse_t, c_t, along_t)
-    cross = cross_entropy(lse_s, c_s, along_s)
+    own = cross_entropy(lse_t, c_t, along_t, EXCLUDE)
+    cross = cross_entropy(lse_s, c_s, along_s, EXCLUDE)
     if KL:
         cross -= own
     tl.store(losses + r, (cross * LN2).to(tl.float32))

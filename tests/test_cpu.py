@@ -316,12 +316,6 @@ def test_enormous_rows(instruction_set, power):
         assert gradient.norm(dim=1).max() <= 4 * 10.0**power / 0.5
 
 
-def test_logits_below_all_floats_do_not_leave_nothing(instruction_set):
-    rows, queue = torch.full((3, 16), 1e25), torch.full((40, 16), -1e25)
-    loss = relation_loss(rows, rows, queue, backend="cpu")
-    assert loss.isnan()
-
-
 class Losses(Dataset):
     """A data set whose samples are losses, computed on several of relssl's threads.
 

@@ -25,7 +25,7 @@ from oracle import unit
 from relssl.kernels.heuristics import Chip
 
 from relssl import backends, info
-from relssl.functional import queue_logsumexp
+from relssl.functional import queue_logsumexp, relation_loss
 
 DTYPES = [torch.bfloat16, torch.float16]
 WIDTHS = [64, 128, 256, 512]
@@ -95,6 +95,11 @@ def test_ids(cuda, dtype, dim, of, filled):
     check_relation(q, k, queue, 0.1, 0.04, "kl", "cuda", excluded=excluded)
     check_info_nce(q, k, queue, 0.2, "cuda", "mean", excluded=excluded)
     check_nt_xent(q[0], k, queue, 0.5, "cuda", excluded=excluded)
+
+
+def test_logits_below_all_floats(cuda):
+    rows = torch.full((3, 64), 1e25).bfloat16()
+    assert relation_loss(rows, rows, -rows, backend="cuda").isnan()
 
 
 @pytest.mark.parametrize("views", [None, 2])
@@ -320,7 +325,7 @@ def test_splits_are_combined(module, monkeypatch, splits, dim):
     loss, entropy, lses = (torch.full(shape, torch.nan) for shape in [(3,), (2,), (2, 5)])
     grad, mean_t = torch.full((3, dim), torch.nan), torch.full((2, dim), torch.nan)
     cuda.combine_relation(
-        q, k, scales, partials, partials, 2, "ce", 0.5, loss, None, entropy, grad, lses, mean_t
+        q, k, scales, partials, partials, 2, "ce", 0.5, False, loss, None, entropy, grad, lses, mean_t
     )  # fmt: skip
     own = [0, 1, 0]  # each student's teacher
     torch.testing.assert_close(

@@ -301,6 +301,13 @@ def test_all_logits_equal(size, backend):
 
 
 @backends_of(*BACKENDS)
+def test_logits_below_all_floats(backend):
+    """Their log-sum-exp is that of rows that exclude all of the queue, whose loss is 0."""
+    rows, queue = to_device(backend, torch.full((3, 16), 1e25), torch.full((40, 16), -1e25))
+    assert relation_loss(rows, rows, queue, backend=backend).isnan()
+
+
+@backends_of(*BACKENDS)
 @pytest.mark.parametrize("place", [slow_if_interpreted(n) for n in (0, 8999)])  # in the first tile, the last
 def test_one_huge_logit(place, backend):
     q, k, queue = batch(None, 4, 9000, 64, torch.float32)

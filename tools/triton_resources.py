@@ -85,7 +85,8 @@ def cases(capability: int, dim: int, dtype: str) -> Iterator[Case]:
     fitting, warps = heuristics.combine(chip, dim, PROCESSORS)
     tiles = Tiles(0, 0, warps, 1)
     for name in ("lse_and_mean", "relation", "info_nce"):
-        flags = {"MEAN": True, "KL": True, "TOTAL": True, "GRAD": True, "DEVICE_SCALE": False}
+        flags = {"MEAN": True, "KL": True, "TOTAL": True, "GRAD": True, "EXCLUDE": False}
+        flags["DEVICE_SCALE"] = False
         kernel = getattr(combine, f"combine_{name}")
         yield Case(f"combine_{name}", kernel, dtype, dim, tiles, fitting | flags)
     constants = enqueue.blocks(dim) | {"IDS": True, "column_stride": 1}

@@ -186,11 +186,11 @@ RELSSL_DEFINE(RELSSL_MODULE) {
 
   m.def("combine_relation", [](const StreamArg& stream, const PartialsArg& teacher, const PartialsArg& student,
                                const RowsArg& q, const RowsArg& k, const ScaleArg& scale_s, const ScaleArg& scale_t,
-                               int64_t dim, bool bf16, bool kl, float weight, Address loss, Address entropy,
-                               Address grad_q, Address lse, Address mean_t) {
+                               int64_t dim, bool bf16, bool kl, bool may_be_empty, float weight, Address loss,
+                               Address entropy, Address grad_q, Address lse, Address mean_t) {
     const CombineRelation in{partials(teacher, true), partials(student, grad_q), rows(q, "q"), rows(k, "k"),
                              std::get<1>(q), std::get<1>(k), scale(scale_s), scale(scale_t),
-                             count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16, kl, weight,
+                             count(std::get<2>(k), "k"), count(std::get<2>(q), "q"), width(dim), bf16, kl, may_be_empty, weight,
                              pointer<float>(loss, "loss"), pointer<float>(entropy, "entropy"), optional<float>(grad_q),
                              pointer<float>(lse, "lse"), pointer<float>(mean_t, "mean_t")};
     check_32_bits(2 * (int64_t{in.batch} + in.rows), "lse");

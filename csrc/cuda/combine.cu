@@ -179,8 +179,11 @@ __global__ void __launch_bounds__(MAX_DIM) combine_lse_and_mean(const __grid_con
   in.mean[static_cast<int64_t>(row) * in.dim + d] = mean;
 }
 
-// Returns a row's cross-entropy with the teacher's softmax, in units of log 2; 0 for an empty row.
-__device__ double cross_entropy(double lse, float scale, double dot) { return lse == -INFINITY ? 0 : lse - scale * dot; }
+// Returns a row's cross-entropy with the teacher's softmax, in units of log 2; 0 for an empty row. If there are none,
+// only logits below all floats have the log-sum-exp -infinity, and make the loss NaN.
+__device__ double cross_entropy(double lse, float scale, double dot, bool may_be_empty) {
+  return may_be_empty && lse == -INFINITY ? 0 : lse - scale * dot;
+}
 
 // loss = A(theta_s) - <theta_s, mean_t> (- H(p_t) if kl),  H(p_t) = A(theta_t) - <theta_t, mean_t>
 // grad_q = weight / temperature (mean_s - mean_t)
@@ -205,7 +208,8 @@ __global__ void __launch_bounds__(MAX_DIM) combine_relation(const __grid_constan
   double dots[] = {static_cast<double>(q) * means[0], static_cast<double>(k) * means[0]};
   block_sum(dots, dim, shared);
   if (d) return;
-  const double entropy = cross_entropy(shared.lse[0], c_t, dots[1]), cross = cross_entropy(shared.lse[1], c_s, dots[0]);
+  const double entropy = cross_entropy(shared.lse[0], c_t, dots[1], in.may_be_empty);
+  const double cross = cross_entropy(shared.lse[1], c_s, dots[0], in.may_be_empty);
   in.loss[row] = static_cast<float>((in.kl ? cross - entropy : cross) * LN2);
   store_lse(shared.lse[1], in.lse, in.batch + row, in.batch + in.rows);
   if (!first) return;

@@ -35,6 +35,7 @@ struct CombineRelation {
   Scale scale_s, scale_t;
   int batch, rows, dim;
   bool bf16, kl;
+  bool may_be_empty;  // Rows may have excluded all of the queue.
   float weight;
   float *loss, *entropy, *grad_q, *lse, *mean_t;
 };

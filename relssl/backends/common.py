@@ -31,12 +31,11 @@ class Exclude(NamedTuple):
         """Returns the same for some of the rows."""
         return self if self.ids is None else self._replace(ids=self.ids[rows])
 
-    def used(self, rows: Tensor, start: int = 0) -> Tensor:
-        """Returns the queue's rows from `start` on, with zeros for those not filled: 0 times NaN is NaN."""
+    def unused(self, start: int, stop: int) -> Tensor | None:
+        """Returns which of these queue rows are not filled, bool [T]; None if all are in use."""
         if self.filled is None:
-            return rows
-        index = torch.arange(start, start + len(rows), device=rows.device)
-        return rows.masked_fill((index >= self.filled)[:, None], 0)
+            return None
+        return torch.arange(start, stop, device=self.filled.device) >= self.filled
 
     def mask(self, queue: Tensor) -> Tensor:
         """Returns where queue rows are excluded for rows of x, bool [R, K]; [1, K] where there are no ids."""

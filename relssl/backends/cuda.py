@@ -134,12 +134,12 @@ class Cuda(SplitCombine[Partials, Number]):
 
     def combine_relation(
         self, q: Tensor, k: Tensor, scales: tuple[Number, Number], teacher: Partials, student: Partials,
-        offset: int, form: str, weight: float, losses: Tensor, loss: Tensor | None, entropy: Tensor, grad_q:
-        Tensor, lse: Tensor, mean_t: Tensor,
+        offset: int, form: str, weight: float, may_be_empty: bool, losses: Tensor, loss: Tensor | None,
+        entropy: Tensor, grad_q: Tensor, lse: Tensor, mean_t: Tensor,
     ) -> None:  # fmt: skip
         _cuda.combine_relation(
             _place(q), _partials(teacher), _partials(student, offset), _rows(q), _rows(k), *scales,
-            q.shape[1], _is_bf16(q), form == "kl", weight,
+            q.shape[1], _is_bf16(q), form == "kl", may_be_empty, weight,
             losses.data_ptr(), entropy.data_ptr(), _wanted(grad_q), lse.data_ptr(), mean_t.data_ptr(),
         )  # fmt: skip
         if loss is not None:

@@ -138,7 +138,8 @@ def info_nce(
 def _used(queue: Tensor, dtype: torch.dtype, exclude: Sequence[Tensor | None]) -> Tensor:
     """Returns the queue rounded to dtype, with zeros for the rows not filled."""
     queue = straight_through_round(queue, dtype)
-    return Exclude(*exclude).used(queue) if exclude else queue
+    unused = Exclude(*exclude).unused(0, len(queue)) if exclude else None
+    return queue if unused is None else queue.masked_fill(unused[:, None], 0)  # 0 times NaN is NaN.
 
 
 def _negatives(x: Tensor, queue: Tensor, tau: Temperature, exclude: Sequence[Tensor | None]) -> Tensor:

@@ -67,6 +67,7 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
         offset: int,
         form: str,
         weight: float,
+        may_be_empty: bool,
         losses: Tensor,
         loss: Tensor | None,
         entropy: Tensor,
@@ -76,7 +77,7 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
     ) -> None:
         """Writes what Backend.relation returns to the last arguments.
 
-        The students' rows begin at `offset` of their partials. `losses` takes those of the rows and `loss`,
+        The students' rows begin at `offset` of their partials; may_be_empty: rows may have excluded all. `losses` takes those of the rows and `loss`,
         0-d or None, weight times their sum; a grad_q of width 0 is not wanted.
         """
 
@@ -133,7 +134,7 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
                 student = self.forward(q, q[:0], queue, (c_s, c_s), of_q, False)
             offset, factor = batch if want_grad else 0, 1.0 if weight is None else weight
             self.combine_relation(
-                q, k, (c_s, c_t), teacher, student, offset, form, factor,
+                q, k, (c_s, c_t), teacher, student, offset, form, factor, exclude is not None,
                 losses, loss, entropy, grad_q, lse, mean_t,
             )  # fmt: skip
         return losses if loss is None else loss, entropy, grad_q, lse, mean_t

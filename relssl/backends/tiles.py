@@ -127,16 +127,20 @@ def _tiles(theta: Tensor, queue: Tensor, exclude: Exclude | None) -> Iterator[tu
     for start in range(0, size, width):
         stop = min(start + width, size)
         tile = to_dtype(queue if width >= size else queue[start:stop], dtype)
-        tile = tile if exclude is None else exclude.used(tile, start)
+        unused = None if exclude is None else exclude.unused(start, stop)
+        if unused is not None:  # 0 times NaN is NaN.
+            tile = tile.masked_fill(unused[:, None], 0)
         logits = torch.mm(theta, tile.T)
         if exclude is not None:
-            _exclude(exclude, start, stop, logits)
+            _exclude_ids(exclude, start, stop, logits)
+        if unused is not None:
+            logits.masked_fill_(unused, -torch.inf)
         yield slice(start, stop), tile, logits
 
 
-def _exclude(exclude: Exclude, start: int, stop: int, logits: Tensor) -> None:
-    """Sets the logits [R, T] of the excluded ones among the queue rows from `start` to `stop` to -inf."""
-    ids, queue_ids, filled = exclude
+def _exclude_ids(exclude: Exclude, start: int, stop: int, logits: Tensor) -> None:
+    """Sets the logits [R, T] of the queue rows from `start` to `stop` that are excluded by ids to -inf."""
+    ids, queue_ids, _ = exclude
     if ids is not None and queue_ids is None:
         own = (ids - start)[:, None]
         at = own.clamp(0, stop - start - 1)
@@ -144,5 +148,3 @@ def _exclude(exclude: Exclude, start: int, stop: int, logits: Tensor) -> None:
     elif ids is not None and queue_ids is not None:
         of_rows = ids[:, None]
         logits.masked_fill_((of_rows == queue_ids[start:stop]) & (of_rows >= 0), -torch.inf)
-    if filled is not None:
-        logits.masked_fill_(torch.arange(start, stop, device=logits.device) >= filled, -torch.inf)

@@ -101,13 +101,14 @@ class Triton(SplitCombine[Partials, Any]):
 
     def combine_relation(
         self, q: Tensor, k: Tensor, scales: tuple[Any, Any], teacher: Partials, student: Partials,
-        offset: int, form: str, weight: float, losses: Tensor, loss: Tensor | None, entropy: Tensor, grad_q:
-        Tensor, lse: Tensor, mean_t: Tensor,
+        offset: int, form: str, weight: float, may_be_empty: bool, losses: Tensor, loss: Tensor | None,
+        entropy: Tensor, grad_q: Tensor, lse: Tensor, mean_t: Tensor,
     ) -> None:  # fmt: skip
         (count, dim), batch = q.shape, k.shape[0]
         stats_t, means_t, rows_t, splits_t = teacher
         stats_s, means_s, rows_s, splits_s = student
-        flags = form == "kl", loss is not None, grad_q.numel() > 0, isinstance(scales[0], Tensor)
+        total, grad, on_device = loss is not None, grad_q.numel() > 0, isinstance(scales[0], Tensor)
+        flags = form == "kl", total, grad, may_be_empty, on_device
         most = max(splits_t, splits_s)
         combine = _combine("combine_relation", lse, dim, most, count, flags, q, k, *scales)
         combine(
@@ -255,7 +256,7 @@ def _forward_launch(
 
 FLAGS = {
     "combine_lse_and_mean": ("MEAN", "DEVICE_SCALE"),
-    "combine_relation": ("KL", "TOTAL", "GRAD", "DEVICE_SCALE"),
+    "combine_relation": ("KL", "TOTAL", "GRAD", "EXCLUDE", "DEVICE_SCALE"),
     "combine_info_nce": ("TOTAL", "GRAD", "DEVICE_SCALE"),
 }
 
