@@ -77,8 +77,9 @@ class SplitCombine(Backend, Generic[Partials, KernelScale]):
     ) -> None:
         """Writes what Backend.relation returns to the last arguments.
 
-        The students' rows begin at `offset` of their partials; may_be_empty: rows may have excluded all. `losses` takes those of the rows and `loss`,
-        0-d or None, weight times their sum; a grad_q of width 0 is not wanted.
+        The students' rows begin at `offset` of their partials; may_be_empty: rows may have excluded all.
+        `losses` takes those of the rows and `loss`, 0-d or None, weight times their sum; a grad_q of width 0
+        is not wanted.
         """
 
     @abstractmethod
