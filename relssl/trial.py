@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from relssl import dispatch
 from relssl.backends import reference
-from relssl.functional import info_nce, queue_logsumexp, relation_loss
+from relssl.functional import info_nce, relation_loss
 
 STUDENT, TEACHER = 0.1, 0.04  # temperatures [ReSSL]
 # B, K and both temperatures: tiles that are not filled; logits that exp cannot hold; one row of each.
@@ -156,14 +157,16 @@ def check_info_nce(backend: str, tensors: tuple[Tensor, ...], tau: float) -> Non
 def check_logsumexp(backend: str, tensors: tuple[Tensor, ...], tau: float) -> None:
     """Checks lse and mean with excluded rows, and their gradients for x and the queue."""
     (rows, dim), size, c = tensors[0].shape, len(tensors[1]), 1 / tau
-    excluded = torch.arange(rows, device=tensors[0].device) % size if size > 1 else None
+    of_rows, of_queue = (torch.arange(n, device=tensors[0].device) for n in (rows, size))
     g, g_mean = weights(tensors[0], rows), weights(tensors[0], rows, dim)
     norm = float(g.norm() + g_mean.norm())
-    check_budget(
-        lambda x, queue: queue_logsumexp(x, queue, tau, exclude=excluded, backend=backend),
-        lambda x, queue, dtype: reference.logsumexp(x, queue, tau, dtype, (excluded, None, None)),
-        tensors, [g, g_mean], [(c + log(size)) * rows**0.5, rows**0.5, c * norm, (c + 1) * norm],
-    )  # fmt: skip
+    by_index, by_ids = (of_rows % size, None, None), (of_rows % 3, of_queue % 5, of_rows.new_tensor(size - 1))
+    for exclude in (by_index, by_ids) if size > 5 else ((),):
+        check_budget(
+            lambda x, queue, exclude=exclude: dispatch.logsumexp(x, queue, tau, backend, exclude),
+            lambda x, queue, dtype, exclude=exclude: reference.logsumexp(x, queue, tau, dtype, exclude),
+            tensors, [g, g_mean], [(c + log(size)) * rows**0.5, rows**0.5, c * norm, (c + 1) * norm],
+        )  # fmt: skip
 
 
 def check_shape(backend: str, tensors: tuple[Tensor, ...]) -> float:

@@ -1,4 +1,4 @@
-"""Backends that `relssl tune` must refuse: chunked with a fault in its relation loss."""
+"""Backends that `relssl tune` must refuse: chunked with a fault."""
 
 import os
 import signal
@@ -36,9 +36,15 @@ class Stays(Chunked):
 
 
 class IsWrongInTheMean(Chunked):
-    def relation(self, q, k, queue, scale, form, weight, want_grad):
-        loss, *rest = super().relation(q, k, queue, scale, form, weight, want_grad)
+    def relation(self, q, k, queue, scale, form, weight, *others):
+        loss, *rest = super().relation(q, k, queue, scale, form, weight, *others)
         return (loss if weight is None else 2 * loss), *rest
+
+
+class IgnoresIds(Chunked):
+    def lse_and_mean(self, x, queue, scale, num_first, exclude, want_mean):
+        by_index = exclude if exclude is None or exclude.queue_ids is None else None
+        return super().lse_and_mean(x, queue, scale, num_first, by_index, want_mean)
 
 
 class IsWrong(Chunked):
@@ -66,6 +72,7 @@ backends.BACKENDS |= {
     "raises": Raises(),
     "is_wrong": IsWrong(),
     "is_wrong_in_the_mean": IsWrongInTheMean(),
+    "ignores_ids": IgnoresIds(),
     "is_slow": IsSlow(),
     "varies": Varies(),
 }

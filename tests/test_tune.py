@@ -220,6 +220,7 @@ def tried(tmp_path_factory):
         ("stays", "no answer within 25 s"),
         ("is_wrong", "wrong: an error of "),
         ("is_wrong_in_the_mean", "wrong: an error of "),
+        ("ignores_ids", "wrong: an error of "),
         ("varies", "a second call gives other results"),
     ],
 )
