@@ -151,16 +151,22 @@ void exclude_rows(const Inputs& in, int64_t row, int64_t rows, int64_t first, in
     }
     return;
   }
+  int64_t ids[kPanel];
+  for (int64_t r = 0; r < kPanel; ++r) ids[r] = r < rows ? in.ids[row + r] : -2;
   uint32_t low[kPanel], high[kPanel];  // As halves, they fill as many vectors as the similarities.
   for (int64_t r = 0; r < kPanel; ++r) {
-    const int64_t id = r < rows ? in.ids[row + r] : -1;
-    low[r] = static_cast<uint32_t>(id);
-    high[r] = static_cast<uint32_t>(id >> 32);
+    low[r] = static_cast<uint32_t>(ids[r]);
+    high[r] = static_cast<uint32_t>(ids[r] >> 32);
   }
+  const int64_t* queue_ids = in.queue_ids + first;
+  Int found[V] = {};  // Most tiles have none.
+  for (int64_t j = 0; j < count; ++j)
+    for (int v = 0; v < V; ++v) found[v] |= load<Bits>(low + v * kLanes) == static_cast<uint32_t>(queue_ids[j]);
+  for (int v = 1; v < V; ++v) found[0] |= found[v];
+  if (!any(found[0])) return;
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t id = in.queue_ids[first + j];
-    if (id < 0) continue;
-    const uint32_t id_low = static_cast<uint32_t>(id), id_high = static_cast<uint32_t>(id >> 32);
+    const uint32_t id_low = static_cast<uint32_t>(queue_ids[j]), id_high = static_cast<uint32_t>(queue_ids[j] >> 32);
+    if (queue_ids[j] < 0) continue;
     for (int v = 0; v < V; ++v) {
       float* at = s + j * s_stride + v * kLanes;
       const Int same = (load<Bits>(low + v * kLanes) == id_low) & (load<Bits>(high + v * kLanes) == id_high);
