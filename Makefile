@@ -32,8 +32,8 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 define tests
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not alone and $(1)" $(ARGS) $(EMPTY)
 	$(BIN)/pytest -m "alone and $(1)" $(ARGS) $(EMPTY)
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -k triton -m "$(1)" tests/test_losses.py tests/test_triton.py \
-		$(ARGS) $(EMPTY)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -k triton -m "$(1)" tests/test_losses.py tests/test_ids.py \
+		tests/test_triton.py $(ARGS) $(EMPTY)
 endef
 EMPTY := $(if $(ARGS),|| test $$? -eq 5)
 
@@ -77,7 +77,8 @@ sanitize: .venv/installed
 	grep -q __asan build/sanitized/relssl/_cpu*.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
-		$(BIN)/pytest tests/test_cpu.py tests/test_losses.py -k "not chunked and not reference" $(ARGS)
+		$(BIN)/pytest tests/test_cpu.py tests/test_losses.py tests/test_ids.py tests/test_queue.py \
+			-k "not chunked and not reference and not compiled and not triton" $(ARGS)
 
 # Without nvcc by default. The CUDA kernels link the runtime statically and find the driver at run time, so a wheel with
 # them needs no CUDA library; auditwheel must not copy the driver's into it.
