@@ -236,7 +236,8 @@ def cluster_contrast(
         p1, p2: soft assignments of N images to M clusters in each view, [N, M]; p2 is cast to p1's dtype.
         temperature: number or tensor of one element, which may require grad.
 
-    dtypes and errors are those of `relation_loss`. A column of zeros, an empty cluster, has the cosine 0.
+    dtypes and errors are those of `relation_loss`. A column shorter than 1e-8 is that of an
+    empty cluster, and has the cosine 0.
     """
     p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
     return clusters.cluster_loss(p1, p2, tau, False, backend)

@@ -86,7 +86,8 @@ def check(inputs, taus, backend):
         negatives = queue if "excluded" in how else random.choice([None, queue])
         check_nt_xent(q if q.dim() == 2 else q[0], k, negatives, taus[0], backend, reduction, **how)
     elif what == 4:
-        p1, p2 = (strided((3 * torch.randn(len(k), k.shape[1])).softmax(1).to(k.dtype)) for _ in range(2))
+        shares = ((3 * torch.randn(k.shape)).softmax(1).clamp_min(1e-6) for _ in range(2))  # None is empty.
+        p1, p2 = (strided(p.to(k.dtype)) for p in shares)
         check_clusters(p1, p2, taus[0], random.random() < 0.5, backend, drawn=True)
     elif all(how["excluded"].rows if "excluded" in how else [True]):  # An infinite lse cannot be compared.
         some = len(queue) > 1 and "excluded" not in how and random.random() < 0.5
