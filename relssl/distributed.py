@@ -3,6 +3,8 @@
 With a single process, every function here is the identity.
 """
 
+import atexit
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +19,15 @@ T = TypeVar("T")
 
 # Python must release a group last. DistributedDataParallel's C++ releases it holding the GIL and joins Gloo's
 # threads, of which one may wait for the GIL to free a tensor; Python's own reference gives the GIL up first.
+# It must do so before the interpreter shuts down: that ends a thread which asks for the GIL, through frames
+# of C++ that abort the process.
 _last_group: list[dist.ProcessGroup | None] = []
+
+
+@atexit.register
+def _release_last_group() -> None:
+    gc.collect()  # DistributedDataParallel, which may be part of a cycle
+    _last_group.clear()
 
 
 def rank() -> int:

@@ -101,6 +101,24 @@ def test_a_process_ends_after_ddp():
     assert run.stdout == "ended\n", run.stderr
 
 
+RELEASE = """
+import sys
+from relssl import distributed
+
+class Group:
+    def __del__(self):
+        print("late" if sys.is_finalizing() else "in time")
+
+distributed._last_group.append(Group())
+"""
+
+
+def test_a_group_is_released_before_the_interpreter_shuts_down():
+    """Later, a thread of Gloo that asks for the GIL would abort the process."""
+    run = subprocess.run([sys.executable, "-c", RELEASE], capture_output=True, text=True, timeout=100)
+    assert run.stdout == "in time\n", run.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_torchrun(tmp_path):
