@@ -86,9 +86,7 @@ def lse_and_mean(
     lse, mean = backends.get(backend).lse_and_mean(
         x, queue, scale_of(scale, device_scale), num_first, exclude, want_mean
     )
-    if (
-        ids is not None and queue_ids is None
-    ):  # Indices on a device are unchecked: a bad one makes its row NaN.
+    if ids is not None and queue_ids is None:  # Indices on a device are unchecked: a bad one gives NaN.
         bad = (ids < -1) | (ids >= len(queue))
         lse.masked_fill_(bad, torch.nan)
         mean.masked_fill_(bad[:, None], torch.nan)

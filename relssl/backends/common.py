@@ -39,8 +39,8 @@ class Exclude(NamedTuple):
 
     def mask(self, queue: Tensor) -> Tensor:
         """Returns where queue rows are excluded for rows of x, bool [R, K]; [1, K] where there are no ids."""
-        index = torch.arange(len(queue), device=queue.device)
-        unused = (index < 0 if self.filled is None else index >= self.filled)[None]
+        index, unused = torch.arange(len(queue), device=queue.device), self.unused(0, len(queue))
+        unused = (index < 0 if unused is None else unused)[None]
         if self.ids is None:
             return unused
         ids, queue_ids = self.ids[:, None], index if self.queue_ids is None else self.queue_ids
