@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from relssl import backends, distributed, methods, tuned
+from relssl import backends, distributed, methods, random_state, tuned
 from relssl.methods.base import Method, TrainConfig
 from relssl.old_names import replace_old_names
 
@@ -23,7 +23,7 @@ RESUMABLE_OVERRIDES = {
     "reschedule", "skip_unreadable",
 }  # fmt: skip
 # ... and those that affect only the steps to come.
-RATES = {"lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum"}
+RATES = {"lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum", "accumulate", "compile"}
 
 
 Stateful = torch.nn.Module | torch.optim.Optimizer | torch.amp.GradScaler
@@ -67,12 +67,6 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def _rng_state() -> dict[str, Tensor | None]:
-    """Returns the states of torch's generators (CPU and this process's GPU), the only ones a step uses."""
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": gpu}
-
-
 def save(path: Path, state: TrainState, *, keep_previous: bool = True) -> None:
     """Writes checkpoint and metrics so that a complete file of each exists at any time.
 
@@ -81,7 +75,7 @@ def save(path: Path, state: TrainState, *, keep_previous: bool = True) -> None:
 
     keep_previous: False if the checkpoint in place is of the same step.
     """
-    rng_states = distributed.all_gather_object(_rng_state())
+    rng_states = distributed.all_gather_object(random_state.get())
     if distributed.rank():
         return
     settings = _settings(state.method.config)
@@ -170,10 +164,7 @@ def restore(path: Path, state: TrainState, device: torch.device) -> None:
     for group, own in zip(state.optimizer.param_groups, rates, strict=True):
         group.update(own)  # Rates are those of the config, not of the checkpoint.
     if (len(contents["rng_states"]), contents["device"]) == (distributed.world_size(), device.type):
-        rng_state = contents["rng_states"][distributed.rank()]
-        torch.set_rng_state(rng_state["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(rng_state["cuda"], device)
+        random_state.restore(contents["rng_states"][distributed.rank()])
     else:
         torch.manual_seed(fresh_seed(config.seed, distributed.rank(), epoch, step))
     kernels = tuned.record(device.type)

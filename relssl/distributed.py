@@ -8,7 +8,7 @@ import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -162,3 +162,15 @@ def wrap_ddp(module: nn.Module, find_unused_parameters: bool) -> nn.Module:
     new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch >= 2.13
     buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
     return ddp(module, find_unused_parameters=find_unused_parameters, **buffers)
+
+
+def average_gradients(module: nn.Module, when: bool) -> AbstractContextManager:
+    """Returns a context in which the backward passes of what `wrap_ddp` wrapped average gradients, or do not.
+
+    Gradients that were added to before without an average are part of the next one.
+    """
+    return (
+        nullcontext()
+        if when or not isinstance(module, nn.parallel.DistributedDataParallel)
+        else module.no_sync()
+    )

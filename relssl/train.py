@@ -24,6 +24,7 @@ from relssl import datasets, distributed, tuned
 from relssl.checkpoint import TrainState, describe_position, previous_path, restore, save
 from relssl.datasets.loading import Batch, channel_statistics, load_batches, skipped_message
 from relssl.evaluate import evaluate_during_training
+from relssl.gradients import Encoder, Gradients
 from relssl.interruption import Stop, interruption
 from relssl.methods.base import Method, TrainConfig
 
@@ -70,9 +71,10 @@ class _Trainer:
             raise FileExistsError(f"{self.path} exists: pass --resume to continue it, or another --out")
         config.validate()
         self.save_steps, self.save_seconds = parse_save_every(config.save_every)
-        if config.batch_size % distributed.world_size():
-            processes = f"{distributed.world_size()} processes"
-            raise ValueError(f"a batch of {config.batch_size} does not divide among {processes}")
+        if config.batch_size % (distributed.world_size() * config.accumulate):
+            share = f"{distributed.world_size()} processes"
+            share += f" of {config.accumulate} parts each" * (config.accumulate > 1)
+            raise ValueError(f"a batch of {config.batch_size} does not divide among {share}")
         source = config.data, config.data_root, config.image_size, config.download, config.classes
         self.data = distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
         self.config = config = config.resolve(self.data)
@@ -104,7 +106,8 @@ class _Trainer:
         else:
             tuned.adopt(distributed.all_gather_object(tuned.record(device.type))[0])  # Rank 0's, everywhere.
         method.epoch = self.state.epoch + self.state.step / self.steps
-        self.forward = distributed.wrap_ddp(method, find_unused_parameters=len(self.passes) > 1)
+        encoder = distributed.wrap_ddp(Encoder(method), find_unused_parameters=len(self.passes) > 1)
+        self.gradients = Gradients(method, encoder, config.accumulate, self.autocast, self.scaler.scale)
         self.saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -151,19 +154,20 @@ class _Trainer:
         state.method.epoch = state.epoch + state.step / self.steps
         images = batch.images.to(self.device, non_blocking=True)
         ids = batch.indices.to(self.device, non_blocking=True) if self.config.exclude_own else None
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            loss, logs = self.forward(images, pass_name, ids)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        loss, logs = self.gradients.add(images, pass_name, ids)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         state.step += 1
         # Summed on the device, to avoid a synchronisation, with a count: not every pass logs every name.
         for name, value in {"loss": loss, **logs}.items():
-            term = torch.stack((value.detach().float(), torch.ones_like(value, dtype=torch.float)))
+            term = torch.stack((value.float(), torch.ones_like(value, dtype=torch.float)))
             state.sums[name] = state.sums[name] + term if name in state.sums else term
         self.bar.update(self.config.batch_size)
-        return loss.detach()
+        return loss
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def check_and_save(self, losses: list[Tensor]) -> bool:
         """Checks and clears the losses, and saves the step, if it is time to.

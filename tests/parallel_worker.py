@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from relssl import distributed
+from relssl.gradients import Encoder, Gradients
 from relssl.methods import PRESETS
 from relssl.methods.sacc import SACC, SACCConfig
 from relssl.train import train
@@ -25,6 +26,7 @@ CASES = {
 for case in ("ressl", "sacc with a queue"):
     CASES[f"{case} without own"] = replace(CASES[case], exclude_own=True)
 STEPS, BATCH = 2, 16
+PARTS = 1, 2, 4  # which a process divides its share of a batch into
 
 
 def without_batch_norm(module):
@@ -48,7 +50,7 @@ class FixedView(nn.Module):
         return torch.lerp(x, x.flip(3), self.share)
 
 
-def steps(case):
+def steps(case, parts=1):
     """Returns this process's gradients of every step and, if there is one, its final queue."""
     torch.manual_seed(0)
     method = CASES[case].build(torch.zeros(3), torch.ones(3)).double().train()
@@ -57,20 +59,22 @@ def steps(case):
     strong = [FixedView(0.3), FixedView(0.4)]
     method.strong = nn.ModuleList(strong) if "ressl" in case else strong[0]
     method.epoch = 0.5
-    forward = distributed.wrap_ddp(method, find_unused_parameters=False)
+    encoder = distributed.wrap_ddp(Encoder(method), find_unused_parameters=False)
+    gradients = Gradients(method, encoder, parts)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     everything = torch.randint(0, 256, (STEPS, BATCH, 3, 16, 16), dtype=torch.uint8)
     found = {}
     for step, images in enumerate(everything):
         ids = (torch.arange(BATCH) + step) % BATCH  # The queue has those of the step before.
         images, ids = (t.chunk(distributed.world_size())[distributed.rank()] for t in (images, ids))
-        loss, _ = forward(images, ids=ids if method.config.exclude_own else None)
         optimizer.zero_grad()
-        loss.backward()
+        loss, logs = gradients.add(images, "joint", ids if method.config.exclude_own else None)
         optimizer.step()
         for name, p in method.named_parameters():
             if p.requires_grad:
                 found[f"{step} {name}"] = p.grad.clone()
+        found |= {f"loss {step}": distributed.all_reduce_mean(loss)}
+        found |= {f"{name} {step}": distributed.all_reduce_mean(value) for name, value in logs.items()}
     if method.queue is not None:
         found |= {f"queue {name}": t.double() for name, t in method.queue.named_buffers()}
     return found
@@ -93,18 +97,18 @@ def build(config, mean, std):
 @contextlib.contextmanager
 def at_step(step, act):
     """Uses SACC as built here, with act(loss) as the loss of the given step, counted from 1."""
-    forward, made, calls = SACC.forward, SACCConfig.build, [0]
+    compute, made, calls = SACC.loss, SACCConfig.build, [0]
 
     def counted(self, *batch):
-        loss, logs = forward(self, *batch)
+        loss, logs = compute(self, *batch)
         calls[0] += 1
         return (act(loss) if calls[0] == step else loss), logs
 
-    SACC.forward, SACCConfig.build = counted, build
+    SACC.loss, SACCConfig.build = counted, build
     try:
         yield
     finally:
-        SACC.forward, SACCConfig.build = forward, made
+        SACC.loss, SACCConfig.build = compute, made
 
 
 def terminated(loss):
@@ -135,6 +139,6 @@ def runs(folder):
 def both(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    found = {case: steps(case) for case in CASES} | {"runs": runs(Path(folder))}
+    found = {(case, parts): steps(case, parts) for case in CASES for parts in PARTS} | {"runs": runs(Path(folder))}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

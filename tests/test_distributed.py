@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from parallel_worker import CASES, RUN, both, ended, steps, terminated
+from parallel_worker import CASES, PARTS, RUN, both, ended, steps, terminated
 
 from relssl.checkpoint import read
 
@@ -33,11 +33,12 @@ def ranks(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_compute_the_gradients_of_one(ranks, case):
+def test_parts_and_processes_compute_the_gradients_of_the_whole_batch(ranks, case):
     """Compares two steps in float64; the second depends on the first's updates of parameters and queue."""
     alone = steps(case)
     assert sum(name.startswith("1 ") for name in alone) == (8 if "ressl" in case else 12)
-    for together in (rank[case] for rank in ranks):
+    others = [steps(case, parts) for parts in PARTS[1:]]
+    for together in (*others, *(rank[case, parts] for parts in PARTS for rank in ranks)):
         assert together.keys() == alone.keys()
         for name, expected in alone.items():
             assert expected.norm() > 0, name

@@ -1,5 +1,6 @@
 """The interface between training loop and methods: a config that builds a module that computes a loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -16,7 +17,9 @@ from relssl.queue import FeatureQueue
 
 # Smallest and largest value of settings; those that a method lacks are skipped.
 RANGES = {
-    **dict.fromkeys(("epochs", "batch_size", "image_size", "dim", "hidden", "bn_splits"), (1, inf)),
+    **dict.fromkeys(
+        ("epochs", "batch_size", "image_size", "dim", "hidden", "bn_splits", "accumulate"), (1, inf)
+    ),
     **dict.fromkeys(("queue_size", "warmup_epochs", "eval_every", "workers", "clusters"), (0, inf)),
     **dict.fromkeys(("predictor", "info_nce_epochs", "randaugment"), (0, inf)),
     **dict.fromkeys(("lr", "weight_decay", "sigma", "weak_jitter"), (0, inf)),
@@ -62,6 +65,9 @@ class TrainConfig:
     """Passes over the training images. [ReSSL, all data sets]"""
     batch_size: int = 256
     """Images per step of all processes; the rest of an epoch is dropped. [ReSSL: 256, SACC: 200]"""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after another: less memory, and the same gradients, except that
+    BatchNorm normalises each part by itself. SACC runs the encoder twice. [relssl]"""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimizer. [ReSSL: sgd, SACC: adam]"""
     lr: float = 0.06
@@ -148,13 +154,19 @@ class TrainConfig:
 class Method(nn.Module):
     """A method that learns features. Its forward is one training step up to the loss.
 
+    A step consists of `update_teacher`, `augment`, `encode`, `loss` and `update_queue`, in this order, which
+    `relssl.gradients` calls for parts of a batch.
+
     Attributes:
+        compares_images: whether the loss compares the images of a batch with each other, in contrast to a
+            mean of losses of single images.
         epoch: progress of training in epochs, which the loop sets before every step.
         queue: past embeddings, if the method keeps any.
         temperatures: those of the softmaxes over a queue, by name; the first one is that of the targets.
     """
 
     config: TrainConfig
+    compares_images: bool
     epoch = 0.0
     queue: FeatureQueue | None
     temperatures: dict[str, float]
@@ -170,7 +182,36 @@ class Method(nn.Module):
             ids: int64 [B], one for each image of the run, which the queue keeps beside its embedding; None
                 unless config.exclude_own.
         """
+        self.update_teacher()
+        outputs = self.encode(self.augment(images), pass_name)
+        loss, logs = self.loss(outputs, pass_name, ids)
+        self.update_queue(outputs, ids)
+        return loss, logs
+
+    @property
+    def views(self) -> Sequence[nn.Module]:
+        """The augmentations of an image in a step, in the order of what `augment` returns."""
         raise NotImplementedError
+
+    def augment(self, images: Tensor) -> list[Tensor]:
+        """Computes the views [B, 3, S, S] of uint8 images [B, 3, H, W]."""
+        return [view(images) for view in self.views]
+
+    def encode(self, views: Sequence[Tensor], pass_name: str) -> tuple[Tensor, ...]:
+        """Computes what the losses compare, tensors with a row for each image [B, ...], of its views."""
+        raise NotImplementedError
+
+    def loss(
+        self, outputs: Sequence[Tensor], pass_name: str, ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the loss of the outputs of `encode`, and scalars to log, by name; it changes nothing."""
+        raise NotImplementedError
+
+    def update_teacher(self) -> None:
+        """Moves the teacher, if there is one, before a step."""
+
+    def update_queue(self, outputs: Sequence[Tensor], ids: Tensor | None = None) -> None:
+        """Enqueues those of the outputs of a step that its queue keeps, if there is one."""
 
     @property
     def backbone(self) -> nn.Module:

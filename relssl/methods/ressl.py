@@ -11,16 +11,17 @@ weak view of the same image.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relssl.augment import Normalize, View
 from relssl.distributed import all_gather, broadcast, rank, world_size
 from relssl.functional import info_nce, relation_loss
-from relssl.methods.augment import Augment, Normalize
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.queue import FeatureQueue
@@ -90,11 +91,15 @@ PRESETS["imagenet"] = PRESETS["folder"]
 class ReSSL(Method):
     """Student, momentum teacher and queue; `forward` computes the loss of one training step.
 
+    The teacher is updated before its forward pass, the loss is computed with the old queue, and the keys are
+    enqueued before backward.
+
     Args:
         config: see ReSSLConfig.
         mean, std: statistics of the training images in [0, 1], by channel, [3].
     """
 
+    compares_images = False
     queue: FeatureQueue
 
     def __init__(self, config: ReSSLConfig, mean: Tensor, std: Tensor) -> None:
@@ -113,38 +118,42 @@ class ReSSL(Method):
         dtype = getattr(torch, config.queue_dtype)
         self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype, ids=config.exclude_own)
         self.normalize = Normalize(mean, std)
-        self.weak = Augment(config.image_size, self.normalize, crop=(config.crop_min, 1.0), flip=config.flip)
+        self.weak = self._view(1.0)
         self.strong = nn.ModuleList(
-            Augment(
-                round(config.image_size * side),
-                self.normalize,
-                crop=(config.crop_min * side, side),
-                flip=config.flip,
-                jitter=(0.4, 0.4, 0.4, 0.1),
-                grey=0.2,
-                blur=True,
-            )
+            self._view(side, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2, blur=0.5)
             for side in CROPS[: config.crops]
         )
+
+    def _view(self, side: float, **steps: Any) -> View:
+        """Builds a view whose side and areas of crops are a share of the largest ones."""
+        size, scale = round(self.config.image_size * side), (self.config.crop_min * side, side)
+        return View(size, scale=scale, flip=0.5 * self.config.flip, normalize=self.normalize, **steps)
 
     @property
     def backbone(self) -> nn.Module:
         """The student's backbone, without its projector."""
         return self.student["backbone"]
 
-    def forward(
-        self, images: Tensor, pass_name: str = "train", ids: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss of uint8 images [B, 3, H, W], the teacher's entropy and, in the warm-up, InfoNCE.
+    @property
+    def views(self) -> list[nn.Module]:
+        """The teacher's view and the student's."""
+        return [self.weak, *self.strong]
 
-        The teacher is updated before its forward pass, the loss is computed with the old queue, and the keys
-        are enqueued before backward. The teacher's softmax is computed once for all crops.
+    def encode(self, views: Sequence[Tensor], pass_name: str = "train") -> tuple[Tensor, ...]:
+        """Computes unit-norm embeddings [B, D]: keys of the teacher's view, and queries of the others."""
+        weak, *strong = views
+        return self.keys(weak), *(_embed(self.student, view, self.predictor) for view in strong)
+
+    def loss(
+        self, outputs: Sequence[Tensor], pass_name: str = "train", ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the loss with the queue, the teacher's entropy and, in the warm-up, InfoNCE.
+
+        The teacher's softmax is computed once for all crops.
         """
         config, backend = self.config, self.config.backend
-        views = [_embed(self.student, view(images), self.predictor) for view in self.strong]
-        q = torch.stack(views) if len(views) > 1 else views[0]
-        self.update_teacher()
-        k = self.keys(self.weak(images))
+        k, *queries = outputs
+        q = torch.stack(queries) if len(queries) > 1 else queries[0]
         loss, entropy = relation_loss(
             q,
             k,
@@ -160,8 +169,10 @@ class ReSSL(Method):
             tau = config.info_nce_temperature
             warm_up = info_nce(q, k, self.queue, temperature=tau, ids=ids, backend=backend)
             loss, logs["info_nce"] = weight * warm_up + (1 - weight) * loss, warm_up
-        self.queue.enqueue(k, ids)
         return loss, logs
+
+    def update_queue(self, outputs: Sequence[Tensor], ids: Tensor | None = None) -> None:
+        self.queue.enqueue(outputs[0], ids)
 
     def info_nce_weight(self) -> float:
         """Computes InfoNCE's weight w at the current epoch."""

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relssl.augment import Normalize, RandAugment, View
 from relssl.datasets import ConcatImages, Data, Images
 from relssl.distributed import all_gather, all_gather_with_grad
-from relssl.methods.augment import Augment, Normalize
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.nn import ClusterLoss, NTXentLoss
 from relssl.queue import FeatureQueue
 
-IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Mean and standard deviation by channel.
 
 
 @dataclass
@@ -109,6 +109,8 @@ class SACC(Method):
         mean, std: statistics of the training images in [0, 1], by channel, [3].
     """
 
+    compares_images = True
+
     def __init__(self, config: SACCConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         if config.clusters < 2:
@@ -130,38 +132,59 @@ class SACC(Method):
             self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype, ids=config.exclude_own)
         published = config.normalize == "strong"
         self.normalize = nn.Identity() if published else Normalize(mean, std)
-        strong = Normalize(*IMAGENET) if published else self.normalize
+        flip = 0.5 * config.flip
+        view = partial(View, config.image_size, scale=(config.crop_min, 1.0), flip=flip, grey=0.2)
         s = config.weak_jitter
-        view = partial(Augment, config.image_size, crop=(config.crop_min, 1.0), flip=config.flip, grey=0.2)
-        jitter = (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
-        self.weak = view(self.normalize, jitter=jitter, blur=config.weak_blur)
-        jitter = (0.4, 0.4, 0.4, 0.1)
-        self.strong = view(strong, jitter=jitter, blur=True, randaugment=config.randaugment)
+        self.weak = view(
+            jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s),
+            blur=0.5 * config.weak_blur,
+            normalize=self.normalize,
+        )
+        self.strong = view(
+            jitter=(0.4, 0.4, 0.4, 0.1),
+            blur=0.5,
+            randaugment=RandAugment(config.randaugment) if config.randaugment else None,
+            normalize=Normalize(*IMAGENET) if published else self.normalize,
+        )
 
     @property
     def backbone(self) -> nn.Module:
         return self.net
 
-    def forward(
-        self, images: Tensor, pass_name: str = "joint", ids: Tensor | None = None
+    @property
+    def views(self) -> list[nn.Module]:
+        return [self.weak, self.weak, self.strong]
+
+    def encode(self, views: Sequence[Tensor], pass_name: str = "joint") -> tuple[Tensor, ...]:
+        """Computes embeddings [B, D] of the three views and, except in "instance", assignments [B, M]."""
+        features = [self.net(view) for view in views]
+        assigned = () if pass_name == "instance" else map(self.assign, features)
+        return *map(self.embedding, features), *assigned
+
+    def loss(
+        self, outputs: Sequence[Tensor], pass_name: str = "joint", ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss of uint8 images [B, 3, H, W], and its instance and cluster losses.
+        """Computes the loss and its parts, those over instances and over clusters.
 
         The passes "instance" and "cluster" are those of the recipe for STL-10; the former has no cluster
         loss.
         """
-        views = [self.net(view(images)) for view in (self.weak, self.weak, self.strong)]
-        loss = self.instance_losses([self.embedding(v) for v in views], pass_name, ids)
+        loss = self.instance_losses(outputs[:3], pass_name, ids)
         logs = {"instance_loss": loss}
         if pass_name != "instance":
-            logs["cluster_loss"] = self.cluster_losses([self.assign(v) for v in views], pass_name)
+            logs["cluster_loss"] = self.cluster_losses(outputs[3:], pass_name)
             loss = loss + logs["cluster_loss"] * (self.config.sigma if pass_name == "joint" else 1.0)
         return loss, logs
+
+    def update_queue(self, outputs: Sequence[Tensor], ids: Tensor | None = None) -> None:
+        """Enqueues the embeddings of the second view."""
+        if self.queue is not None:
+            self.queue.enqueue(outputs[1].detach(), ids)
 
     def instance_losses(
         self, views: Sequence[Tensor], pass_name: str = "joint", ids: Tensor | None = None
     ) -> Tensor:
-        """Computes L_I(w1, w2) + L_I(w2, s), the latter of (w1, s) in the recipe for STL-10; enqueues w2.
+        """Computes L_I(w1, w2) + L_I(w2, s), the latter of (w1, s) in the recipe for STL-10.
 
         views: unit-norm embeddings [B, D] of the weak views and the strong one. ids: see `Method.forward`.
         """
@@ -169,10 +192,7 @@ class SACC(Method):
         weak = w2 if pass_name == "joint" else w1
         all_ids = None if ids is None else all_gather(ids)
         loss = self.nt_xent(w1, w2, self.queue, ids=all_ids)
-        loss = loss + self.nt_xent(weak, s, self.queue, ids=all_ids)
-        if self.queue is not None:
-            self.queue.enqueue(views[1].detach(), ids)
-        return loss
+        return loss + self.nt_xent(weak, s, self.queue, ids=all_ids)
 
     def cluster_losses(self, views: Sequence[Tensor], pass_name: str = "joint") -> Tensor:
         """Computes L_C(w1, w2) + L_C(w1, s) + L_C(w2, s), without the last in the recipe for STL-10.

@@ -1,0 +1,39 @@
+"""Weighted sums of rows, which separable filters consist of.
+
+Within a view, images are float32 [B, H, 3, W] in levels from 0 to 255. A row of H, or with both sides
+exchanged one of W, is then contiguous, and a filter along one side is a weighted sum of few rows. Neither
+autocast nor TF32 rounds these sums, as they would round a matrix product or a convolution.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def first_rows(batch: int, rows: int, device: torch.device) -> Tensor:
+    """Returns the number of each image's first row among those of all images, int32 [B, 1, 1]."""
+    return torch.arange(0, batch * rows, rows, dtype=torch.int32, device=device).view(-1, 1, 1)
+
+
+def filter_both_sides(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Replaces each side of images by M weighted sums of K rows.
+
+    Args:
+        images: float32 [B, W, 3, H].
+        rows: which rows each result is a sum of, first for H and then for W, counted from the first image's;
+            int32 [2, B, M, K].
+        weights: float32 [2, B, M, K].
+
+    Returns:
+        float32 [B, M of H, 3, M of W].
+    """
+    _, batch, results, taps = rows.shape
+    starts = first_rows(batch * results, taps, images.device).flatten()
+
+    def sums(images: Tensor, side: int) -> Tensor:
+        table = images.reshape(-1, 3 * images.shape[3])
+        weight = weights[side].flatten()
+        table = F.embedding_bag(rows[side].flatten(), table, starts, mode="sum", per_sample_weights=weight)
+        return table.view(batch, results, 3, -1)
+
+    return sums(sums(images, 1).transpose(1, 3).contiguous(), 0)

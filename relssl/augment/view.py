@@ -1,0 +1,163 @@
+"""`View`: a random augmentation of a batch of images, drawn anew for each image."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relssl.augment.blur import blur
+from relssl.augment.colour import jitter, to_grey
+from relssl.augment.crop import box_ranges, boxes, crop
+from relssl.augment.draw import Range, chance, draw
+from relssl.augment.randaugment import RandAugment
+
+
+class ViewParameters(NamedTuple):
+    """What a `View` draws for B images; float32 unless stated otherwise, None for what the view lacks.
+
+    Attributes:
+        start: top and left of the crop's box, [B, 2] in whole pixels.
+        size: height and width of the box, [B, 2] in whole pixels.
+        flip: 1 where the crop is mirrored horizontally, else 0, [B].
+        jitter: what is added to the factors of brightness, contrast and saturation, which are 1, and to the
+            hue, in turns; [B, 4].
+        order: when each of the four is applied, from 0 to 3; int64 [B, 4].
+        grey: 1 where the crop is converted to grey, else 0, [B].
+        sigma: standard deviation of the blur in pixels, 0 for none, [B].
+        operations: the draws of `RandAugment`, int64 [operations, B].
+    """
+
+    start: Tensor
+    size: Tensor
+    flip: Tensor
+    jitter: Tensor | None = None
+    order: Tensor | None = None
+    grey: Tensor | None = None
+    sigma: Tensor | None = None
+    operations: Tensor | None = None
+
+
+class View(nn.Module):
+    """Augments uint8 images [B, 3, H, W] to float32 images [B, 3, size, size] in [0, 1], or normalised.
+
+    The steps are a random resized crop with a horizontal flip, colour jitter, grey, blur and RandAugment, as
+    in SimCLR (Chen et al., ICML 2020) and SACC. All but RandAugment compute what the functions of
+    torchvision.transforms.v2 compute for float images, with parameters of its own for each image. They run
+    on the images' device without a synchronisation, in float32 whatever autocast or TF32 are set to, and
+    torch.compile(fullgraph=True) accepts them. The view has no weights, and no gradient passes through it.
+
+    Args:
+        size: side of the result in pixels.
+        scale: smallest and largest share of an image's area in a crop.
+        ratio: smallest and largest ratio of a crop's width to its height.
+        flip: share of the crops that are mirrored horizontally.
+        jitter: strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
+        jitter_share: share of the crops that are jittered.
+        grey: share of the crops that are converted to grey.
+        blur: share of the crops that are blurred, with a kernel as wide as a tenth of the size.
+        sigma: smallest and largest standard deviation of the blur in pixels.
+        randaugment: the last step before normalisation, or None.
+        normalize: a module that maps images in [0, 1] to the result, such as `Normalize`, or None.
+
+    Raises:
+        ValueError: a setting is out of its range, or images have another dtype or shape.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        scale: Range = (0.08, 1.0),
+        ratio: Range = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        jitter: Sequence[float] | None = None,
+        jitter_share: float = 0.8,
+        grey: float = 0.0,
+        blur: float = 0.0,
+        sigma: Range = (0.1, 2.0),
+        randaugment: RandAugment | None = None,
+        normalize: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.scale, self.ratio, self.sigma = size, tuple(scale), tuple(ratio), tuple(sigma)
+        self.flip, self.jitter_share, self.grey, self.blur = flip, jitter_share, grey, blur
+        self.jitter = None if jitter is None else tuple(jitter)
+        self.randaugment, self.normalize = randaugment, normalize
+        self._check()
+
+    def _check(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+        for name in ("flip", "jitter_share", "grey", "blur"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {share}")
+        for name, least, most in ("scale", 0, 1), ("ratio", 0, float("inf")), ("sigma", 0, float("inf")):
+            low, high = getattr(self, name)
+            if not least < low <= high <= most:
+                raise ValueError(f"{name} must rise within ({least}, {most}], got {(low, high)}")
+        if self.jitter is not None and (
+            len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5
+        ):
+            raise ValueError(f"jitter must be four strengths, that of the hue up to 0.5, got {self.jitter}")
+
+    def draw(self, batch: int, height: int, width: int, device: torch.device | str) -> ViewParameters:
+        """Draws the parameters of a batch of images of this size, on this device."""
+        device = torch.device(device)
+        strengths = self.jitter or (0.0, 0.0, 0.0, 0.0)
+        changes = tuple((-min(s, 1.0), s) for s in strengths)
+        shares = chance(self.flip), chance(self.jitter_share), chance(self.grey)
+        # Below the smallest sigma, which as many draws are as crops remain sharp, it is zero.
+        low, high = self.sigma
+        sigma = (high - (high - low) / self.blur, high) if self.blur else (0.0, 0.0)
+        *box, change, key, share, sigmas = draw(
+            batch, device, *box_ranges(height, width, self.scale, self.ratio), changes, ((0.0, 1.0),) * 4,
+            shares, (sigma,),
+        )  # fmt: skip
+        share = share.floor()
+        start, size = boxes(*box, height, width)
+        return ViewParameters(
+            start,
+            size,
+            share[:, 0],
+            jitter=change * share[:, 1:2] if self.jitter else None,
+            order=key.argsort(1) if self.jitter else None,
+            grey=share[:, 2] if self.grey else None,
+            sigma=F.threshold(sigmas[:, 0], low, 0.0) if self.blur else None,
+            operations=self.randaugment.draw(batch, device) if self.randaugment else None,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, images: Tensor, parameters: ViewParameters | None = None, *, cropped: bool = False
+    ) -> Tensor:
+        """Augments uint8 images [B, 3, H, W].
+
+        Args:
+            parameters: what to apply, instead of a new draw.
+            cropped: whether the images are crops of the final size, mirrored or not, already.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+        if cropped and images.shape[2:] != (self.size, self.size):
+            raise ValueError(f"crops must be {self.size} x {self.size}, got {list(images.shape)}")
+        # In float32: coordinates that autocast rounds to 8 bits would select other pixels.
+        with torch.autocast(images.device.type, enabled=False):
+            device = images.device
+            p = self.draw(len(images), *images.shape[2:], device) if parameters is None else parameters
+            if cropped:
+                x = images.permute(0, 2, 1, 3).float()
+            else:
+                x = crop(images, p.start, p.size, p.flip, self.size)
+            if p.jitter is not None and p.order is not None:
+                x = jitter(x, p.jitter, p.order)
+            if p.grey is not None:
+                x = x.lerp(to_grey(x), p.grey.view(-1, 1, 1, 1))
+            if p.sigma is not None:
+                x = blur(x, p.sigma)
+            x = x.transpose(1, 2)
+            if self.randaugment and p.operations is not None:
+                x = self.randaugment(x.contiguous(), p.operations)
+            x = torch.div(x, 255, out=torch.empty(x.shape, device=device))  # contiguous
+            return x if self.normalize is None else self.normalize(x)
