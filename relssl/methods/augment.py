@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relssl.datasets.crops import Crop
 from relssl.methods.randaugment import RandAugment
 
 with warnings.catch_warnings():  # kornia scripts a few functions on import.
@@ -40,7 +41,8 @@ class Augment(nn.Module):
         randaugment: int = 0,
     ) -> None:
         super().__init__()
-        steps: list[Any] = [ka.RandomResizedCrop((size, size), scale=crop, cropping_mode="resample")]
+        self.crop = Crop(size, crop, flip=flip)
+        steps: list[Any] = []
         if jitter:
             steps += [ka.ColorJitter(*jitter, p=0.8)]
         if grey:
@@ -48,17 +50,21 @@ class Augment(nn.Module):
         if blur:
             kernel = max(3, size // 10 // 2 * 2 + 1)
             steps += [ka.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5)]
-        if flip:
-            steps += [ka.RandomHorizontalFlip(p=0.5)]
-        self.steps = ka.AugmentationSequential(*steps)
+        self.steps = ka.AugmentationSequential(*steps) if steps else nn.Identity()
+        resize = ka.RandomResizedCrop((size, size), scale=crop, cropping_mode="resample")
+        self.cut = ka.AugmentationSequential(resize)
+        self.flip = ka.AugmentationSequential(ka.RandomHorizontalFlip(p=0.5)) if flip else nn.Identity()
         self.randaugment = RandAugment(randaugment) if randaugment else nn.Identity()
         self.normalize = normalize
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, cropped: bool = False) -> Tensor:
+        """cropped: whether the images are random crops of `crop`, and flipped."""
         # In float32: coordinates that autocast rounds to 8 bits would select other pixels.
         with torch.autocast(images.device.type, enabled=False):
-            return self.normalize(self.randaugment(self.steps(images.float() / 255)))
+            x = images.float() / 255
+            x = self.steps(x) if cropped else self.flip(self.steps(self.cut(x)))
+            return self.normalize(self.randaugment(x))
 
 
 class Normalize(nn.Module):

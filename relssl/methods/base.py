@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.datasets import Data, Images
+from relssl.datasets import Crop, Data, Images
+from relssl.datasets.images import Views
 from relssl.distributed import local_rank
 from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
@@ -91,8 +92,9 @@ class TrainConfig:
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. [relssl]"""
     device: str = "auto"
     """auto is the GPU if there is one. [relssl]"""
-    workers: int = 2
-    """Processes that load images from files; data in memory need none. [relssl]"""
+    workers: int | None = None
+    """Processes that load images from files; data in memory need none. Default: the number of usable CPUs,
+    under torchrun divided by the processes of a machine. [relssl]"""
     skip_unreadable: bool = False
     """Skip images that cannot be read, and report them, instead of stopping; in training, other images,
     drawn by the index of the unreadable one, replace them. [relssl]"""
@@ -103,7 +105,7 @@ class TrainConfig:
         """Raises ValueError if a number is out of its range, or an option has no effect."""
         for name, (smallest, largest) in RANGES.items():
             value = getattr(self, name, smallest)
-            if not smallest <= value <= largest:
+            if value is not None and not smallest <= value <= largest:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
         if self.exclude_own and not self.queue_size:
@@ -159,13 +161,21 @@ class Method(nn.Module):
     queue: FeatureQueue | None
     temperatures: dict[str, float]
 
+    @property
+    def crops(self) -> tuple[Crop, ...] | None:
+        """Random crops of the views, in the order of the views, to take where images are read from files.
+
+        None: `forward` gets the central square of such images.
+        """
+        return None
+
     def forward(
-        self, images: Tensor, pass_name: str = "train", ids: Tensor | None = None
+        self, images: Views, pass_name: str = "train", ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss of uint8 images [B, 3, H, W], and scalars to log, by name.
+        """Computes the loss of uint8 images, and scalars to log, by name.
 
         Args:
-            images: uint8 [B, 3, H, W].
+            images: uint8 [B, 3, H, W], or a tuple of such crops, one for each view, in the order of `crops`.
             pass_name: the name of the images' set in TrainConfig.passes.
             ids: int64 [B], one for each image of the run, which the queue keeps beside its embedding; None
                 unless config.exclude_own.

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relssl.datasets import Crop
+from relssl.datasets.images import Views
 from relssl.distributed import all_gather, broadcast, rank, world_size
 from relssl.functional import info_nce, relation_loss
 from relssl.methods.augment import Augment, Normalize
@@ -132,19 +134,26 @@ class ReSSL(Method):
         """The student's backbone, without its projector."""
         return self.student["backbone"]
 
+    @property
+    def crops(self) -> tuple[Crop, ...]:
+        return tuple(view.crop for view in (self.weak, *self.strong))
+
     def forward(
-        self, images: Tensor, pass_name: str = "train", ids: Tensor | None = None
+        self, images: Views, pass_name: str = "train", ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss of uint8 images [B, 3, H, W], the teacher's entropy and, in the warm-up, InfoNCE.
+        """Computes the loss of uint8 images, the teacher's entropy and, in the warm-up, InfoNCE.
 
         The teacher is updated before its forward pass, the loss is computed with the old queue, and the keys
         are enqueued before backward. The teacher's softmax is computed once for all crops.
         """
         config, backend = self.config, self.config.backend
-        views = [_embed(self.student, view(images), self.predictor) for view in self.strong]
+        weak, *strong = images if isinstance(images, tuple) else (images,) * (1 + len(self.strong))
+        cropped = {"cropped": True} if isinstance(images, tuple) else {}
+        augmented = (view(x, **cropped) for view, x in zip(self.strong, strong, strict=True))
+        views = [_embed(self.student, x, self.predictor) for x in augmented]
         q = torch.stack(views) if len(views) > 1 else views[0]
         self.update_teacher()
-        k = self.keys(self.weak(images))
+        k = self.keys(self.weak(weak, **cropped))
         loss, entropy = relation_loss(
             q,
             k,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.datasets import ConcatImages, Data, Images
+from relssl.datasets import ConcatImages, Crop, Data, Images
+from relssl.datasets.images import Views
 from relssl.distributed import all_gather, all_gather_with_grad
 from relssl.methods.augment import Augment, Normalize
 from relssl.methods.backbones import build
@@ -142,15 +143,22 @@ class SACC(Method):
     def backbone(self) -> nn.Module:
         return self.net
 
+    @property
+    def crops(self) -> tuple[Crop, ...]:
+        return self.weak.crop, self.weak.crop, self.strong.crop
+
     def forward(
-        self, images: Tensor, pass_name: str = "joint", ids: Tensor | None = None
+        self, images: Views, pass_name: str = "joint", ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss of uint8 images [B, 3, H, W], and its instance and cluster losses.
+        """Computes the loss of uint8 images, and its instance and cluster losses.
 
         The passes "instance" and "cluster" are those of the recipe for STL-10; the former has no cluster
         loss.
         """
-        views = [self.net(view(images)) for view in (self.weak, self.weak, self.strong)]
+        cropped = {"cropped": True} if isinstance(images, tuple) else {}
+        of_views = images if isinstance(images, tuple) else (images,) * 3
+        augment = self.weak, self.weak, self.strong
+        views = [self.net(view(x, **cropped)) for view, x in zip(augment, of_views, strict=True)]
         loss = self.instance_losses([self.embedding(v) for v in views], pass_name, ids)
         logs = {"instance_loss": loss}
         if pass_name != "instance":
