@@ -29,9 +29,9 @@ UPRIGHT = {
 }
 SWAPPED = (5, 6, 7, 8)  # Those of them that exchange width and height.
 
-# How much a box must still shrink after a JPEG is decoded at a fraction of its size. The decoder's filter is
-# sharper than antialiasing: without a margin, crops of photos differ from those of the full size by 4 of 255
-# in the mean, with this one by 1.4.
+# How much a box must still shrink after a JPEG is decoded at a fraction of its size. The decoder averages
+# blocks of pixels, which is sharper than antialiasing: without a margin, crops of a detailed photo differ
+# from those of the full size by up to 4 of 255 in the mean, with this one by up to 1.3.
 MARGIN = 1.5
 
 
@@ -50,9 +50,9 @@ def read_crops(path: str | Path, crops: Sequence[Crop], key: str) -> list[Tensor
     """Returns a random crop, uint8 [3, S, S] (S = crop.size), of a file's first frame for each of `crops`.
 
     The file is decoded once. A box is drawn on the whole upright image, and resized with antialiasing by
-    torch, in a third of PIL's time; values differ from PIL's by at most 1. A JPEG whose boxes all shrink by at
-    least 3 in both directions is decoded at half its size (by 6: at a quarter, by 12: at an eighth), and the
-    boxes are rounded to its pixels (see MARGIN).
+    torch, in a third of PIL's time; values differ from PIL's by at most 1. A JPEG whose boxes all shrink by
+    at least 3 in both directions is decoded at half its size (by 6: at a quarter, by 12: at an eighth), and
+    the boxes are rounded to its pixels (see MARGIN).
 
     Args:
         key: the seed of all draws; each crop adds its position to it.

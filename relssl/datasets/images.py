@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate  # In a worker process, it stacks into shared memory.
 
 from relssl.datasets.crops import Crop
 
@@ -73,13 +74,13 @@ class Files(Images):
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = [self._try(self.read, i) for i in indices]
-        return torch.stack(images), self._labels(indices)
+        return default_collate(images), self._labels(indices)
 
     def crop(
         self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
     ) -> tuple[Views, Tensor]:
         views = [self._try(self.read_crops, i, crops, key) for i, key in zip(indices, keys, strict=True)]
-        return tuple(map(torch.stack, zip(*views, strict=True))), self._labels(indices)
+        return tuple(default_collate(view) for view in zip(*views, strict=True)), self._labels(indices)
 
     def _try(self, read: Callable[..., T], index: int, *arguments: object) -> T:
         path = self.samples[index][0]
