@@ -63,8 +63,8 @@ def test_crops_are_those_of_torchvision(tmp_path, form, size):
 @pytest.mark.parametrize(("side", "reduction"), [(150, 1), (80, 2), (40, 4), (20, 8)])
 @pytest.mark.parametrize(("size", "mean", "largest"), [((640, 424), 1.5, 15), ((633, 417), 10, 80)])
 def test_small_crops_of_a_jpeg(tmp_path, monkeypatch, size, mean, largest, side, reduction, orientation):
-    """A box has at least 0.4 of the photo's area. Where the decoder's last pixel lies partly beyond the photo,
-    a crop is displaced by less than that pixel.
+    """A box has at least 0.4 of the photo's area. A crop is displaced by less than a reduced pixel if the
+    last of these lies partly beyond the photo.
     """
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -80,7 +80,7 @@ class Files(Images):
         self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
     ) -> tuple[Views, Tensor]:
         views = [self._try(self.read_crops, i, crops, key) for i, key in zip(indices, keys, strict=True)]
-        return tuple(default_collate(view) for view in zip(*views, strict=True)), self._labels(indices)
+        return tuple(default_collate(list(view)) for view in zip(*views, strict=True)), self._labels(indices)
 
     def _try(self, read: Callable[..., T], index: int, *arguments: object) -> T:
         path = self.samples[index][0]
