@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from relssl import distributed, random_state
+from relssl.datasets.images import Views
 from relssl.methods.base import Method
 
 Logs = dict[str, Tensor]
@@ -51,19 +52,19 @@ class Gradients:
         self.method, self.encoder, self.parts = method, encoder, parts
         self.autocast, self.scale = autocast, scale
 
-    def add(self, images: Tensor, pass_name: str, ids: Tensor | None = None) -> tuple[Tensor, Logs]:
+    def add(self, images: Views, pass_name: str, ids: Tensor | None = None) -> tuple[Tensor, Logs]:
         """Adds the gradients of a step to those of the parameters, and moves teacher and queue once.
 
         For the arguments see `Method.forward`. Returns the loss, and scalars to log, without gradients.
         """
         self.method.update_teacher()
         add = self._add_compared if self.method.compares_images and self.parts > 1 else self._add_independent
-        loss, logs, outputs = add(images.chunk(self.parts), pass_name, ids)
+        loss, logs, outputs = add(_divide(images, self.parts), pass_name, ids)
         self.method.update_queue(outputs, ids)
         return loss.detach(), {name: value.detach() for name, value in logs.items()}
 
     def _add_independent(
-        self, parts: Sequence[Tensor], pass_name: str, ids: Tensor | None
+        self, parts: Sequence[Views], pass_name: str, ids: Tensor | None
     ) -> tuple[Tensor, Logs, list[Tensor]]:
         all_ids = [None] * len(parts) if ids is None else ids.chunk(len(parts))
         losses, logs, outputs = [], [], []
@@ -83,7 +84,7 @@ class Gradients:
         )
 
     def _add_compared(
-        self, parts: Sequence[Tensor], pass_name: str, ids: Tensor | None
+        self, parts: Sequence[Views], pass_name: str, ids: Tensor | None
     ) -> tuple[Tensor, Logs, list[Tensor]]:
         states, found = [], []
         with torch.no_grad(), frozen_statistics(self.method), self.autocast():
@@ -102,6 +103,12 @@ class Gradients:
                     again = self.encoder(self.method.augment(images), pass_name)
                 torch.autograd.backward(again, gradient)
         return loss, logs, outputs
+
+
+def _divide(images: Views, parts: int) -> Sequence[Views]:
+    if isinstance(images, Tensor):
+        return images.chunk(parts)
+    return list(zip(*(view.chunk(parts) for view in images), strict=True))
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from relssl import datasets, distributed, tuned
 from relssl.checkpoint import TrainState, describe_position, previous_path, restore, save
-from relssl.datasets.loading import Batch, channel_statistics, load_batches, skipped_message
+from relssl.datasets.loading import Batch, Loader, channel_statistics, default_workers, skipped_message
 from relssl.evaluate import evaluate_during_training
 from relssl.gradients import Encoder, Gradients
 from relssl.interruption import Stop, interruption
@@ -63,6 +63,7 @@ class _Trainer:
 
     writer: "SummaryWriter | None"
     bar: tqdm
+    loaders: dict[str, Loader]
 
     def __init__(self, config: TrainConfig, device: torch.device, stop: Stop) -> None:
         self.device, self.stop = device, stop
@@ -114,8 +115,10 @@ class _Trainer:
         """Trains to the last epoch, or until a signal, and saves what has been trained."""
         self.stop.at_once = False  # From here on there is something to save.
         stopped = self.state.evaluation_due and self.evaluate_and_save()
-        while not stopped and self.state.epoch < self.config.epochs:
-            stopped = self.run_epoch()
+        crops = self.state.method.crops
+        with image_loaders(self.passes, self.config, crops, self.skipped) as self.loaders:
+            while not stopped and self.state.epoch < self.config.epochs:
+                stopped = self.run_epoch()
         if stopped and distributed.rank() == 0:
             self.bar.write(f"stopped by {self.stop.name} and saved {self.path}; --resume continues from here")
 
@@ -125,7 +128,7 @@ class _Trainer:
         state.method.train()
         began, first_step = time.perf_counter(), state.step
         losses: list[Tensor] = []  # Those not read yet.
-        for pass_name, batch in epoch_batches(self.passes, config, state.epoch, state.step, self.skipped):
+        for pass_name, batch in epoch_batches(self.loaders, config, state.epoch, state.step):
             losses.append(self.run_step(batch, pass_name))
             if self.check_and_save(losses):
                 return True
@@ -152,7 +155,11 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         state.method.epoch = state.epoch + state.step / self.steps
-        images = batch.images.to(self.device, non_blocking=True)
+        images = batch.images
+        if isinstance(images, tuple):
+            images = tuple(view.to(self.device, non_blocking=True) for view in images)
+        else:
+            images = images.to(self.device, non_blocking=True)
         ids = batch.indices.to(self.device, non_blocking=True) if self.config.exclude_own else None
         self.optimizer.zero_grad()
         loss, logs = self.gradients.add(images, pass_name, ids)
@@ -283,29 +290,46 @@ def parse_save_every(text: str) -> tuple[int, float]:
     return int(match[1] or 0), 60 * float(match[2] or 0) or math.inf
 
 
-def epoch_batches(
+@contextmanager
+def image_loaders(
     passes: dict[str, datasets.Images],
     config: TrainConfig,
-    epoch: int,
-    start: int,
+    crops: Sequence[datasets.Crop] | None = None,
     skipped: list[str] | None = None,
+) -> Iterator[dict[str, Loader]]:
+    """Makes the loader of each pass, whose worker processes persist until the context ends.
+
+    Their indices count on from one pass to the next, whose images are others: each image of a run has one
+    index. crops, skipped: see `Loader`.
+    """
+    workers = default_workers() if config.workers is None else config.workers
+    loaders = {}
+    with ExitStack() as stack:
+        first = 0  # The index of the pass's first image.
+        for name, images in passes.items():
+            useful = min(workers, len(images) // config.batch_size)  # A batch is the work of one process.
+            loader = Loader(images, useful, skipped, fill=True, crops=crops, seed=config.seed, first=first)
+            loaders[name] = stack.enter_context(closing(loader))
+            first += len(images)
+        yield loaders
+
+
+def epoch_batches(
+    loaders: dict[str, Loader], config: TrainConfig, epoch: int, start: int
 ) -> Iterator[tuple[str, Batch]]:
     """Yields this process's share of an epoch's batches from step `start` on, with the name of their pass.
 
-    Only the seed and the epoch determine their order. The indices count on from one pass to the next, whose
-    images are others: each image of a run has one index. skipped: see `load_batches`.
+    Only the seed and the epoch determine their order.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     share = config.batch_size // distributed.world_size()
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-    first = 0  # The index of the pass's first image.
-    for name, images in passes.items():
-        order = torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size)
+    for name, loader in loaders.items():
+        order = torch.randperm(len(loader.images), generator=generator, device="cpu").split(config.batch_size)
         full = [indices[own].tolist() for indices in order if len(indices) == config.batch_size]
         remaining, start = full[start:], max(0, start - len(full))
-        for batch in load_batches(images, remaining, config.workers, skipped, fill=True):
-            yield name, batch._replace(indices=batch.indices + first)
-        first += len(images)
+        for batch in loader.load(remaining, epoch):
+            yield name, batch
 
 
 def report_skipped(skipped: list[str] | None, bar: tqdm) -> None:

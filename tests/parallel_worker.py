@@ -139,6 +139,8 @@ def runs(folder):
 def both(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    found = {(case, parts): steps(case, parts) for case in CASES for parts in PARTS} | {"runs": runs(Path(folder))}
+    found = {(case, parts): steps(case, parts) for case in CASES for parts in PARTS} | {
+        "runs": runs(Path(folder))
+    }
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

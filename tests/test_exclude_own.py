@@ -11,7 +11,7 @@ from torch import nn
 from relssl import datasets, distributed, functional
 from relssl.checkpoint import read
 from relssl.methods import PRESETS
-from relssl.train import epoch_batches, train
+from relssl.train import epoch_batches, image_loaders, train
 
 DIGITS = {
     "ressl": replace(
@@ -147,9 +147,10 @@ def test_an_index_is_that_of_one_image_in_all_passes_epochs_and_processes(monkey
         for rank in range(processes):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             for epoch in range(epochs):
-                for name, batch in epoch_batches(passes, config, epoch, start):
-                    assert batch.indices.tolist() == batch.images[:, 0, 0, 0].tolist()
-                    seen[name == "cluster"] += batch.indices.tolist()
+                with image_loaders(passes, config) as loaders:
+                    for name, batch in epoch_batches(loaders, config, epoch, start):
+                        assert batch.indices.tolist() == batch.images[:, 0, 0, 0].tolist()
+                        seen[name == "cluster"] += batch.indices.tolist()
     assert set(seen[0]) == set(range(13)) and set(seen[1]) == set(range(13, 22))
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a batch in parts: the same views and dropout, statistics that move once, autocast and scaling."""
+"""Gradients of a batch in parts: same views and dropout, statistics that move once, autocast and scaling."""
 
 from dataclasses import replace
 

@@ -64,9 +64,9 @@ def test_total_is_the_published_one(part, queue_size, sigma):
     assert abs(ours - theirs) < 1e-10 * theirs
     for one, other in zip(torch.autograd.grad(ours, z + p), torch.autograd.grad(theirs, z + p), strict=True):
         assert (one - other).norm() < 1e-10 * other.norm()
-    if (
-        queue is not None
-    ):  # The weak view's embeddings are enqueued after both losses are computed with the old queue.
+    if queue is not None:
+        assert torch.equal(method.queue.rows, queue)
+        method.update_queue(z)  # of the second weak view's embeddings
         assert torch.equal(method.queue.rows[:6], w2.detach()) and torch.equal(
             method.queue.rows[6:], queue[6:]
         )

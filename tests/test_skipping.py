@@ -16,9 +16,10 @@ from relssl.datasets import loading
 from relssl.datasets.loading import load_batches
 from relssl.methods import PRESETS
 from relssl.methods.sacc import SACC
-from relssl.train import epoch_batches, train
+from relssl.train import epoch_batches, image_loaders, train
 
 BROKEN = ("train/dog/03.png", "train/cat/17.png", "train/dog/11.png", "train/cat/08.png", "val/dog/2.png")
+CROPS = datasets.Crop(8, (0.2, 1.0)), datasets.Crop(6, (0.08, 0.5))
 
 
 @pytest.fixture
@@ -76,15 +77,20 @@ def test_batches_shrink_or_are_filled(pets):
 def test_processes_share_the_batches_of_one(pets, monkeypatch):
     config = replace(PRESETS["sacc"]["folder"], batch_size=10, workers=0)
     passes = {"joint": datasets.load("folder", pets, 14).train}
-    alone = [b for _, b in epoch_batches(passes, config, 3, 1, [])]
-    shares = []
+
+    def batches():
+        with image_loaders(passes, config, CROPS, []) as loaders:
+            return [b for _, b in epoch_batches(loaders, config, 3, 1)]
+
+    alone, shares = batches(), []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append([b for _, b in epoch_batches(passes, config, 3, 1, [])])
-    assert len(alone) == 3 and [len(b.images) for b in alone] == [10] * 3
+        shares.append(batches())
+    assert len(alone) == 3 and [len(b.images[1]) for b in alone] == [10] * 3
     for whole, *parts in zip(alone, *shares, strict=True):
-        assert torch.equal(whole.images, torch.cat([b.images for b in parts]))
+        for view in range(len(CROPS)):
+            assert torch.equal(whole.images[view], torch.cat([b.images[view] for b in parts]))
         assert torch.equal(whole.indices, torch.cat([b.indices for b in parts]))
 
 
@@ -133,17 +139,17 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pets, tmp_path, monkeypatch):
     )  # fmt: skip
     whole = train(config)
     config = replace(config, out=tmp_path / "parts")
-    forward, calls = SACC.forward, []
+    augment, calls = SACC.augment, []
 
-    def interrupted(self, images, *others):
-        assert len(images) == 8
+    def interrupted(self, images):
+        assert [len(view) for view in images] == [8] * 3
         calls.append(0)
         if len(calls) == 7:  # the second step of the second epoch
             signal.raise_signal(signal.SIGINT)
-        return forward(self, images, *others)
+        return augment(self, images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SACC, "forward", interrupted)
+        patch.setattr(SACC, "augment", interrupted)
         assert train(config).epoch < 2
     parts = train(replace(config, resume=True))
     for (name, one), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):

@@ -36,14 +36,14 @@ def scratch(tmp_path, monkeypatch):
 
 
 def after(step, act, method):
-    """Returns the method's forward with a call of act() at the given step, counted from 1."""
-    forward, calls = method.forward, [0]
+    """Returns the method's loss with a call of act() at the given step, counted from 1."""
+    compute, calls = method.loss, [0]
 
     def counted(self, *batch):
         calls[0] += 1
         if calls[0] == step:
             act()
-        return forward(self, *batch)
+        return compute(self, *batch)
 
     return counted
 
@@ -127,7 +127,7 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, st
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt = after(stop_at, lambda: signal.raise_signal(signal.SIGINT), method)
-        patch.setattr(method, "forward", interrupt)
+        patch.setattr(method, "loss", interrupt)
         stopped = train(part)  # Returns instead of raising KeyboardInterrupt.
     steps_an_epoch = 5 if method is ReSSL else 12 if config.recipe == "stl10" else 7
     assert stopped.epoch == pytest.approx((stop_at - (stop_at % steps_an_epoch > 0)) / steps_an_epoch)
@@ -161,7 +161,7 @@ def test_run_of_an_earlier_version_resumes_bitwise_equal(monkeypatch, few, case,
     config = replace(config, batch_size=64, image_size=8, out=config.out / "part")
     whole = state(train(replace(config, out=config.out.parent / "whole")))
     with monkeypatch.context() as patch:
-        patch.setattr(method, "forward", after(8, lambda: signal.raise_signal(signal.SIGINT), method))
+        patch.setattr(method, "loss", after(8, lambda: signal.raise_signal(signal.SIGINT), method))
         train(config)
     path = config.out / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
@@ -251,7 +251,7 @@ def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
         handlers.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(ReSSL, "forward", after(8, interrupt, ReSSL))
+    monkeypatch.setattr(ReSSL, "loss", after(8, interrupt, ReSSL))
     with pytest.raises(SystemExit) as stop:
         train(FEW)
     assert stop.value.code == 143 and signal.getsignal(number) is before
@@ -299,13 +299,13 @@ def test_save_every(few, monkeypatch):
     monkeypatch.setattr("relssl.train.save", lambda path, state, **_: saved.append((state.epoch, state.step)))
     now = {"monotonic": lambda: clock[0], "perf_counter": time.perf_counter}
     monkeypatch.setattr("relssl.train.time", SimpleNamespace(**now))
-    forward = ReSSL.forward
+    compute = ReSSL.loss
 
     def slow(self, *batch):
         clock[0] += 25
-        return forward(self, *batch)
+        return compute(self, *batch)
 
-    monkeypatch.setattr(ReSSL, "forward", slow)
+    monkeypatch.setattr(ReSSL, "loss", slow)
     ends = {(1, 0), (2, 0)}
     for every, on_the_way in {"3": {(0, 3), (1, 1), (1, 4)}, "1m": {(0, 3), (1, 3)}, "": set()}.items():
         saved.clear()
@@ -326,14 +326,14 @@ def test_what_save_every_means():
 
 def spoilt(step, monkeypatch, spoil):
     """Replaces the loss by spoil(loss, step) from the given step on, counted from 1."""
-    forward, calls = ReSSL.forward, [0]
+    compute, calls = ReSSL.loss, [0]
 
     def spoiling(self, *batch):
-        loss, logs = forward(self, *batch)
+        loss, logs = compute(self, *batch)
         calls[0] += 1
         return (spoil(loss, calls[0]) if calls[0] >= step else loss), logs
 
-    monkeypatch.setattr(ReSSL, "forward", spoiling)
+    monkeypatch.setattr(ReSSL, "loss", spoiling)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_spoilt_weights_leaves_the_one_before(few, monkeypatch, 
     path = config.out / "checkpoint.pt"
     if again:
         with monkeypatch.context() as patch:
-            patch.setattr(ReSSL, "forward", after(10, lambda: signal.raise_signal(signal.SIGINT), ReSSL))
+            patch.setattr(ReSSL, "loss", after(10, lambda: signal.raise_signal(signal.SIGINT), ReSSL))
             train(config)
     with monkeypatch.context() as patch:
         spoilt(1 if again else 11, patch, lambda loss, _: loss * math.nan)
@@ -432,7 +432,7 @@ def test_other_rates_take_effect_on_resuming(few, rates, capsys):
     whole = rates.copy()
     rates.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReSSL, "forward", after(8, lambda: signal.raise_signal(signal.SIGINT), ReSSL))
+        patch.setattr(ReSSL, "loss", after(8, lambda: signal.raise_signal(signal.SIGINT), ReSSL))
         train(first)
     capsys.readouterr()
     changed = replace(first, lr=0.03, weight_decay=0.0, sgd_momentum=0.5, momentum=0.9, resume=True)
@@ -654,15 +654,15 @@ def test_backends_agree_along_a_whole_run(monkeypatch, epochs):
     losses = {}
     for backend in ("reference", "chunked", "cpu"):
         seen = losses[backend] = []
-        forward = ReSSL.forward
+        compute = ReSSL.loss
 
-        def record(self, *batch, forward=forward, seen=seen):
-            loss, logs = forward(self, *batch)
+        def record(self, *batch, compute=compute, seen=seen):
+            loss, logs = compute(self, *batch)
             seen.append(loss.item())
             return loss, logs
 
         with monkeypatch.context() as patch:
-            patch.setattr(ReSSL, "forward", record)
+            patch.setattr(ReSSL, "loss", record)
             train(replace(config, backend=backend, out=config.out / backend))
     reference = torch.tensor(losses.pop("reference"))
     assert len(reference) == 11 * epochs and min(reference) > 0.01  # nothing collapsed

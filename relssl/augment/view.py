@@ -12,6 +12,7 @@ from relssl.augment.colour import jitter, to_grey
 from relssl.augment.crop import box_ranges, boxes, crop
 from relssl.augment.draw import Range, chance, draw
 from relssl.augment.randaugment import RandAugment
+from relssl.datasets.crops import Crop
 
 
 class ViewParameters(NamedTuple):
@@ -101,6 +102,11 @@ class View(nn.Module):
             len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5
         ):
             raise ValueError(f"jitter must be four strengths, that of the hue up to 0.5, got {self.jitter}")
+
+    @property
+    def crop(self) -> Crop:
+        """The view's random crop, for images that are read from files."""
+        return Crop(self.size, self.scale, self.ratio, self.flip)
 
     def draw(self, batch: int, height: int, width: int, device: torch.device | str) -> ViewParameters:
         """Draws the parameters of a batch of images of this size, on this device."""

@@ -36,14 +36,15 @@ def load_folder(root: Path, size: int, classes: list[str] | None) -> Data:
     A train folder without class folders has no labels. Without a train folder, all images at any depth of
     root are training images without labels. A val (or test) folder without class folders is ignored.
 
-    The images of a batch must have one shape before they are augmented, so each is first cut to its central
-    square of 8/7 of `size`, as in ImageNet evaluation; the random crops of training are taken from it.
+    Indexing resizes each image, its shorter side to 8/7 of `size`, and cuts it to its central square, so that
+    the images of a batch have one shape: `size`, as in ImageNet evaluation, or all of the shorter side in
+    `Data.train`. The random crops of `Images.crop` are taken from whole images.
     """
     from relssl.datasets.torchvision_import import torchvision  # noqa: F401  isort: skip
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
     from torchvision.transforms import v2  # The first import makes these two possible.
 
-    from relssl.datasets.decode import read_rgb
+    from relssl.datasets.decode import read_crops, read_rgb
 
     train = root / "train"
     tests = [root / n for n in ("val", "test") if classes or _class_folders(root / n)]
@@ -67,7 +68,8 @@ def load_folder(root: Path, size: int, classes: list[str] | None) -> Data:
             samples = make_dataset(str(folder), labels, IMG_EXTENSIONS)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no images in {root}: {error}") from error
-        return Files(samples, v2.Compose([read_rgb, v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()]))
+        read = v2.Compose([read_rgb, v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()])
+        return Files(samples, read, read_crops)
 
     test_files = files(test, labels, size) if test else None
     if labelled:

@@ -1,10 +1,16 @@
 """Sets of uint8 images, indexed a batch at a time."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate  # In a worker process, it stacks into shared memory.
+
+from relssl.datasets.crops import Crop
+
+T = TypeVar("T")
+Views = Tensor | tuple[Tensor, ...]
 
 
 class Images(Protocol):
@@ -13,6 +19,17 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+
+    def crop(
+        self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
+    ) -> tuple[Views, Tensor]:
+        """Returns random crops, uint8 [B, 3, crop.size, crop.size] for each of `crops`, and labels.
+
+        Only images of files are cropped: for those in memory, it returns self[indices].
+
+        keys: for each index, the seed of its draws.
+        """
+        return self[indices]
 
 
 class Arrays(Images):
@@ -41,22 +58,39 @@ class Files(Images):
     Args:
         samples: paths and labels.
         read: maps a path to uint8 [3, H, W], always of the same shape.
+        read_crops: maps a path, crops and the seed of their draws to a uint8 [3, S, S] for each crop.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], read: Callable[[str], Tensor]) -> None:
-        self.samples, self.read = samples, read
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        read: Callable[[str], Tensor],
+        read_crops: Callable[[str, Sequence[Crop], str], list[Tensor]],
+    ) -> None:
+        self.samples, self.read, self.read_crops = samples, read, read_crops
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images = []
-        for path, _ in (self.samples[i] for i in indices):
-            try:
-                images.append(self.read(path))
-            except Exception as error:  # PIL raises almost any exception for a damaged file.
-                raise Unreadable(path, str(error) or type(error).__name__) from error
-        return torch.stack(images), torch.tensor([self.samples[i][1] for i in indices])
+        images = [self._try(self.read, i) for i in indices]
+        return default_collate(images), self._labels(indices)
+
+    def crop(
+        self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
+    ) -> tuple[Views, Tensor]:
+        views = [self._try(self.read_crops, i, crops, key) for i, key in zip(indices, keys, strict=True)]
+        return tuple(default_collate(list(view)) for view in zip(*views, strict=True)), self._labels(indices)
+
+    def _try(self, read: Callable[..., T], index: int, *arguments: object) -> T:
+        path = self.samples[index][0]
+        try:
+            return read(path, *arguments)
+        except Exception as error:  # PIL raises almost any exception for a damaged file.
+            raise Unreadable(path, str(error) or type(error).__name__) from error
+
+    def _labels(self, indices: Sequence[int]) -> Tensor:
+        return torch.tensor([self.samples[i][1] for i in indices])
 
 
 class Subset(Images):
@@ -70,6 +104,11 @@ class Subset(Images):
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self.images[[self.indices[i] for i in indices]]
+
+    def crop(
+        self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
+    ) -> tuple[Views, Tensor]:
+        return self.images.crop([self.indices[i] for i in indices], crops, keys)
 
 
 class IndexedSubset(Subset):
@@ -90,17 +129,38 @@ class ConcatImages(Images):
         return sum(map(len, self.parts))
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        offsets = torch.as_tensor(indices)
         positions, batches = [], []
+        for part, in_part, rows in self._split(indices):
+            positions += in_part
+            batches.append(part[rows])
+        order = torch.tensor(positions).argsort()
+        images, labels = (torch.cat(t)[order] for t in zip(*batches, strict=True))
+        return images, labels
+
+    def crop(
+        self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
+    ) -> tuple[Views, Tensor]:
+        if not all(map(reads_files, self.parts)):
+            if reads_files(self):
+                raise ValueError("images of files and images in memory cannot be cropped in one batch")
+            return self[indices]
+        positions, batches = [], []
+        for part, in_part, rows in self._split(indices):
+            positions += in_part
+            views, labels = part.crop(rows, crops, [keys[i] for i in in_part])
+            batches.append((*views, labels))
+        order = torch.tensor(positions).argsort()
+        *images, labels = (torch.cat(t)[order] for t in zip(*batches, strict=True))
+        return tuple(images), labels
+
+    def _split(self, indices: Sequence[int]) -> Iterator[tuple[Images, list[int], list[int]]]:
+        """Yields each part that contains images, their positions in `indices`, and their indices in it."""
+        offsets = torch.as_tensor(indices)
         for part in self.parts:
             in_part = torch.nonzero((offsets >= 0) & (offsets < len(part))).flatten()
             if len(in_part):
-                positions.append(in_part)
-                batches.append(part[offsets[in_part].tolist()])
+                yield part, in_part.tolist(), offsets[in_part].tolist()
             offsets = offsets - len(part)
-        order = torch.cat(positions).argsort()
-        images, labels = (torch.cat(t)[order] for t in zip(*batches, strict=True))
-        return images, labels
 
 
 def reads_files(images: Images) -> bool:

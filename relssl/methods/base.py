@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl.datasets import Data, Images
+from relssl.augment import View
+from relssl.datasets import Crop, Data, Images
+from relssl.datasets.images import Views
 from relssl.distributed import local_rank
 from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
@@ -97,8 +99,9 @@ class TrainConfig:
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. [relssl]"""
     device: str = "auto"
     """auto is the GPU if there is one. [relssl]"""
-    workers: int = 2
-    """Processes that load images from files; data in memory need none. [relssl]"""
+    workers: int | None = None
+    """Processes that load images from files; data in memory need none. Default: the number of usable CPUs,
+    under torchrun divided by the processes of a machine. [relssl]"""
     skip_unreadable: bool = False
     """Skip images that cannot be read, and report them, instead of stopping; in training, other images,
     drawn by the index of the unreadable one, replace them. [relssl]"""
@@ -109,7 +112,7 @@ class TrainConfig:
         """Raises ValueError if a number is out of its range, or an option has no effect."""
         for name, (smallest, largest) in RANGES.items():
             value = getattr(self, name, smallest)
-            if not smallest <= value <= largest:
+            if value is not None and not smallest <= value <= largest:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
         if self.exclude_own and not self.queue_size:
@@ -167,21 +170,23 @@ class Method(nn.Module):
 
     config: TrainConfig
     compares_images: bool
+    default_pass = "train"
     epoch = 0.0
     queue: FeatureQueue | None
     temperatures: dict[str, float]
 
     def forward(
-        self, images: Tensor, pass_name: str = "train", ids: Tensor | None = None
+        self, images: Views, pass_name: str | None = None, ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss of uint8 images [B, 3, H, W], and scalars to log, by name.
+        """Computes the loss of uint8 images, and scalars to log, by name.
 
         Args:
-            images: uint8 [B, 3, H, W].
-            pass_name: the name of the images' set in TrainConfig.passes.
+            images: uint8 [B, 3, H, W], or a tuple of such crops, one for each view, in the order of `crops`.
+            pass_name: the name of the images' set in TrainConfig.passes; None for `default_pass`.
             ids: int64 [B], one for each image of the run, which the queue keeps beside its embedding; None
                 unless config.exclude_own.
         """
+        pass_name = pass_name or self.default_pass
         self.update_teacher()
         outputs = self.encode(self.augment(images), pass_name)
         loss, logs = self.loss(outputs, pass_name, ids)
@@ -193,8 +198,19 @@ class Method(nn.Module):
         """The augmentations of an image in a step, in the order of what `augment` returns."""
         raise NotImplementedError
 
-    def augment(self, images: Tensor) -> list[Tensor]:
-        """Computes the views [B, 3, S, S] of uint8 images [B, 3, H, W]."""
+    @property
+    def crops(self) -> tuple[Crop, ...] | None:
+        """Random crops of the views, in their order, which the workers take that read images from files.
+
+        None where one of them is not a `View`: `augment` then gets the central square of such images.
+        """
+        views = [view for view in self.views if isinstance(view, View)]
+        return tuple(view.crop for view in views) if len(views) == len(self.views) else None
+
+    def augment(self, images: Views) -> list[Tensor]:
+        """Computes the views [B, 3, S, S] of uint8 images [B, 3, H, W], or of a tuple of their `crops`."""
+        if isinstance(images, tuple):
+            return [view(crop, cropped=True) for view, crop in zip(self.views, images, strict=True)]
         return [view(images) for view in self.views]
 
     def encode(self, views: Sequence[Tensor], pass_name: str) -> tuple[Tensor, ...]:

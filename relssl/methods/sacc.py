@@ -110,6 +110,7 @@ class SACC(Method):
     """
 
     compares_images = True
+    default_pass = "joint"
 
     def __init__(self, config: SACCConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__()
