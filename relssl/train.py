@@ -23,9 +23,11 @@ from tqdm import tqdm
 from relssl import datasets, distributed, tuned
 from relssl.checkpoint import TrainState, describe_position, previous_path, restore, save
 from relssl.datasets.loading import Batch, channel_statistics, load_batches, skipped_message
+from relssl.datasets.on_device import OnDevice, move_to_device
 from relssl.evaluate import evaluate_during_training
 from relssl.interruption import Stop, interruption
 from relssl.methods.base import Method, TrainConfig
+from relssl.sums import Sums
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -76,7 +78,7 @@ class _Trainer:
         source = config.data, config.data_root, config.image_size, config.download, config.classes
         self.data = distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
         self.config = config = config.resolve(self.data)
-        self.passes = config.passes(self.data)
+        self.passes = move_to_device(config.passes(self.data), config.data_device, device)
         smallest = min(map(len, self.passes.values()))
         if smallest < config.batch_size:
             raise ValueError(f"batch size {config.batch_size} exceeds the {smallest} training images")
@@ -103,6 +105,7 @@ class _Trainer:
             self.saved = self.state.epoch, self.state.step
         else:
             tuned.adopt(distributed.all_gather_object(tuned.record(device.type))[0])  # Rank 0's, everywhere.
+        self.sums = Sums(self.state.sums)
         method.epoch = self.state.epoch + self.state.step / self.steps
         self.forward = distributed.wrap_ddp(method, find_unused_parameters=len(self.passes) > 1)
         self.saved_at = time.monotonic()
@@ -127,11 +130,11 @@ class _Trainer:
             if self.check_and_save(losses):
                 return True
         seconds = time.perf_counter() - began
-        totals = {name: distributed.all_reduce_mean(total) for name, total in state.sums.items()}
+        totals = {name: distributed.all_reduce_mean(total) for name, total in self.sums.totals().items()}
         entry = {name: float(total / count) for name, (total, count) in totals.items()}
         entry["lr"] = self.optimizer.param_groups[0]["lr"]
         entry["images_per_second"] = (self.steps - first_step) * config.batch_size / seconds
-        state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
+        state.epoch, state.step, self.sums = state.epoch + 1, 0, Sums()
         state.method.epoch = state.epoch
         state.history.append({"epoch": state.epoch})
         self.log(entry)
@@ -158,10 +161,7 @@ class _Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         state.step += 1
-        # Summed on the device, to avoid a synchronisation, with a count: not every pass logs every name.
-        for name, value in {"loss": loss, **logs}.items():
-            term = torch.stack((value.detach().float(), torch.ones_like(value, dtype=torch.float)))
-            state.sums[name] = state.sums[name] + term if name in state.sums else term
+        self.sums.add({"loss": loss, **logs})
         self.bar.update(self.config.batch_size)
         return loss.detach()
 
@@ -223,7 +223,7 @@ class _Trainer:
         if distributed.any_rank(not finite, self.device):  # The loss was of the weights before the last step.
             epoch, step = position
             self.fail("weights are", *((epoch, step - 1) if step else (epoch - 1, self.steps - 1)))
-        sums = {name: distributed.all_reduce_mean(total) for name, total in state.sums.items()}
+        sums = {name: distributed.all_reduce_mean(total) for name, total in self.sums.totals().items()}
         save(self.path, replace(state, sums=sums), keep_previous=self.saved != position)
         self.saved, self.saved_at = position, time.monotonic()
 
@@ -252,9 +252,12 @@ def build_optimizer(method: nn.Module, config: TrainConfig) -> torch.optim.Optim
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": norm_and_bias_decay},
     ]
+    # One launch for a group. On a CPU fused Adam is three times as fast as torch's default; fused SGD is slower.
+    fused = {"sgd": ("cuda",), "adam": ("cuda", "cpu")}[config.optimizer]
+    options = {"lr": config.lr, "fused": parameters[0].device.type in fused or None}
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum)
+        return torch.optim.Adam(groups, **options)
+    return torch.optim.SGD(groups, momentum=config.sgd_momentum, **options)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -296,11 +299,16 @@ def epoch_batches(
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     first = 0  # The index of the pass's first image.
     for name, images in passes.items():
-        order = torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size)
-        full = [indices[own].tolist() for indices in order if len(indices) == config.batch_size]
-        remaining, start = full[start:], max(0, start - len(full))
-        for batch in load_batches(images, remaining, config.workers, skipped, fill=True):
-            yield name, batch._replace(indices=batch.indices + first)
+        order = torch.randperm(len(images), generator=generator, device="cpu")
+        steps = len(images) // config.batch_size
+        full = order[: steps * config.batch_size].view(steps, config.batch_size)[:, own]
+        remaining, start = full[start:], max(0, start - steps)
+        if isinstance(images, OnDevice):
+            for batch in images.batches(remaining, first):
+                yield name, batch
+        else:
+            for batch in load_batches(images, remaining.tolist(), config.workers, skipped, fill=True):
+                yield name, batch._replace(indices=batch.indices + first)
         first += len(images)
 
 

@@ -9,6 +9,7 @@ The methods augment the images, on the device of a batch.
     folder.py    the data set of a folder of image files
     decode.py    one image file
     loading.py   batches, read by worker processes
+    on_device.py images in memory that lie on the training device
 """
 
 from relssl.datasets.data import Data

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl.datasets import Data, Images
+from relssl.datasets.on_device import DataDevice
 from relssl.distributed import local_rank
 from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
@@ -93,6 +94,9 @@ class TrainConfig:
     """auto is the GPU if there is one. [relssl]"""
     workers: int = 2
     """Processes that load images from files; data in memory need none. [relssl]"""
+    data_device: DataDevice = "auto"
+    """Where training images in memory lie: device copies them to the training device, and so does auto if that
+    is a GPU and they take less than a quarter of its free memory. [relssl]"""
     skip_unreadable: bool = False
     """Skip images that cannot be read, and report them, instead of stopping; in training, other images,
     drawn by the index of the unreadable one, replace them. [relssl]"""
