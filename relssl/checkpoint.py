@@ -164,7 +164,7 @@ def restore(path: Path, state: TrainState, device: torch.device) -> None:
         for line in lines:
             print(f"{line} from {describe_position(epoch + 1, step)} on", file=sys.stderr)
     assert state.optimizer
-    # Rates, and how a step is computed, are those of this run. torch puts the state where the latter needs it.
+    # Rates, and how a step is computed (fused), are those of this run. Loading depends on the latter.
     for group, own in zip(contents["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
         group |= {name: value for name, value in own.items() if name != "params"}
     for key, part in state.parts().items():

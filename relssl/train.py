@@ -252,12 +252,12 @@ def build_optimizer(method: nn.Module, config: TrainConfig) -> torch.optim.Optim
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": norm_and_bias_decay},
     ]
-    # One launch for a group. On a CPU fused Adam is three times as fast as torch's default; fused SGD is slower.
+    # Fused, a group takes few launches. On a CPU this makes Adam three times as fast, and SGD slower.
     fused = {"sgd": ("cuda",), "adam": ("cuda", "cpu")}[config.optimizer]
-    options = {"lr": config.lr, "fused": parameters[0].device.type in fused or None}
+    use = parameters[0].device.type in fused or None
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, **options)
-    return torch.optim.SGD(groups, momentum=config.sgd_momentum, **options)
+        return torch.optim.Adam(groups, lr=config.lr, fused=use)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=use)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

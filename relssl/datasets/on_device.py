@@ -1,6 +1,7 @@
 """Images in memory that lie on the training device, where a batch is a selection without synchronisation."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -62,5 +63,5 @@ def arrays_of(images: Images) -> list[Arrays]:
     """Returns the arrays that a set of images consists of; none if others are among them."""
     if isinstance(images, ConcatImages):
         parts = [arrays_of(part) for part in images.parts]
-        return sum(parts, []) if all(parts) else []
+        return list(chain(*parts)) if all(parts) else []
     return [images] if isinstance(images, Arrays) else []

@@ -95,8 +95,8 @@ class TrainConfig:
     workers: int = 2
     """Processes that load images from files; data in memory need none. [relssl]"""
     data_device: DataDevice = "auto"
-    """Where training images in memory lie: device copies them to the training device, and so does auto if that
-    is a GPU and they take less than a quarter of its free memory. [relssl]"""
+    """Where training images in memory lie: device copies them to the training device, and so does auto if
+    that is a GPU and they take less than a quarter of its free memory. [relssl]"""
     skip_unreadable: bool = False
     """Skip images that cannot be read, and report them, instead of stopping; in training, other images,
     drawn by the index of the unreadable one, replace them. [relssl]"""

@@ -94,10 +94,13 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, splits: int, eps: float) -
         return y, stats, rstd
     stats.zero_()
     mean = torch.empty_like(rstd)
-    for part, out, *rest in zip(*(t.chunk(splits) for t in (x, y)), *stats, mean, rstd, strict=True):
-        running, saved = rest[:2], rest[2:]
+    each = zip(x.chunk(splits), y.chunk(splits), *stats, mean, rstd, strict=True)
+    for part, out, part_mean, part_var, save_mean, save_invstd in each:
         # With a momentum of 1 the "running" statistics are those of the part.
-        torch.native_batch_norm(part, weight, bias, *running, True, 1.0, eps, out=(out, *saved))
+        torch.ops.aten.native_batch_norm.out(
+            part, weight, bias, part_mean, part_var, True, 1.0, eps,
+            out=out, save_mean=save_mean, save_invstd=save_invstd,
+        )  # fmt: skip
     return y, stats, rstd
 
 

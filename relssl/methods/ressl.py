@@ -174,7 +174,7 @@ class ReSSL(Method):
     @torch.no_grad()
     def update_teacher(self) -> None:
         """Moves the teacher's parameters; its BatchNorm has its own statistics, as in the authors' code."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher, student = tuple(self.teacher.parameters()), tuple(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - self.config.momentum)
 
     @torch.no_grad()
