@@ -33,7 +33,7 @@ define tests
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not alone and $(1)" $(ARGS) $(EMPTY)
 	$(BIN)/pytest -m "alone and $(1)" $(ARGS) $(EMPTY)
 	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -k triton -m "$(1)" tests/test_losses.py tests/test_ids.py \
-		tests/test_triton.py $(ARGS) $(EMPTY)
+		tests/test_triton.py tests/test_split_batch_norm.py $(ARGS) $(EMPTY)
 endef
 EMPTY := $(if $(ARGS),|| test $$? -eq 5)
 

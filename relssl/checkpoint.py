@@ -20,7 +20,7 @@ from relssl.old_names import replace_old_names
 # Settings that a resumed run may change without a message...
 RESUMABLE_OVERRIDES = {
     "resume", "out", "data_root", "download", "device", "workers", "backend", "eval_every", "save_every",
-    "reschedule", "skip_unreadable",
+    "reschedule", "skip_unreadable", "data_device",
 }  # fmt: skip
 # ... and those that affect only the steps to come.
 RATES = {"lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum", "accumulate", "compile"}
@@ -158,11 +158,11 @@ def restore(path: Path, state: TrainState, device: torch.device) -> None:
         for line in lines:
             print(f"{line} from {describe_position(epoch + 1, step)} on", file=sys.stderr)
     assert state.optimizer
-    rates = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
+    # Rates, and how a step is computed (fused), are those of this run. Loading depends on the latter.
+    for group, own in zip(contents["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
+        group |= {name: value for name, value in own.items() if name != "params"}
     for key, part in state.parts().items():
         _load(path, part, contents[key])
-    for group, own in zip(state.optimizer.param_groups, rates, strict=True):
-        group.update(own)  # Rates are those of the config, not of the checkpoint.
     if (len(contents["rng_states"]), contents["device"]) == (distributed.world_size(), device.type):
         random_state.restore(contents["rng_states"][distributed.rank()])
     else:

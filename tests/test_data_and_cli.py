@@ -303,7 +303,7 @@ def test_a_setting_out_of_its_range_is_refused(command, tmp_path, setting, value
 
 
 def test_info_needs_torch_and_numpy_only(tmp_path):
-    block = "import sys\nfor name in ('tyro', 'kornia', 'torchvision', 'sklearn', 'matplotlib', 'tqdm'):\n"
+    block = "import sys\nfor name in ('tyro', 'torchvision', 'sklearn', 'matplotlib', 'tqdm'):\n"
     block += (
         "    sys.modules[name] = None\nsys.argv = ['relssl', 'info']\nfrom relssl.cli import main\nmain()"
     )

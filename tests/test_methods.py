@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from relssl.functional import info_nce, relation_loss
-from relssl.methods.backbones import SplitBatchNorm2d, build
+from relssl.methods.backbones import build
 from relssl.methods.ressl import PRESETS
 
 SMALL = replace(PRESETS["digits"], hidden=32, dim=16, queue_size=64, batch_size=8)
@@ -146,21 +146,6 @@ def test_shuffled_keys_come_back_in_order():
     shuffled = method.keys(x)
     method.config.bn_splits = 1
     torch.testing.assert_close(shuffled, method.keys(x))
-
-
-def test_split_batch_norm_is_batch_norm_on_each_part():
-    x = torch.randn(12, 5, 3, 3) * 2 + 1
-    split, parts = SplitBatchNorm2d(5, 4), [nn.BatchNorm2d(5) for _ in range(4)]
-    y = split(x)
-    for s, part in enumerate(parts):  # Part s is every fourth image.
-        torch.testing.assert_close(y[s::4], part(x[s::4]))
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(split, name), sum(getattr(p, name) for p in parts) / 4)
-    split.eval()
-    expected = nn.functional.batch_norm(x, split.running_mean, split.running_var)
-    torch.testing.assert_close(split(x), expected)
-    with pytest.raises(ValueError, match="batch of 10 does not divide into 4"):
-        split.train()(x[:10])
 
 
 @pytest.mark.parametrize("strong", [False, True])

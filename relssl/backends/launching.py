@@ -33,13 +33,14 @@ def kernels() -> SimpleNamespace:
     from triton import __version__
     from triton.runtime._allocation import NullAllocator, _allocator
 
-    from relssl.kernels import backward, combine, enqueue, forward, heuristics, specialised
+    from relssl.kernels import backward, batch_norm, combine, enqueue, forward, heuristics, specialised
 
     return SimpleNamespace(
         NullAllocator=NullAllocator,
         allocator=_allocator,
         backward_queue=backward.backward_queue,
         backward_x=backward.backward_x,
+        batch_norm=batch_norm,
         combine_info_nce=combine.combine_info_nce,
         combine_lse_and_mean=combine.combine_lse_and_mean,
         combine_relation=combine.combine_relation,

@@ -11,6 +11,7 @@ files are taken by the worker processes that read them.
     crops.py     the random crop of a view
     decode.py    one image file, or random crops of it
     loading.py   batches, read by worker processes
+    on_device.py images in memory that lie on the training device
 """
 
 from relssl.datasets.crops import Crop

@@ -93,7 +93,7 @@ class Loader:
             collate_fn=_unchanged, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
-    def load(self, batches: Sequence[list[int]], epoch: int = 0) -> Iterator[Batch]:
+    def load(self, batches: Sequence[list[int]] | Tensor, epoch: int = 0) -> Iterator[Batch]:
         """Yields the batch of each list of indices in the set; a replacement has its own index.
 
         Raises:
@@ -101,6 +101,8 @@ class Loader:
         """
         if self.loader is None:
             raise ValueError("the loader is closed")
+        if isinstance(batches, Tensor):
+            batches = batches.tolist()
         self.requests[:] = [(indices, epoch) for indices in batches]
         for result in self.loader:
             if isinstance(result, ValueError):

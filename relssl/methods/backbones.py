@@ -2,48 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from relssl.datasets.torchvision_import import torchvision
+from relssl.methods.batch_norm import SplitBatchNorm2d
 
 Arch = Literal["conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large", "efficientnet_b0"]
 Stem = Literal["imagenet", "small", "small-pool"]
-
-
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are computed separately over `splits` parts of the batch.
-
-    One GPU then behaves like `splits` GPUs without synchronised BatchNorm. With the teacher's batch shuffled,
-    the statistics then do not reveal which key belongs to which query (MoCo, He et al. 2020).
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
-    def __init__(self, features: int, splits: int, **options: Any) -> None:
-        super().__init__(features, **options)
-        self.splits = splits
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.splits == 1:
-            return super().forward(x)
-        batch, channels, *size = x.shape
-        if batch % self.splits:
-            raise ValueError(f"a batch of {batch} does not divide into {self.splits} BatchNorm splits")
-        mean, var = (b.repeat(self.splits) for b in (self.running_mean, self.running_var))
-        weight, bias = (p.repeat(self.splits) for p in (self.weight, self.bias))
-        # Part s consists of every splits-th image; its channels become separate channels.
-        parts = x.reshape(-1, channels * self.splits, *size)
-        y = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
-        self.running_mean.copy_(mean.view(self.splits, channels).mean(0))
-        self.running_var.copy_(var.view(self.splits, channels).mean(0))
-        self.num_batches_tracked.add_(1)
-        return y.view(batch, channels, *size)
 
 
 def conv4(norm: Callable[[int], nn.Module], width: int = 32) -> tuple[nn.Module, int]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from relssl.augment import View
 from relssl.datasets import Crop, Data, Images
 from relssl.datasets.images import Views
+from relssl.datasets.on_device import DataDevice
 from relssl.distributed import local_rank
 from relssl.methods.backbones import Arch, Stem
 from relssl.queue import FeatureQueue
@@ -102,6 +103,9 @@ class TrainConfig:
     workers: int | None = None
     """Processes that load images from files; data in memory need none. Default: the number of usable CPUs,
     under torchrun divided by the processes of a machine. [relssl]"""
+    data_device: DataDevice = "auto"
+    """Where training images in memory lie: device copies them to the training device, and so does auto if
+    that is a GPU and they take less than a quarter of its free memory. [relssl]"""
     skip_unreadable: bool = False
     """Skip images that cannot be read, and report them, instead of stopping; in training, other images,
     drawn by the index of the unreadable one, replace them. [relssl]"""

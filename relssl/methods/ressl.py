@@ -185,8 +185,8 @@ class ReSSL(Method):
     @torch.no_grad()
     def update_teacher(self) -> None:
         """Moves the teacher's parameters; its BatchNorm has its own statistics, as in the authors' code."""
-        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            teacher.lerp_(student, 1 - self.config.momentum)
+        teacher, student = tuple(self.teacher.parameters()), tuple(self.student.parameters())
+        torch._foreach_lerp_(teacher, student, 1 - self.config.momentum)
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
