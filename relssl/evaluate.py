@@ -48,8 +48,9 @@ def evaluate(method: Method, config: TrainConfig, options: EvalConfig = DEFAULTS
     """
     method.eval()
     data = load(config)
-    scores = _score(method.features, data, config, options, method.assign)
-    return scores | softmax_entropies(method, data, config.skip_list())
+    with method.eager():
+        scores = _score(method.features, data, config, options, method.assign)
+        return scores | softmax_entropies(method, data, config.skip_list())
 
 
 def baselines(config: TrainConfig, options: EvalConfig = DEFAULTS) -> dict[str, dict[str, float]]:

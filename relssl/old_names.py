@@ -8,7 +8,7 @@ KEYS = {"steps": "steps_per_epoch", "unjudged": "evaluation_due", "randomness": 
 # Settings in its config.
 SETTINGS = {"judge_every": "eval_every", "standardise": "normalize"}
 # Settings that its config may lack, with the values that change nothing.
-ADDED = {"exclude_own": False, "accumulate": 1}
+ADDED = {"exclude_own": False, "accumulate": 1, "compile": "no"}
 # Submodules in its names of parameters and buffers.
 MODULES = {"standardise": "normalize"}
 

@@ -111,13 +111,20 @@ class _Trainer:
         self.sums = Sums(self.state.sums)
         method.epoch = self.state.epoch + self.state.step / self.steps
         encoder = distributed.wrap_ddp(Encoder(method), find_unused_parameters=len(self.passes) > 1)
+        if config.compile != "no":
+            # Random numbers are those of eager code, of which checkpoints have the state.
+            graphs = {"triton.cudagraphs": config.compile == "reduce-overhead" and device.type == "cuda"}
+            method.compile_parts(options={"fallback_random": True, **graphs})
         self.gradients = Gradients(method, encoder, config.accumulate, self.autocast, self.scaler.scale)
         self.saved_at = time.monotonic()
+        self.compiling = config.compile != "no"
 
     def run(self) -> None:
         """Trains to the last epoch, or until a signal, and saves what has been trained."""
         self.stop.at_once = False  # From here on there is something to save.
         stopped = self.state.evaluation_due and self.evaluate_and_save()
+        if self.compiling:
+            self.bar.write("compiling views, student and teacher, which takes minutes", file=sys.stderr)
         crops = self.state.method.crops
         with image_loaders(self.passes, self.config, crops, self.skipped) as self.loaders:
             while not stopped and self.state.epoch < self.config.epochs:
@@ -133,6 +140,8 @@ class _Trainer:
         losses: list[Tensor] = []  # Those not read yet.
         for pass_name, batch in epoch_batches(self.loaders, config, state.epoch, state.step):
             losses.append(self.run_step(batch, pass_name))
+            if self.compiling:
+                self.report_compiled(time.perf_counter() - began)
             if self.check_and_save(losses):
                 return True
         seconds = time.perf_counter() - began
@@ -158,6 +167,8 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         state.method.epoch = state.epoch + state.step / self.steps
+        if self.config.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
         images = batch.images
         if isinstance(images, tuple):
             images = tuple(view.to(self.device, non_blocking=True) for view in images)
@@ -172,6 +183,10 @@ class _Trainer:
         self.sums.add({"loss": loss, **logs})
         self.bar.update(self.config.batch_size)
         return loss
+
+    def report_compiled(self, seconds: float) -> None:
+        self.compiling = False
+        self.bar.write(f"compiled, and trained the first step, in {seconds:.0f} s", file=sys.stderr)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
@@ -210,7 +225,8 @@ class _Trainer:
         scores = None
         if distributed.rank() == 0:
             method, data = self.state.method, self.data
-            scores = self.stop.run_unless_stopped(lambda: evaluate_during_training(method, data))
+            with method.eager():
+                scores = self.stop.run_unless_stopped(lambda: evaluate_during_training(method, data))
         self.log(scores or {})
         self.state.evaluation_due = scores is None
         self.save_state()

@@ -1,10 +1,11 @@
 """The interface between training loop and methods: a config that builds a module that computes a loss."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,9 @@ class TrainConfig:
     """Backend that computes the losses (see relssl info). [relssl]"""
     eval_every: int = 10
     """Evaluate the features every N epochs, and at the end; 0 for never. [relssl]"""
+    compile: Literal["no", "default", "reduce-overhead"] = "no"
+    """Mode of torch.compile for views, student and teacher, which takes minutes before the first step.
+    reduce-overhead uses CUDA graphs on a GPU. [relssl]"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. [relssl]"""
     device: str = "auto"
@@ -232,6 +236,21 @@ class Method(nn.Module):
 
     def update_queue(self, outputs: Sequence[Tensor], ids: Tensor | None = None) -> None:
         """Enqueues those of the outputs of a step that its queue keeps, if there is one."""
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """The modules that `encode` calls."""
+        raise NotImplementedError
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compiles views and networks, each as a whole and for each shape; options are torch.compile's."""
+        for module in dict.fromkeys((*self.views, *self.networks)):
+            # In contrast to module.compile(), this accepts modules of torch itself.
+            module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, **options)
+
+    def eager(self) -> AbstractContextManager:
+        """Returns a context in which nothing is compiled, for batches of other shapes than in training."""
+        return nullcontext() if self.config.compile == "no" else torch.compiler.set_stance("force_eager")
 
     @property
     def backbone(self) -> nn.Module:

@@ -112,7 +112,7 @@ class ReSSL(Method):
             nn.ReLU(inplace=True),
             nn.Linear(config.hidden, config.dim),
         )
-        self.student = nn.ModuleDict({"backbone": backbone, "projector": projector})
+        self.student = _Encoder({"backbone": backbone, "projector": projector})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = Predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
         dtype = getattr(torch, config.queue_dtype)
@@ -133,6 +133,10 @@ class ReSSL(Method):
     def backbone(self) -> nn.Module:
         """The student's backbone, without its projector."""
         return self.student["backbone"]
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.student, self.teacher, *([self.predictor] if self.config.predictor else [])]
 
     @property
     def views(self) -> list[nn.Module]:
@@ -228,7 +232,14 @@ class Predictor(nn.Module):
         return z + self.mlp(z)
 
 
-def _embed(encoder: nn.ModuleDict, images: Tensor, predictor: nn.Module | None = None) -> Tensor:
+class _Encoder(nn.ModuleDict):
+    """A backbone and its projector."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self["projector"](self["backbone"](images))
+
+
+def _embed(encoder: nn.Module, images: Tensor, predictor: nn.Module | None = None) -> Tensor:
     """Computes unit-norm embeddings [B, D]."""
-    z = encoder["projector"](encoder["backbone"](images))
+    z = encoder(images)
     return F.normalize(at_least_float32(predictor(z) if predictor else z), dim=1)

@@ -153,6 +153,10 @@ class SACC(Method):
         return self.net
 
     @property
+    def networks(self) -> list[nn.Module]:
+        return [self.net, self.instance, self.cluster]
+
+    @property
     def views(self) -> list[nn.Module]:
         return [self.weak, self.weak, self.strong]
 
