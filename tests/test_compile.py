@@ -1,0 +1,78 @@
+"""--compile: views and networks as whole graphs, whose loss and gradients are those of eager code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from relssl.methods import PRESETS
+from relssl.train import train
+
+SMALL = {"dim": 16, "batch_size": 8, "eval_every": 0}
+CONFIGS = {
+    "ressl": replace(PRESETS["ressl"]["digits"], **SMALL, hidden=32, queue_size=40, crops=2, predictor=8),
+    "sacc": replace(PRESETS["sacc"]["digits"], **SMALL, clusters=10, randaugment=1),
+}
+BACKENDS = {
+    "aot_eager": ({"backend": "aot_eager"}, 1e-6),
+    "inductor": ({"options": {"fallback_random": True}}, 1e-4),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_loss_and_gradients_are_those_of_eager_code(name, backend):
+    options, error = BACKENDS[backend]
+    torch.manual_seed(0)
+    method = CONFIGS[name].build(torch.zeros(3), torch.ones(3)).train()
+    start = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+
+    def step():
+        method.load_state_dict(start)
+        method.zero_grad()
+        torch.manual_seed(1)
+        loss, _ = method(images)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
+        return loss, torch.cat(gradients), torch.rand(3)
+
+    expected = step()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    method.compile_parts(**options)
+    compiled = step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs >= len(method.networks)
+    for ours, theirs in zip(compiled, expected, strict=True):
+        assert (ours - theirs).norm() <= error * theirs.norm()
+
+
+def test_evaluation_is_not_compiled():
+    """Its batches have other shapes, each of which would be compiled."""
+    method = replace(CONFIGS["ressl"], compile="default").build(torch.zeros(3), torch.ones(3)).eval()
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    expected = method.embed(images)
+    method.compile_parts(backend="aot_eager")
+    with method.eager():
+        assert torch.equal(method.embed(images), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_is_compiled_says_so_and_may_go_on_without(tmp_path, capfd):
+    config = replace(CONFIGS["ressl"], batch_size=256, crops=1, epochs=1, out=tmp_path, compile="default")
+    train(config)
+    lines = capfd.readouterr().err
+    assert "compiling views, student and teacher, which takes minutes" in lines
+    assert "compiled, and trained the first step, in " in lines
+    longer = replace(config, epochs=2, schedule="constant", resume=True)
+    with pytest.raises(ValueError, match="schedule was cosine"):
+        train(longer)
+    train(replace(config, resume=True, compile="no"))
+    assert "compile was default, is no from epoch 2 on" in capfd.readouterr().err
