@@ -8,7 +8,7 @@ from relssl.augment.resample import filter_both_sides, first_rows
 
 
 def kernel_size(side: int) -> int:
-    """Returns a tenth of an image's side, rounded down to an odd number, but at least 3 (SimCLR)."""
+    """Returns a tenth of an image's side, rounded down and made odd by adding 1, but at least 3 (SimCLR)."""
     return max(3, side // 10 // 2 * 2 + 1)
 
 
