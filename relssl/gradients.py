@@ -94,8 +94,8 @@ class Gradients:
         outputs = [rows.requires_grad_() for rows in _concatenate(found)]
         with self.autocast():
             loss, logs = self.method.loss(outputs, pass_name, ids)
-        self.scale(loss).backward()
-        gradients = zip(*(rows.grad.chunk(len(parts)) for rows in outputs), strict=True)
+        of_outputs = torch.autograd.grad(self.scale(loss), outputs)
+        gradients = zip(*(rows.chunk(len(parts)) for rows in of_outputs), strict=True)
         for number, (images, state, gradient) in enumerate(zip(parts, states, gradients, strict=True), 1):
             random_state.restore(state)  # The same views, and the same dropout.
             with distributed.average_gradients(self.encoder, number == len(parts)):

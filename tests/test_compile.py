@@ -19,11 +19,19 @@ BACKENDS = {
 }
 
 
+# What Dynamo reads of a tensor that one graph passes to the next.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
 @pytest.fixture(autouse=True)
 def no_graphs():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -45,10 +53,11 @@ def test_loss_and_gradients_are_those_of_eager_code(name, backend):
         return loss, torch.cat(gradients), torch.rand(3)
 
     expected = step()
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    before = num_graphs()
     method.compile_parts(**options)
     compiled = step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs >= len(method.networks)
+    # Crops of two sizes need two graphs of the student and of its predictor; SACC's weak view is one graph.
+    assert num_graphs() - before == {"ressl": 3 + 2 + 1 + 1, "sacc": 2 + 3}[name]
     for ours, theirs in zip(compiled, expected, strict=True):
         assert (ours - theirs).norm() <= error * theirs.norm()
 
@@ -59,9 +68,10 @@ def test_evaluation_is_not_compiled():
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     expected = method.embed(images)
     method.compile_parts(backend="aot_eager")
+    before = num_graphs()
     with method.eager():
         assert torch.equal(method.embed(images), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    assert num_graphs() == before
 
 
 @pytest.mark.slow
@@ -71,8 +81,5 @@ def test_a_run_that_is_compiled_says_so_and_may_go_on_without(tmp_path, capfd):
     lines = capfd.readouterr().err
     assert "compiling views, student and teacher, which takes minutes" in lines
     assert "compiled, and trained the first step, in " in lines
-    longer = replace(config, epochs=2, schedule="constant", resume=True)
-    with pytest.raises(ValueError, match="schedule was cosine"):
-        train(longer)
     train(replace(config, resume=True, compile="no"))
     assert "compile was default, is no from epoch 2 on" in capfd.readouterr().err

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from relssl.augment.draw import constant, floats
-from relssl.augment.resample import filter_both_sides, first_rows
+from relssl.augment.resample import filter_both_sides, multiples
 
 
 def kernel_size(side: int) -> int:
-    """Returns a tenth of an image's side, rounded down to an odd number, but at least 3 (SimCLR)."""
+    """Returns a tenth of an image's side, rounded down and made odd by adding 1, but at least 3 (SimCLR)."""
     return max(3, side // 10 // 2 * 2 + 1)
 
 
@@ -23,7 +23,7 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     variance = torch.addcmul(floats((1e-12,), images.device), sigma, sigma)
     weights = (exponents / variance.unsqueeze(1)).softmax(1)
     weights = weights.unsqueeze(1).expand(-1, side, -1).contiguous().expand(2, -1, -1, -1)
-    rows = (near + first_rows(batch, side, images.device)).expand(2, -1, -1, -1)
+    rows = (near + multiples(batch, side, images.device).view(-1, 1, 1)).expand(2, -1, -1, -1)
     return filter_both_sides(images, rows, weights).transpose(1, 3)
 
 
@@ -34,4 +34,4 @@ def _neighbours(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     distance = torch.arange(size, device=device) - size // 2
     rows = (torch.arange(side, device=device).unsqueeze(1) + distance).abs()
     rows = (side - 1) - ((side - 1) - rows).abs()
-    return rows.clamp(min=0).int(), distance.square() / -2
+    return rows.clamp(min=0).int(), distance.square().float() / -2

@@ -66,5 +66,5 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue = hue.div_(chroma.clamp(min=1e-6)).add_(largest, alpha=2)
     corners = floats(((5.0,), (3.0,), (1.0,)), images.device)
     k = (hue + torch.add(corners, turns.view(-1, 1, 1, 1), alpha=6)).remainder_(6)
-    share = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return torch.addcmul(value, chroma, share, value=-1)
+    darker = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return torch.addcmul(value, chroma, darker, value=-1)

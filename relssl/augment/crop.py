@@ -67,24 +67,31 @@ def crop(images: Tensor, start: Tensor, size: Tensor, flip: Tensor, side: int) -
     start, size = (t.T[:, :, None, None] for t in (start, size))  # [2, B, 1, 1], of height and width.
     centres, mirror = _centres(side, device)
     # Where the results lie in the box, in pixels whose centres are whole numbers: [2, B, S, 1].
-    shares = torch.addcmul(centres, flip.view(-1, 1, 1), mirror)
-    at = torch.addcmul(floats((-0.5,), device), size, shares)
+    positions = torch.addcmul(centres, flip.view(-1, 1, 1), mirror)
+    at = torch.addcmul(floats((-0.5,), device), size, positions)
     if side >= max(height, width):
         pixels, weights = _interpolate(at, size)
     else:
         pixels, weights = _antialias(at, size, side, ceil(2 * max(height, width) / side))
-    batch = torch.arange(len(images), dtype=torch.float32, device=device).view(-1, 1, 1)
-    first = torch.addcmul(start, batch, floats(((((height,),),), (((width,),),)), device))
-    rows = (pixels + first).int()  # Floats are exact up to 16,777,216 rows of all images.
+    # Floats are exact up to 16,777,216 rows of all images.
+    first = torch.add(start, _first_rows(len(images), height, width, device))
+    rows = (pixels + first).int()
     columns = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return filter_both_sides(columns, rows, weights)
 
 
 @constant
 def _centres(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the centres of pixels, as shares of a side, and what mirroring adds to them, [2, 1, S, 1]."""
-    centres = (torch.arange(side, device=device) + 0.5).div(side).view(1, 1, -1, 1)
+    """Returns the centres of pixels, from 0 to 1, and what mirroring adds to them, [2, 1, S, 1]."""
+    centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5).div(side).view(1, 1, -1, 1)
     return centres.expand(2, -1, -1, -1), torch.cat((torch.zeros_like(centres), 1 - 2 * centres))
+
+
+@constant
+def _first_rows(batch: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Returns the number of each image's first row, and of its first column, float32 [2, B, 1, 1]."""
+    images = torch.arange(batch, dtype=torch.float32, device=device)
+    return torch.stack((images * height, images * width)).view(2, -1, 1, 1)
 
 
 @constant

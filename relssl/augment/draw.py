@@ -16,7 +16,7 @@ def constant(function: F) -> F:
 
     The copy of a constant to a GPU waits for the host; so it takes place once for each device.
     """
-    cached = lru_cache(maxsize=None)(function)
+    cached = lru_cache(maxsize=256)(function)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
@@ -38,7 +38,7 @@ def floats(values: Any, device: torch.device) -> Tensor:
         shape.append(len(flat[0]))
         flat = sum(flat, ())
     index = torch.arange(len(flat), device=device)
-    result = torch.full((len(flat),), flat[0], device=device)
+    result = torch.full((len(flat),), flat[0], dtype=torch.float32, device=device)
     for first in range(1, len(flat)):
         if flat[first] != flat[first - 1]:
             result = torch.where(index < first, result, flat[first])
@@ -58,10 +58,10 @@ def draw(batch: int, device: torch.device, *groups: tuple[Range, ...]) -> tuple[
     ranges = sum(groups, ())
     low = floats(tuple(low for low, _ in ranges), device)
     span = floats(tuple(high - low for low, high in ranges), device)
-    numbers = torch.addcmul(low, torch.rand(batch, len(ranges), device=device), span)
+    numbers = torch.addcmul(low, torch.rand(batch, len(ranges), dtype=torch.float32, device=device), span)
     return numbers.split([len(group) for group in groups], dim=1)
 
 
 def chance(probability: float) -> Range:
     """Returns the range of a number whose floor is 1 with this probability, and 0 otherwise."""
-    return probability, 1 + probability
+    return probability, min(1 + probability, 2 - 2**-20)  # A number just below 2 is not rounded to it.

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from relssl.augment.draw import constant, floats
 from relssl.augment.operations import OPERATIONS, Coefficients, coefficients
+from relssl.backends.common import autocast_off
 
 FIXED = 65536  # PIL's coordinates are in units of 1/65536 pixel.
 SMOOTH = (1.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 1.0)  # PIL's filter, thirteen times
@@ -85,8 +86,9 @@ class RandAugment(nn.Module):
             raise TypeError(f"draws must be int64, not {draws.dtype}")
         if draws.shape != (self.operations, len(images)):
             raise ValueError(f"draws must be {[self.operations, len(images)]}, not {list(draws.shape)}")
-        # In float32: coordinates that autocast rounds to 8 bits would select other pixels.
-        with torch.autocast(images.device.type, enabled=False):
+        if len(images) == 0:
+            return images.clone()
+        with autocast_off(images.device):
             images = images.round()
             tables, columns = self.tables[draws], self.columns.view(torch.float32)[draws]
             along, down = _coordinates(self.geometry.view(torch.float64)[draws], *images.shape[2:])

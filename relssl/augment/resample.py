@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from relssl.augment.draw import constant
 
-def first_rows(batch: int, rows: int, device: torch.device) -> Tensor:
-    """Returns the number of each image's first row among those of all images, int32 [B, 1, 1]."""
-    return torch.arange(0, batch * rows, rows, dtype=torch.int32, device=device).view(-1, 1, 1)
+
+@constant
+def multiples(count: int, step: int, device: torch.device) -> Tensor:
+    """Returns 0, step, 2 step and so on, int32 [count]."""
+    return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
 
 
 def filter_both_sides(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -28,12 +31,12 @@ def filter_both_sides(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         float32 [B, M of H, 3, M of W].
     """
     _, batch, results, taps = rows.shape
-    starts = first_rows(batch * results, taps, images.device).flatten()
+    starts = multiples(batch * results, taps, images.device)
 
     def sums(images: Tensor, side: int) -> Tensor:
-        table = images.reshape(-1, 3 * images.shape[3])
+        table = images.flatten(0, 1).flatten(1)
         weight = weights[side].flatten()
         table = F.embedding_bag(rows[side].flatten(), table, starts, mode="sum", per_sample_weights=weight)
-        return table.view(batch, results, 3, -1)
+        return table.view(batch, results, *images.shape[2:])
 
     return sums(sums(images, 1).transpose(1, 3).contiguous(), 0)

@@ -1,17 +1,19 @@
 """`View`: a random augmentation of a batch of images, drawn anew for each image."""
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from relssl.augment.blur import blur
 from relssl.augment.colour import jitter, to_grey
 from relssl.augment.crop import box_ranges, boxes, crop
 from relssl.augment.draw import Range, chance, draw
 from relssl.augment.randaugment import RandAugment
+from relssl.backends.common import autocast_off
 from relssl.datasets.crops import Crop
 
 
@@ -53,11 +55,11 @@ class View(nn.Module):
         size: side of the result in pixels.
         scale: smallest and largest share of an image's area in a crop.
         ratio: smallest and largest ratio of a crop's width to its height.
-        flip: share of the crops that are mirrored horizontally.
+        flip: probability of a horizontal flip.
         jitter: strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
-        jitter_share: share of the crops that are jittered.
-        grey: share of the crops that are converted to grey.
-        blur: share of the crops that are blurred, with a kernel as wide as a tenth of the size.
+        jitter_probability: probability of the colour jitter.
+        grey: probability of the conversion to grey.
+        blur: probability of the blur, whose kernel is a tenth of the size, odd, and at least 3 pixels wide.
         sigma: smallest and largest standard deviation of the blur in pixels.
         randaugment: the last step before normalisation, or None.
         normalize: a module that maps images in [0, 1] to the result, such as `Normalize`, or None.
@@ -74,7 +76,7 @@ class View(nn.Module):
         ratio: Range = (3 / 4, 4 / 3),
         flip: float = 0.5,
         jitter: Sequence[float] | None = None,
-        jitter_share: float = 0.8,
+        jitter_probability: float = 0.8,
         grey: float = 0.0,
         blur: float = 0.0,
         sigma: Range = (0.1, 2.0),
@@ -82,24 +84,27 @@ class View(nn.Module):
         normalize: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.scale, self.ratio, self.sigma = size, tuple(scale), tuple(ratio), tuple(sigma)
-        self.flip, self.jitter_share, self.grey, self.blur = flip, jitter_share, grey, blur
+        self.size, self.scale, self.ratio, self.sigma = size, scale, ratio, sigma
+        self.flip, self.jitter_probability, self.grey, self.blur = flip, jitter_probability, grey, blur
         self.jitter = None if jitter is None else tuple(jitter)
         self.randaugment, self.normalize = randaugment, normalize
         self._check()
 
     def _check(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1, got {self.size}")
-        for name in ("flip", "jitter_share", "grey", "blur"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {share}")
-        for name, least, most in ("scale", 0, 1), ("ratio", 0, float("inf")), ("sigma", 0, float("inf")):
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"size must be an integer of at least 1, got {self.size}")
+        for name in ("flip", "jitter_probability", "grey", "blur"):
+            if not 0 <= (probability := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {probability}")
+        for name, most in ("scale", 1.0), ("ratio", None), ("sigma", None):
             low, high = getattr(self, name)
-            if not least < low <= high <= most:
-                raise ValueError(f"{name} must rise within ({least}, {most}], got {(low, high)}")
+            if not 0 < low <= high <= (most or sys.float_info.max):
+                least = "numbers above 0" + (f" up to {most:g}" if most else "")
+                raise ValueError(f"{name} must be two {least}, the smaller first, got {(low, high)}")
         if self.jitter is not None and (
-            len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5
+            len(self.jitter) != 4
+            or not all(0 <= strength < math.inf for strength in self.jitter)
+            or self.jitter[3] > 0.5
         ):
             raise ValueError(f"jitter must be four strengths, that of the hue up to 0.5, got {self.jitter}")
 
@@ -110,27 +115,24 @@ class View(nn.Module):
 
     def draw(self, batch: int, height: int, width: int, device: torch.device | str) -> ViewParameters:
         """Draws the parameters of a batch of images of this size, on this device."""
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # which has an index
         strengths = self.jitter or (0.0, 0.0, 0.0, 0.0)
         changes = tuple((-min(s, 1.0), s) for s in strengths)
-        shares = chance(self.flip), chance(self.jitter_share), chance(self.grey)
-        # Below the smallest sigma, which as many draws are as crops remain sharp, it is zero.
-        low, high = self.sigma
-        sigma = (high - (high - low) / self.blur, high) if self.blur else (0.0, 0.0)
-        *box, change, key, share, sigmas = draw(
-            batch, device, *box_ranges(height, width, self.scale, self.ratio), changes, ((0.0, 1.0),) * 4,
-            shares, (sigma,),
-        )  # fmt: skip
-        share = share.floor()
-        start, size = boxes(*box, height, width)
+        chances = tuple(map(chance, (self.flip, self.jitter_probability, self.grey, self.blur)))
+        boxes_from = box_ranges(height, width, self.scale, self.ratio)
+        areas, half_logs, positions, change, keys, applied, sigma = draw(
+            batch, device, *boxes_from, changes, ((0.0, 1.0),) * 4, chances, (self.sigma,)
+        )
+        applied = applied.floor()
+        start, size = boxes(areas, half_logs, positions, height, width)
         return ViewParameters(
             start,
             size,
-            share[:, 0],
-            jitter=change * share[:, 1:2] if self.jitter else None,
-            order=key.argsort(1) if self.jitter else None,
-            grey=share[:, 2] if self.grey else None,
-            sigma=F.threshold(sigmas[:, 0], low, 0.0) if self.blur else None,
+            applied[:, 0],
+            jitter=change * applied[:, 1:2] if self.jitter else None,
+            order=keys.argsort(1) if self.jitter else None,
+            grey=applied[:, 2] if self.grey else None,
+            sigma=sigma[:, 0] * applied[:, 3] if self.blur else None,
             operations=self.randaugment.draw(batch, device) if self.randaugment else None,
         )
 
@@ -146,12 +148,17 @@ class View(nn.Module):
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+        if images.shape[2] == 0 or images.shape[3] == 0:
+            raise ValueError(f"images must not be empty, got {list(images.shape)}")
         if cropped and images.shape[2:] != (self.size, self.size):
-            raise ValueError(f"crops must be {self.size} x {self.size}, got {list(images.shape)}")
-        # In float32: coordinates that autocast rounds to 8 bits would select other pixels.
-        with torch.autocast(images.device.type, enabled=False):
-            device = images.device
-            p = self.draw(len(images), *images.shape[2:], device) if parameters is None else parameters
+            raise ValueError(f"cropped images must be {self.size} x {self.size}, got {list(images.shape)}")
+        if parameters is not None and len(parameters.start) != len(images):
+            raise ValueError(f"parameters are of {len(parameters.start)} images, got {len(images)} images")
+        with autocast_off(images.device):
+            if parameters is None:
+                height, width = images.shape[2:]
+                parameters = self.draw(len(images), height, width, images.device)
+            p = parameters
             if cropped:
                 x = images.permute(0, 2, 1, 3).float()
             else:
@@ -162,8 +169,8 @@ class View(nn.Module):
                 x = x.lerp(to_grey(x), p.grey.view(-1, 1, 1, 1))
             if p.sigma is not None:
                 x = blur(x, p.sigma)
-            x = x.transpose(1, 2)
+            x = x.transpose(1, 2).contiguous()
             if self.randaugment and p.operations is not None:
-                x = self.randaugment(x.contiguous(), p.operations)
-            x = torch.div(x, 255, out=torch.empty(x.shape, device=device))  # contiguous
+                x = self.randaugment(x, p.operations)
+            x = x.div_(255)
             return x if self.normalize is None else self.normalize(x)

@@ -1,6 +1,7 @@
 """Helpers of all backends: the types of their arguments, dtypes and layouts."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -119,6 +120,12 @@ def device_type(x: Tensor) -> str:
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a device type; torch raises for one that has none, such as "meta"."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """Returns a context in which autocast is off."""
+    on = autocasts(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def without_autocast(run: F) -> F:

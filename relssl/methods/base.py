@@ -244,6 +244,8 @@ class Method(nn.Module):
 
     def compile_parts(self, **options: Any) -> None:
         """Compiles views and networks, each as a whole and for each shape; options are torch.compile's."""
+        # All modules of torch itself share one count of graphs, which is limited to 8.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for module in dict.fromkeys((*self.views, *self.networks)):
             # In contrast to module.compile(), this accepts modules of torch itself.
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, **options)
