@@ -69,6 +69,7 @@ class Run:
         if self.path.exists():
             earlier = json.loads(self.path.read_text())
             self.result["pieces"] = earlier["pieces"]
+            self.result["differs"] = earlier["differs"] | self.result["differs"]  # Of any piece.
             if earlier["settings"] == settings:  # If not, train says whether the run can continue.
                 self.result = earlier
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,19 @@ def test_the_published_settings_are_not_marked(tmp_path):
     assert reproduce.train_config("ressl", []).epochs == 200
     sacc = reproduce.train_config("sacc", [])
     assert (sacc.arch, sacc.epochs, sacc.image_size) == ("resnet34", 1000, 224)
+
+
+def test_a_setting_of_an_earlier_piece_stays_marked(tmp_path):
+    def run(*options):
+        config = reproduce.train_config("ressl", list(options))
+        return reproduce.Run("ressl", replace(config, out=tmp_path / "ressl"))
+
+    (tmp_path / "ressl").mkdir()
+    first = run("--lr", "0.03")
+    first.result["pieces"].append({"from": 0, "to": 1, "seconds": 1})
+    first.write()
+    assert run().result["differs"] == run("--lr", "0.03").result["differs"] == {"lr": 0.03}
+    assert "- differs: lr 0.03\n" in (tmp_path / "results.md").read_text()
 
 
 def test_a_piece_without_a_step_is_an_error(command, monkeypatch):
