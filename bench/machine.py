@@ -17,10 +17,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def about() -> dict[str, str]:
-    """Returns device, driver, versions, commit and date."""
+def about(device: str = DEVICE) -> dict[str, str]:
+    """Returns device (of this type, cpu or cuda), driver, versions, commit and date."""
     found = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -29,7 +29,7 @@ def about() -> dict[str, str]:
         "commit": os.environ.get("RELSSL_COMMIT") or commit(),
         "date": str(date.today()),
     }
-    if DEVICE == "cuda":
+    if device == "cuda":
         import triton
 
         found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

@@ -5,7 +5,10 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+if TYPE_CHECKING:
+    from relssl.methods.base import TrainConfig
 
 PLOTS = ("features", "neighbours", "curves")
 USAGE = """usage: relssl COMMAND ...
@@ -52,19 +55,14 @@ def _tune(arguments: list[str]) -> None:
     main(arguments)
 
 
-def _train(arguments: list[str]) -> None:
+def train_config(name: str, arguments: list[str]) -> "TrainConfig":
+    """Returns the config of `relssl train NAME`; bad usage exits with status 2."""
     import argparse
 
     import tyro
 
-    from relssl import distributed, methods
-    from relssl.evaluate import evaluate
-    from relssl.train import train
+    from relssl import methods
 
-    name, *arguments = arguments or [""]
-    if name not in methods.PRESETS:
-        print(f"usage: relssl train {{{','.join(methods.PRESETS)}}} ...", file=sys.stderr)
-        sys.exit(0 if name in ("-h", "--help") else 2)
     # The preset determines the defaults, so it is read first: --preset, or the one with --data's name.
     presets = methods.PRESETS[name]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -74,12 +72,24 @@ def _train(arguments: list[str]) -> None:
     if known.data:
         arguments += ["--data", known.data]
     preset = presets.get(known.preset or known.data, next(iter(presets.values())))
-    config = tyro.cli(
+    return tyro.cli(
         type(preset),
         default=replace(preset, out=Path("out") / name),
         args=arguments,
         prog=f"relssl train {name} [--preset {{{','.join(presets)}}}]",
     )
+
+
+def _train(arguments: list[str]) -> None:
+    from relssl import distributed, methods
+    from relssl.evaluate import evaluate
+    from relssl.train import train
+
+    name, *arguments = arguments or [""]
+    if name not in methods.PRESETS:
+        print(f"usage: relssl train {{{','.join(methods.PRESETS)}}} ...", file=sys.stderr)
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    config = train_config(name, arguments)
     method = train(config)
     if distributed.is_main_process() and method.epoch == config.epochs:
         print(json.dumps({"trained encoder": evaluate(method, method.config)}))
