@@ -96,6 +96,8 @@ RESUMED = {
     "sacc": (replace(SACC_TINY, schedule="constant"), SACC),
     "sacc with a queue": (replace(SACC_TINY, queue_size=300), SACC),
     "sacc, stl10": (replace(SACC_TINY, recipe="stl10"), SACC),
+    "ressl in parts": (replace(TINY, accumulate=4), ReSSL),
+    "sacc in parts": (replace(SACC_TINY, queue_size=300, accumulate=4), SACC),
     "ressl without own": (replace(TINY, queue_size=600, exclude_own=True, epochs=3), ReSSL),
     "sacc, stl10, without own": (
         replace(SACC_TINY, recipe="stl10", queue_size=900, exclude_own=True),
@@ -114,6 +116,8 @@ RESUMED = {
         ("sacc", 9),
         pytest.param("sacc with a queue", 8, marks=pytest.mark.slow),
         ("sacc, stl10", 19),
+        ("ressl in parts", 7),
+        ("sacc in parts", 9),
         ("ressl without own", 7),
         pytest.param("sacc, stl10, without own", 19, marks=pytest.mark.slow),
     ],
@@ -126,7 +130,8 @@ def test_interrupted_and_resumed_run_is_bitwise_equal(monkeypatch, few, case, st
     part = replace(config, out=config.out / "part")
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        interrupt = after(stop_at, lambda: signal.raise_signal(signal.SIGINT), method)
+        calls = stop_at * (config.accumulate if method is ReSSL else 1)  # SACC has one loss for all parts.
+        interrupt = after(calls, lambda: signal.raise_signal(signal.SIGINT), method)
         patch.setattr(method, "loss", interrupt)
         stopped = train(part)  # Returns instead of raising KeyboardInterrupt.
     steps_an_epoch = 5 if method is ReSSL else 12 if config.recipe == "stl10" else 7
