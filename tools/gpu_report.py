@@ -92,7 +92,7 @@ def build(report: Report) -> str:
 # The files with tests that need a GPU, and their selections, one process each: after an error of CUDA a
 # process can launch nothing more. The selections are disjoint and complete.
 FILES = (
-    "test_gpu.py", "test_cuda.py", "test_triton.py", "test_losses.py", "test_ids.py",
+    "test_gpu.py", "test_gpu_step.py", "test_cuda.py", "test_triton.py", "test_losses.py", "test_ids.py",
     "test_split_batch_norm.py",
 )  # fmt: skip
 SELECTIONS = {"triton": "not cuda", "cuda": "cuda and not sm_90", "cuda, sm_90a": "cuda and sm_90"}
