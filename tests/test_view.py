@@ -249,6 +249,7 @@ IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
         (lambda: View(8, scale=(0, 1)), "scale"),
         (lambda: View(8, scale=(0.5, 0.1)), "scale"),
         (lambda: View(8, scale=(0.5, 1.1)), "scale"),
+        (lambda: View(8, scale=(0.1, 0.2, 0.3)), "scale"),
         (lambda: View(8, ratio=(0, 1)), "ratio"),
         (lambda: View(8, ratio=(2, 1)), "ratio"),
         (lambda: View(8, flip=1.1), "flip"),

@@ -42,6 +42,13 @@ class ViewParameters(NamedTuple):
     operations: Tensor | None = None
 
 
+def _positive_range(name: str, values: Sequence[float], most: float = sys.float_info.max) -> Range:
+    if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+        bound = f" up to {most:g}" if most == 1 else ""
+        raise ValueError(f"{name} must be two numbers above 0{bound}, the smaller first, got {values}")
+    return float(values[0]), float(values[1])
+
+
 class View(nn.Module):
     """Augments uint8 images [B, 3, H, W] to float32 images [B, 3, size, size] in [0, 1], or normalised.
 
@@ -72,19 +79,21 @@ class View(nn.Module):
         self,
         size: int,
         *,
-        scale: Range = (0.08, 1.0),
-        ratio: Range = (3 / 4, 4 / 3),
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         jitter: Sequence[float] | None = None,
         jitter_probability: float = 0.8,
         grey: float = 0.0,
         blur: float = 0.0,
-        sigma: Range = (0.1, 2.0),
+        sigma: Sequence[float] = (0.1, 2.0),
         randaugment: RandAugment | None = None,
         normalize: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.scale, self.ratio, self.sigma = size, scale, ratio, sigma
+        self.size = size
+        self.scale, self.ratio = _positive_range("scale", scale, 1.0), _positive_range("ratio", ratio)
+        self.sigma = _positive_range("sigma", sigma)
         self.flip, self.jitter_probability, self.grey, self.blur = flip, jitter_probability, grey, blur
         self.jitter = None if jitter is None else tuple(jitter)
         self.randaugment, self.normalize = randaugment, normalize
@@ -96,11 +105,6 @@ class View(nn.Module):
         for name in ("flip", "jitter_probability", "grey", "blur"):
             if not 0 <= (probability := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {probability}")
-        for name, most in ("scale", 1.0), ("ratio", None), ("sigma", None):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= (most or sys.float_info.max):
-                least = "numbers above 0" + (f" up to {most:g}" if most else "")
-                raise ValueError(f"{name} must be two {least}, the smaller first, got {(low, high)}")
         if self.jitter is not None and (
             len(self.jitter) != 4
             or not all(0 <= strength < math.inf for strength in self.jitter)
