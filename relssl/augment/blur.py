@@ -13,7 +13,7 @@ def kernel_size(side: int) -> int:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blurs squares, float32 [B, S, 3, S], see `relssl.augment.resample`; the border is reflected.
+    """Blurs squares [B, S, 3, S], see `relssl.augment.resample`; the border is reflected.
 
     sigma: standard deviation in pixels, [B]; 0 changes nothing.
     """

@@ -1,6 +1,6 @@
 """Colour jitter as torchvision's ColorJitter computes it, in an order of its own for each image, and grey.
 
-Images are float32 [B, H, 3, W] in levels, see `relssl.augment.resample`.
+Images are float32 [B, W, 3, H] in levels, see `relssl.augment.resample`.
 """
 
 import torch

@@ -76,8 +76,8 @@ def crop(images: Tensor, start: Tensor, size: Tensor, flip: Tensor, side: int) -
     # Floats are exact up to 16,777,216 rows of all images.
     first = torch.add(start, _first_rows(len(images), height, width, device))
     rows = (pixels + first).int()
-    columns = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return filter_both_sides(columns, rows, weights)
+    levels = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return filter_both_sides(levels, rows, weights)
 
 
 @constant

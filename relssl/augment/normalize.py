@@ -22,4 +22,4 @@ class Normalize(nn.Module):
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32).clone().view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+        return (images - self.mean).div_(self.std)

@@ -164,7 +164,7 @@ class View(nn.Module):
                 parameters = self.draw(len(images), height, width, images.device)
             p = parameters
             if cropped:
-                x = images.permute(0, 2, 1, 3).float()
+                x = images.permute(0, 3, 1, 2).float()
             else:
                 x = crop(images, p.start, p.size, p.flip, self.size)
             if p.jitter is not None and p.order is not None:
@@ -173,7 +173,7 @@ class View(nn.Module):
                 x = x.lerp(to_grey(x), p.grey.view(-1, 1, 1, 1))
             if p.sigma is not None:
                 x = blur(x, p.sigma)
-            x = x.transpose(1, 2).contiguous()
+            x = x.permute(0, 2, 3, 1).contiguous()
             if self.randaugment and p.operations is not None:
                 x = self.randaugment(x, p.operations)
             x = x.div_(255)
