@@ -32,7 +32,8 @@ class KorniaView(nn.Module):
             ka.RandomResizedCrop((side, side), scale=view.scale, ratio=view.ratio, cropping_mode="resample")
         ]
         if view.jitter:
-            steps.append(ka.ColorJitter(*view.jitter, p=view.jitter_share))
+            brightness, contrast, saturation, hue = view.jitter
+            steps.append(ka.ColorJitter(brightness, contrast, saturation, hue, p=view.jitter_share))
         if view.grey:
             steps.append(ka.RandomGrayscale(p=view.grey))
         if view.blur:
