@@ -104,7 +104,7 @@ def benchmark(folder: Path) -> str:
 
 def section(path: Path, document: dict, folder: Path) -> str:
     """Returns the first case with every peer, all other cases in a row each, and the plots."""
-    (title, entries), *others = groups(document)
+    (title, entries), *others = [g for g in groups(document) if not g[1][0]["work"].endswith("_view")]
     rows = []
     for e in entries:
         if "ms" in e:
@@ -168,6 +168,39 @@ def step(path: Path, document: dict, folder: Path) -> str:
     return f"{device(document)}\n\n{markdown(columns, rows)}{plot(path, 'step', folder)}"
 
 
+def parts(path: Path, document: dict, folder: Path) -> str:
+    """Returns time and operations of each part of the steps, with relssl's views and with kornia's."""
+    steps = [e for e in document["results"] if "parts_ms" in e and e["peer"] in ("relssl", "kornia")]
+    steps = [e for e in steps if e["size"] in (0, 4_096)]
+    if not steps:
+        return f"{device(document)} not recorded yet."
+    names = list(steps[0]["parts_ms"])
+    rows = []
+    for e in steps:
+        cells = [f"{number(e['parts_ms'][name])} ms, {e['parts_operations'][name]:,}" for name in names]
+        method = e["title"].removeprefix("a training step of ").partition(",")[0]
+        rows.append([f"{method}, {e['peer']}", *cells, f"{e['operations']:,}", f"{e['synchronisations']}"])
+    columns = ["", *names, "operations", "synchronisations"]
+    return f"{device(document)} {steps[0]['shape'].partition(',')[0]}\n\n{markdown(columns, rows)}"
+
+
+def views(path: Path, document: dict, folder: Path) -> str:
+    """Returns time, operations and compiled kernels of each view and peer."""
+    rows = []
+    for title, entries in groups(document):
+        for e in entries:
+            if e["work"].endswith("_view") and "ms" in e:
+                low, high = e["slowdown"][1:]
+                slowdown = f"{e['slowdown'][0]:.2f} ({low:.2f} to {high:.2f})"
+                found = (e.get(name) for name in ("operations", "synchronisations", "kernels"))
+                counts = ["-" if value is None else f"{value:,}" for value in found]
+                rows.append([title, e["peer"], number(e["ms"][0]), slowdown, *counts])
+    if not rows:
+        return f"{device(document)} not recorded yet."
+    columns = ["view", "peer", "ms", "slowdown", "operations", "synchronisations", "kernels"]
+    return f"{device(document)}\n\n{markdown(columns, rows)}"
+
+
 def growth(path: Path, document: dict, folder: Path) -> str:
     """Returns time and memory of the relation loss for each size of the queue, for batches with several."""
     first = document["results"][0]
@@ -196,7 +229,7 @@ def report(name: str, folder: Path) -> str:
 REPORTS = ("triton-resources", "triton-predictions", "cuda-resources", "cuda-predictions")
 PARTS: dict[str, Callable[[Path], str]] = {
     "benchmark": benchmark,
-    **{write.__name__: each_device(write) for write in (summary, limits, step, growth)},
+    **{write.__name__: each_device(write) for write in (summary, limits, step, growth, parts, views)},
     **{name: partial(report, name) for name in REPORTS},
 }
 

@@ -64,13 +64,13 @@ def package(name: str, module: str) -> ModuleType:
         raise Unsupported(f"{name}: {missing}") from missing
 
 
-def solo_learn(module: str) -> ModuleType:
-    """Imports a file of solo-learn's losses, which needs torch alone; the package would import Lightning."""
+def solo_learn(path: str) -> ModuleType:
+    """Imports a file of solo-learn that needs torch and torchvision alone; the package imports Lightning."""
     found = importlib.util.find_spec("solo")
     if found is None or not found.submodule_search_locations:
         raise Unsupported("solo-learn is not installed")
-    path = Path(found.submodule_search_locations[0]) / "losses" / f"{module}.py"
-    spec = importlib.util.spec_from_file_location(f"solo_losses_{module}", path)
+    file = Path(found.submodule_search_locations[0]) / f"{path}.py"
+    spec = importlib.util.spec_from_file_location(f"solo_{file.stem}", file)
     assert spec and spec.loader
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -369,19 +369,19 @@ def _(p: Problem) -> Loss:
 @peer("relation", "solo-learn", memory=matrices)
 def _(p: Problem) -> Loss:
     """Clones the queue, as its training step does before enqueueing."""
-    loss = solo_learn("ressl").ressl_loss_func
+    loss = solo_learn("losses/ressl").ressl_loss_func
     return lambda: loss(p.q, p.k, p.queue.clone().detach(), STUDENT, TEACHER)
 
 
 @peer("info_nce", "solo-learn", memory=matrices)
 def _(p: Problem) -> Loss:
-    loss = solo_learn("moco").moco_loss_func
+    loss = solo_learn("losses/moco").moco_loss_func
     return lambda: loss(p.q, p.k, p.columns.clone().detach(), INFO_NCE)
 
 
 @peer("nt_xent", "solo-learn", normalises=True, memory=matrices)
 def _(p: Problem) -> Loss:
-    loss = solo_learn("simclr").simclr_loss_func
+    loss = solo_learn("losses/simclr").simclr_loss_func
     return lambda: loss(p.q, p.k, NT_XENT)
 
 

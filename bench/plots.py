@@ -184,7 +184,7 @@ def roofline(document: dict) -> Figure | None:
 
 def steps(document: dict) -> Figure | None:
     """Plots a step of training and the losses' share of it, with relssl and with eager code."""
-    entries = timed(document, "ressl_step")
+    entries = [e for e in timed(document, "ressl_step") if e["peer"] in ("relssl", "eager")]
     if not entries:
         return None
     names = list(dict.fromkeys(e["title"].removeprefix("a training step of ") for e in entries))

@@ -38,8 +38,8 @@ class Results:
             self.path.write_text(json.dumps(self.document(), indent=1) + "\n")
         return entry
 
-    def absent(self, case: Case, peer: str, why: str) -> None:
-        self.add({**described(case), "peer": peer, "absent": why})
+    def absent(self, case: Case, peer: str, why: str, title: str | None = None) -> None:
+        self.add({**described(case), "title": title or case.title, "peer": peer, "absent": why})
 
     def timed(
         self,
@@ -123,6 +123,11 @@ def show(document: dict, width: int) -> None:
             if "host_us" in entry and is_relssl(entry["peer"]):
                 host = f"the host takes {entry['host_us']:.0f} µs a call"
                 console.print(f"  {entry['peer']}: {host}", style="dim")
+            if "operations" in entry:
+                counts = f"{entry['operations']} operations, {entry['synchronisations']} synchronisations"
+                console.print(f"  {entry['peer']}: {counts}", style="dim")
+            if "kernels" in entry:
+                console.print(f"  {entry['peer']}: {entry['kernels']} kernels", style="dim")
             if "loss_share" in entry:
                 share = f"{number(entry['loss_ms'])} ms, {entry['loss_share']:.0%} of the step"
                 console.print(f"  {entry['peer']}: the losses take {share}", style="dim")

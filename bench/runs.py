@@ -52,6 +52,9 @@ def _merge_entries(entries: list[dict]) -> dict:
     for name in ("flop_rate", "matmul_rate", "of_fma_rate", "loss_ms", "loss_share", "host_us"):
         if found := [e[name] for e in timed if name in e]:
             (result[name],) = rounded([median(found)])
+    if "parts_ms" in result:
+        of_part = {part: [e["parts_ms"][part] for e in timed] for part in result["parts_ms"]}
+        result["parts_ms"] = {part: rounded([median(found)])[0] for part, found in of_part.items()}
     return result
 
 

@@ -27,12 +27,18 @@ TITLES = {
     "enqueue": "enqueueing",
     "ressl_step": "a training step of ReSSL",
     "sacc_step": "a training step of SACC",
+    "weak_view": "the weak view of ReSSL",
+    "strong_view": "the strong view of ReSSL",
+    "sacc_view": "the strong view of SACC",
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """Work of one size. K is 0 for nt_xent and sacc, which have no queue; V > 1 for multi_crop and sacc."""
+    """Work of one size. K is 0 for nt_xent and sacc, which have no queue; V > 1 for multi_crop and sacc.
+
+    The width of a view, which has no embeddings, is its side in pixels.
+    """
 
     work: str
     rows: int
@@ -49,6 +55,8 @@ class Case:
 
     @property
     def shape(self) -> str:
+        if self.work.endswith("_view"):
+            return f"B {self.rows:,} at {self.dim} px"
         views = f"V {self.views}, " if self.views > 1 else ""
         size = f"K {self.size:,}, " if self.size else ""
         return f"{views}B {self.rows:,}, {size}D {self.dim}, {self.dtype}"

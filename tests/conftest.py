@@ -71,6 +71,29 @@ def command(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.fixture
+def idle(monkeypatch):
+    """Makes Triton's backend accept CPU tensors, and only counts its launches: returns the list of them."""
+    pytest.importorskip("triton")
+    import launch
+    from triton.runtime.jit import JITFunction
+
+    from relssl import enqueuing
+    from relssl.backends import launching
+
+    def launched(self, *arguments, **options):
+        launch.launches.append(())  # Arguments that are kept would be copied by autograd.
+
+    monkeypatch.setattr(launch.backend, "supports", lambda device, dtype, dim: None)
+    monkeypatch.setattr(launching, "chip", lambda index: launch.Chip(90, 132))
+    monkeypatch.setattr(launching, "with_resident", lambda chip, *rest: chip)
+    monkeypatch.setattr(launching, "_cache", {})
+    monkeypatch.setattr(launching.Launch, "__call__", launched)
+    monkeypatch.setattr(JITFunction, "run", launched)
+    monkeypatch.setattr(enqueuing, "_way", lambda *buffers: enqueuing._by_triton)
+    return launch.launches
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return

@@ -1,5 +1,7 @@
 """The benchmark: its exact results are right, its peers agree, and the pages match the recorded results."""
 
+import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +12,14 @@ from pathlib import Path
 import figures
 import memory
 import oracle
+import parts
 import peers
 import plots
 import pytest
 import runs
 import timing
 import torch
+import views
 import work
 from PIL import Image
 
@@ -126,11 +130,54 @@ def test_steps_agree(name, size):
     views = oracle.unit(3, 8, steps.DIM).requires_grad_()
     images = torch.randint(256, (8, 3, steps.SIZE, steps.SIZE), dtype=torch.uint8)
     grads = []
-    for side in ("relssl", "eager"):
+    for side in ("relssl", "eager", "kornia"):
+        if side == "kornia" and not importlib.util.find_spec("kornia"):
+            continue
         method = steps.METHODS[name](size, side)
         grads.append(torch.autograd.grad(method.losses(views), views)[0])
-        assert method.loss(images).isfinite()
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+        assert steps.step(method)(images).isfinite()
+    for other in grads[1:]:
+        torch.testing.assert_close(grads[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_parts_of_a_step_are_recorded():
+    """Its loss is that of Method.forward, and operations are those of the parts."""
+    steps = pytest.importorskip("test_step")
+    side = steps.METHODS["ReSSL"](64, "relssl")
+    images = torch.randint(256, (8, 3, steps.SIZE, steps.SIZE), dtype=torch.uint8)
+    other = copy.deepcopy(side.method)
+    torch.manual_seed(1)
+    expected, _ = other(images)
+    torch.manual_seed(1)
+    run = steps.step(side)
+    assert run(images) == expected
+    found = steps.recorded(lambda *record: run(images, *record))
+    assert tuple(found["parts_ms"]) == tuple(found["parts_operations"]) == parts.PARTS
+    assert sum(found["parts_operations"].values()) == found["operations"] and not found["synchronisations"]
+    assert found["parts_operations"]["teacher"] == found["parts_operations"]["queue"] == 1
+
+
+def in_process(images, transform):
+    items = views.PerImage(images, transform)
+    return lambda: torch.stack([items[number] for number in range(len(items))])
+
+
+@pytest.mark.parametrize("work", ["weak_view", "strong_view", "sacc_view"])
+@pytest.mark.parametrize("name", ["torchvision", "kornia", "lightly", "solo-learn"])
+def test_views_agree(work, name, monkeypatch):
+    """Each peer draws its own: only averages over many images can agree."""
+    monkeypatch.setattr(views, "in_workers", in_process)
+    images = views.pictures(1024, 32, "cpu")
+    view = views.view_of(work, 32)
+    try:
+        theirs = views.VIEWS[name](view, images)()
+    except peers.Unsupported as why:
+        pytest.skip(str(why))
+    assert theirs.dtype == torch.float32
+    assert views.disagreement(views.ours(view, images)(), theirs) < 5
+    # Another scale of the crops is detected.
+    view.scale = (0.05, 0.05)
+    assert views.disagreement(views.ours(view, images)(), theirs) > 6
 
 
 @pytest.mark.parametrize("name", ["eager", "relssl"])

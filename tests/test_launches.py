@@ -9,27 +9,13 @@ import torch
 from oracle import unit
 
 from relssl import FeatureQueue, enqueuing
-from relssl.backends import launching
 from relssl.functional import info_nce, relation_loss
 
 pytest.importorskip("triton")
 import launch
+from operations import Operations
 
 TOOLS = Path(__file__).parent.parent / "tools"
-
-
-@pytest.fixture
-def idle(monkeypatch):
-    """Makes Triton's backend accept CPU tensors, and only counts its launches."""
-    monkeypatch.setattr(launch.backend, "supports", lambda device, dtype, dim: None)
-    monkeypatch.setattr(launching, "chip", lambda index: launch.Chip(90, 132))
-    monkeypatch.setattr(launching, "with_resident", lambda chip, *rest: chip)
-    monkeypatch.setattr(launching, "_cache", {})
-
-    def count(self, *arguments):
-        launch.launches.append(arguments)
-
-    monkeypatch.setattr(launching.Launch, "__call__", count)
 
 
 @pytest.mark.parametrize("loss", [relation_loss, info_nce])
@@ -54,7 +40,7 @@ def test_enqueue_is_one_launch(idle, ids):
     """Of other strides, and of another dtype, too."""
     queue, keys = FeatureQueue(100, 16, dtype=torch.bfloat16, ids=ids), unit(16, 8).T
     launch.launches.clear()
-    with launch.Operations() as own:
+    with Operations() as own:
         enqueuing._by_triton(
             queue.rows, queue.ids, queue.pointer, queue.count, keys, torch.arange(8) if ids else None
         )

@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from dispatched import count_operations
-from PIL import Image, ImageEnhance, ImageOps
+from fixmatch import operation
+from operations import count
+from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,31 +17,6 @@ from relssl.augment.operations import OPERATIONS
 from relssl.augment.randaugment import RandAugment
 
 SIGNED = ("rotate", "shear x", "shear y", "translate x", "translate y")
-
-
-def pil(name, strength, sign, image):
-    """FixMatch's code for one operation."""
-    share, moved = strength * 0.9 / 10 + 0.05, sign * strength * 0.3 / 10
-
-    def affine(*coefficients):
-        return image.transform(image.size, Image.Transform.AFFINE, coefficients)
-
-    return {
-        "autocontrast": lambda: ImageOps.autocontrast(image),
-        "brightness": lambda: ImageEnhance.Brightness(image).enhance(share),
-        "colour": lambda: ImageEnhance.Color(image).enhance(share),
-        "contrast": lambda: ImageEnhance.Contrast(image).enhance(share),
-        "equalize": lambda: ImageOps.equalize(image),
-        "identity": lambda: image,
-        "posterize": lambda: ImageOps.posterize(image, int(strength * 4 / 10) + 4),
-        "rotate": lambda: image.rotate(sign * int(strength * 30 / 10)),
-        "sharpness": lambda: ImageEnhance.Sharpness(image).enhance(share),
-        "shear x": lambda: affine(1, moved, 0, 0, 1, 0),
-        "shear y": lambda: affine(1, 0, 0, moved, 1, 0),
-        "solarize": lambda: ImageOps.solarize(image, 256 - int(strength * 256 / 10)),
-        "translate x": lambda: affine(1, 0, int(moved * image.width), 0, 1, 0),
-        "translate y": lambda: affine(1, 0, 0, 0, 1, int(moved * image.height)),
-    }[name]()
 
 
 def pictures(height, width):
@@ -69,7 +45,7 @@ def check_equals_pil(name, size, tolerated=0.0):
         for sign in (1, -1) if name in SIGNED else (1,):
             draws = torch.full((1, len(images)), augment.index(name, strength, sign))
             ours = augment(batch(images), draws)
-            expected = batch([pil(name, strength, sign, Image.fromarray(image)) for image in images])
+            expected = batch([operation(name, strength, sign, Image.fromarray(image)) for image in images])
             differs = (ours != expected).any(1).float().mean()
             assert differs <= tolerated, (strength, sign, differs)
 
@@ -101,7 +77,7 @@ def test_equals_a_sequence_of_pils_operations():
     for column, image in zip(draws.T.tolist(), images, strict=True):
         image = Image.fromarray(image)
         for draw in column:
-            image = pil(*meaning[draw], image) if draw in meaning else image
+            image = operation(*meaning[draw], image) if draw in meaning else image
         expected.append(image)
     assert torch.equal(augment(batch(images), draws), batch(expected))
 
@@ -191,7 +167,8 @@ def test_number_of_operations_and_no_synchronization(large, monkeypatch):
     """Operations are kernels on a GPU. The selections are for the CPU, where time is not their number."""
     monkeypatch.setattr(randaugment, "LARGE", large)
     augment, x = RandAugment(), batch(pictures(32, 32))
-    operations = count_operations(lambda: augment(x))
+    operations, synchronisations = count(lambda: augment(x))
+    assert synchronisations == 0
     if large:
         assert operations == 224
 

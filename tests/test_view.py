@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from dispatched import count_operations
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch._inductor import metrics
@@ -164,20 +163,11 @@ def test_randaugment_is_the_last_step_before_normalization():
 
 WEAK = View(32, normalize=NORMALIZE)
 VIEWS = {
-    "weak": (WEAK, 39),
-    "strong": (View(32, **STRONG, normalize=NORMALIZE), 116),
-    "randaugment": (View(32, **STRONG, randaugment=RandAugment(5), normalize=NORMALIZE), 340),
+    "weak": WEAK,
+    "strong": View(32, **STRONG, normalize=NORMALIZE),
+    "randaugment": View(32, **STRONG, randaugment=RandAugment(5), normalize=NORMALIZE),
 }
 each_view = pytest.mark.parametrize("name", VIEWS)
-
-
-@each_view
-def test_number_of_operations_and_no_synchronization(name, monkeypatch):
-    monkeypatch.setattr("relssl.augment.randaugment.LARGE", 2**40)
-    view, most = VIEWS[name]
-    images = pictures(32, 32)
-    operations = count_operations(lambda: view(images))
-    assert operations <= most
 
 
 def seeded(view, images, seed=0):
@@ -187,7 +177,7 @@ def seeded(view, images, seed=0):
 
 @each_view
 def test_autocast_and_copies_change_nothing_and_seeds_repeat(name):
-    view, images = VIEWS[name][0], pictures(8, 32)
+    view, images = VIEWS[name], pictures(8, 32)
     result = seeded(view, images)
     assert not result.requires_grad and not torch.equal(seeded(view, images, 1), result)
     for other in (view, copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
@@ -199,7 +189,7 @@ def test_autocast_and_copies_change_nothing_and_seeds_repeat(name):
 
 @pytest.mark.parametrize("name", ["weak", "strong", pytest.param("randaugment", marks=pytest.mark.slow)])
 def test_compiles_without_a_break_and_changes_nothing(name):
-    view, images = VIEWS[name][0], pictures(8, 32)
+    view, images = VIEWS[name], pictures(8, 32)
     compiled = torch.compile(view, fullgraph=True, backend="aot_eager")
     assert torch.equal(seeded(compiled, images), seeded(view, images))
 
@@ -210,7 +200,7 @@ def test_compiles_without_a_break_and_changes_nothing(name):
 def test_inductor_changes_rounding_alone(name, most):
     torch._dynamo.reset()
     metrics.reset()
-    view, images = VIEWS[name][0], pictures(8, 32)
+    view, images = VIEWS[name], pictures(8, 32)
     compiled = torch.compile(view, fullgraph=True, options={"fallback_random": True})
     found = ((seeded(compiled, images) - seeded(view, images)).abs() * NORMALIZE.std * 255).max()
     assert found <= 0.01 and metrics.generated_kernel_count <= most
@@ -220,12 +210,12 @@ def test_inductor_changes_rounding_alone(name, most):
 @each_view
 def test_batches_of_none_and_one(name, batch):
     images = torch.zeros(batch, 3, 40, 33, dtype=torch.uint8)
-    assert VIEWS[name][0](images).shape == (batch, 3, 32, 32)
+    assert VIEWS[name](images).shape == (batch, 3, 32, 32)
 
 
 def test_meta_device():
     images = torch.zeros(4, 3, 40, 33, dtype=torch.uint8, device="meta")
-    assert copy.deepcopy(VIEWS["strong"][0]).to("meta")(images).shape == (4, 3, 32, 32)
+    assert copy.deepcopy(VIEWS["strong"]).to("meta")(images).shape == (4, 3, 32, 32)
 
 
 def test_default_dtype_changes_nothing():

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import triton
+from operations import Operations
 from relssl.kernels.heuristics import Chip
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from relssl import backends
@@ -47,40 +47,11 @@ class Idle:
         return lambda *arguments: launches.append(arguments)
 
 
-class Operations(TorchDispatchMode):
-    """Records the operations of torch that launch a kernel: all but views and allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        launches = not operation.is_view and "empty" not in operation.name()
-        if launches and operation.namespace != "relssl":
-            self.names.append(operation.name())
-        return operation(*arguments, **(options or {}))
-
-
 def launched(run) -> tuple[int, list[str]]:
     """Returns the number of Triton kernels that a call launches, and the names of torch's own operations."""
-    own = Operations()
-
-    def counted(part):
-        def run_counted(*arguments):  # A mode does not see what an op of relssl calls.
-            with own:
-                return part(*arguments)
-
-        return run_counted
-
-    parts = {name: getattr(backend, name) for name in ("relation", "info_nce", "lse_and_mean", "vjp")}
-    vars(backend).update({name: counted(part) for name, part in parts.items()})
     launches.clear()
-    try:
-        with own:
-            run()
-    finally:
-        for name in parts:
-            delattr(backend, name)
+    with Operations(within=True) as own:
+        run()
     return len(launches), own.names
 
 

@@ -1,8 +1,8 @@
 """Weighted sums of rows, which separable filters consist of.
 
-Within a view, images are float32 [B, W, 3, H] in levels from 0 to 255. With both sides exchanged, a filter along
-the first side is a weighted sum of few contiguous rows. Neither autocast nor TF32 rounds these sums, as they
-would round a matrix product or a convolution.
+Within a view, images are float32 [B, W, 3, H] in levels from 0 to 255. With both sides exchanged, a filter
+along the first side is a weighted sum of few contiguous rows. Neither autocast nor TF32 rounds these sums, as
+they would round a matrix product or a convolution.
 """
 
 import torch
