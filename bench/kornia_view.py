@@ -33,7 +33,7 @@ class KorniaView(nn.Module):
         ]
         if view.jitter:
             brightness, contrast, saturation, hue = view.jitter
-            steps.append(ka.ColorJitter(brightness, contrast, saturation, hue, p=view.jitter_share))
+            steps.append(ka.ColorJitter(brightness, contrast, saturation, hue, p=view.jitter_probability))
         if view.grey:
             steps.append(ka.RandomGrayscale(p=view.grey))
         if view.blur:

@@ -113,7 +113,7 @@ def torchvision(view: View, images: Tensor) -> Augment:
         v2.RandomHorizontalFlip(view.flip),
     ]
     if view.jitter:
-        steps.append(v2.RandomApply([v2.ColorJitter(*view.jitter)], view.jitter_share))
+        steps.append(v2.RandomApply([v2.ColorJitter(*view.jitter)], view.jitter_probability))
     if view.grey:
         steps.append(v2.RandomGrayscale(view.grey))
     if view.blur:
@@ -135,7 +135,7 @@ def by_lightly(view: View, images: Tensor) -> Augment:
     bright, contrast, saturation, hue = view.jitter or (0.0,) * 4
     transform = lightly("lightly.transforms.simclr_transform").SimCLRViewTransform(
         input_size=view.size,
-        cj_prob=view.jitter_share if view.jitter else 0.0,
+        cj_prob=view.jitter_probability if view.jitter else 0.0,
         cj_bright=bright,
         cj_contrast=contrast,
         cj_sat=saturation,
@@ -155,7 +155,7 @@ def by_solo_learn(view: View, images: Tensor) -> Augment:
     without_randaugment(view, "solo-learn")
     transform = solo_learn("utils/pretrain_dataloader").CifarTransform(
         *(view.jitter or (0.0,) * 4),
-        color_jitter_prob=view.jitter_share if view.jitter else 0.0,
+        color_jitter_prob=view.jitter_probability if view.jitter else 0.0,
         gray_scale_prob=view.grey,
         horizontal_flip_prob=view.flip,
         gaussian_prob=view.blur,
