@@ -55,6 +55,7 @@ def train(config: TrainConfig) -> Method:
             trainer = _Trainer(config, device, stop)
             with open_logs(trainer.config, trainer.state) as (trainer.writer, trainer.bar):
                 trainer.run()
+            trainer.state.method.discard_compiled()
             return trainer.state.method.eval()
     finally:
         tuned.adopt(None)
@@ -75,9 +76,16 @@ class _Trainer:
         config.validate()
         self.save_steps, self.save_seconds = parse_save_every(config.save_every)
         if config.batch_size % (distributed.world_size() * config.accumulate):
-            share = f"{distributed.world_size()} processes"
-            share += f" of {config.accumulate} parts each" * (config.accumulate > 1)
-            raise ValueError(f"a batch of {config.batch_size} does not divide among {share}")
+            share = f"among {distributed.world_size()} processes"
+            if config.accumulate > 1:
+                share = f"into {config.accumulate} parts" + f" {share}" * (distributed.world_size() > 1)
+            raise ValueError(f"a batch of {config.batch_size} does not divide {share}")
+        part = config.batch_size // (distributed.world_size() * config.accumulate)
+        if part < 2 or part % getattr(config, "bn_splits", 1):
+            raise ValueError(
+                f"a part of a batch has {part} images: BatchNorm needs at least 2, and a multiple of bn_splits"
+                f" (batch_size {config.batch_size}, accumulate {config.accumulate})"
+            )
         source = config.data, config.data_root, config.image_size, config.download, config.classes
         self.data = distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
         self.config = config = config.resolve(self.data)

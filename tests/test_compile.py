@@ -1,5 +1,6 @@
 """--compile: views and networks as whole graphs, whose loss and gradients are those of eager code."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -74,10 +75,21 @@ def test_evaluation_is_not_compiled():
     assert num_graphs() == before
 
 
+def test_a_copy_does_not_use_the_graphs_of_its_original():
+    method = CONFIGS["ressl"].build(torch.zeros(3), torch.ones(3))
+    method.compile_parts(backend="eager")
+    method.discard_compiled()
+    other = pickle.loads(pickle.dumps(method))
+    with torch.no_grad():
+        for weight in other.student.parameters():
+            weight.zero_()
+    assert not other.student(torch.rand(4, 3, 16, 16)).any()
+
+
 @pytest.mark.slow
 def test_a_run_that_is_compiled_says_so_and_may_go_on_without(tmp_path, capfd):
     config = replace(CONFIGS["ressl"], batch_size=256, crops=1, epochs=1, out=tmp_path, compile="default")
-    train(config)
+    assert not any("forward" in vars(module) for module in train(config).modules())
     lines = capfd.readouterr().err
     assert "compiling views, student and teacher, which takes minutes" in lines
     assert "compiled, and trained the first step, in " in lines

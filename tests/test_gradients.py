@@ -8,6 +8,7 @@ from torch import nn
 
 from relssl.gradients import Encoder, Gradients, frozen_statistics
 from relssl.methods import PRESETS
+from relssl.train import train
 
 ZEROS, ONES = torch.zeros(3), torch.ones(3)
 CONFIGS = {
@@ -101,3 +102,18 @@ def test_scaled_losses_have_scaled_gradients_under_autocast(name):
         return gradient(method)
 
     torch.testing.assert_close(found(2, 1024.0), 1024 * found(2, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 7}, "a batch of 64 does not divide into 7 parts"),
+        ({"accumulate": 64}, "a part of a batch has 1 images: .* (batch_size 64, accumulate 64)"),
+        ({"accumulate": 16, "bn_splits": 8}, "a part of a batch has 4 images: .* multiple of bn_splits"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused_before_the_first_step(settings, message, tmp_path):
+    config = replace(CONFIGS["ressl"], batch_size=64, device="cpu", out=tmp_path, **settings)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        train(config)

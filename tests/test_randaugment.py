@@ -190,8 +190,8 @@ def test_compiles_once_without_a_break(backend):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: RandAugment(0), ValueError, "operations must be at least 1, not 0"),
-        (lambda: RandAugment(strength=11), ValueError, "strength must be from 2 to 10, not 11"),
+        (lambda: RandAugment(0), ValueError, "operations must be an integer of at least 1, got 0"),
+        (lambda: RandAugment(strength=11), ValueError, "strength must be an integer from 2 to 10, got 11"),
         (
             lambda: RandAugment()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)),
             TypeError,

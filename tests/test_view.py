@@ -236,6 +236,8 @@ IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     "call, name",
     [
         (lambda: View(0), "size"),
+        (lambda: View(2, randaugment=RandAugment()), "size"),
+        (lambda: RandAugment(2.5), "operations"),
         (lambda: View(8, scale=(0, 1)), "scale"),
         (lambda: View(8, scale=(0.5, 0.1)), "scale"),
         (lambda: View(8, scale=(0.5, 1.1)), "scale"),

@@ -7,6 +7,7 @@ shapes are static, and which kernels run does not depend on the draws.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -39,10 +40,10 @@ class RandAugment(nn.Module):
 
     def __init__(self, operations: int = 5, strength: int = 10) -> None:
         super().__init__()
-        if operations < 1:
-            raise ValueError(f"operations must be at least 1, not {operations}")
-        if not 2 <= strength <= 10:
-            raise ValueError(f"strength must be from 2 to 10, not {strength}")
+        if not isinstance(operations, Integral) or operations < 1:
+            raise ValueError(f"operations must be an integer of at least 1, got {operations}")
+        if not isinstance(strength, Integral) or not 2 <= strength <= 10:
+            raise ValueError(f"strength must be an integer from 2 to 10, got {strength}")
         self.operations, self.strength = operations, strength
         for name, table in zip(("geometry", "tables", "columns"), _tables(strength), strict=True):
             # As integers, which module.bfloat16() does not round.

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ class ViewParameters(NamedTuple):
 
     Attributes:
         start: top and left of the crop's box, [B, 2] in whole pixels.
-        size: height and width of the box, [B, 2] in whole pixels.
+        size: height and width of the box, [B, 2] in whole pixels. A box must lie within its image, which is
+            not checked, since that would wait for the device.
         flip: 1 where the crop is mirrored horizontally, else 0, [B].
         jitter: what is added to the factors of brightness, contrast and saturation, which are 1, and to the
             hue, in turns; [B, 4].
@@ -100,8 +102,9 @@ class View(nn.Module):
         self._check()
 
     def _check(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"size must be an integer of at least 1, got {self.size}")
+        least = 3 if self.randaugment else 1
+        if not isinstance(self.size, Integral) or self.size < least:
+            raise ValueError(f"size must be an integer of at least {least}, got {self.size}")
         for name in ("flip", "jitter_probability", "grey", "blur"):
             if not 0 <= (probability := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {probability}")

@@ -250,6 +250,11 @@ class Method(nn.Module):
             # In contrast to module.compile(), this accepts modules of torch itself.
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, **options)
 
+    def discard_compiled(self) -> None:
+        """Undoes `compile_parts`: a copy of the method would go on with the graphs of its original."""
+        for module in self.modules():
+            module.__dict__.pop("forward", None)
+
     def eager(self) -> AbstractContextManager:
         """Returns a context in which nothing is compiled, for batches of other shapes than in training."""
         return nullcontext() if self.config.compile == "no" else torch.compiler.set_stance("force_eager")
