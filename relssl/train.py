@@ -83,8 +83,8 @@ class _Trainer:
         part = config.batch_size // (distributed.world_size() * config.accumulate)
         if part < 2 or part % getattr(config, "bn_splits", 1):
             raise ValueError(
-                f"a part of a batch has {part} images: BatchNorm needs at least 2, and a multiple of bn_splits"
-                f" (batch_size {config.batch_size}, accumulate {config.accumulate})"
+                f"a part of a batch has {part} images: BatchNorm needs at least 2, and a multiple of"
+                f" bn_splits (batch_size {config.batch_size}, accumulate {config.accumulate})"
             )
         source = config.data, config.data_root, config.image_size, config.download, config.classes
         self.data = distributed.main_process_first(lambda: datasets.load(*source))  # It may download.

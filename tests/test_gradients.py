@@ -109,7 +109,7 @@ def test_scaled_losses_have_scaled_gradients_under_autocast(name):
     [
         ({"accumulate": 7}, "a batch of 64 does not divide into 7 parts"),
         ({"accumulate": 64}, "a part of a batch has 1 images: .* (batch_size 64, accumulate 64)"),
-        ({"accumulate": 16, "bn_splits": 8}, "a part of a batch has 4 images: .* multiple of bn_splits"),
+        ({"accumulate": 16, "bn_splits": 8}, "a part of a batch has 4 images: .* a multiple of bn_splits"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
     ],
 )

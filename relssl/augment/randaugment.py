@@ -7,7 +7,6 @@ shapes are static, and which kernels run does not depend on the draws.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -40,9 +39,9 @@ class RandAugment(nn.Module):
 
     def __init__(self, operations: int = 5, strength: int = 10) -> None:
         super().__init__()
-        if not isinstance(operations, Integral) or operations < 1:
+        if operations < 1 or operations != int(operations):
             raise ValueError(f"operations must be an integer of at least 1, got {operations}")
-        if not isinstance(strength, Integral) or not 2 <= strength <= 10:
+        if not 2 <= strength <= 10 or strength != int(strength):
             raise ValueError(f"strength must be an integer from 2 to 10, got {strength}")
         self.operations, self.strength = operations, strength
         for name, table in zip(("geometry", "tables", "columns"), _tables(strength), strict=True):

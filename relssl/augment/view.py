@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -103,7 +102,7 @@ class View(nn.Module):
 
     def _check(self) -> None:
         least = 3 if self.randaugment else 1
-        if not isinstance(self.size, Integral) or self.size < least:
+        if self.size < least or self.size != int(self.size):
             raise ValueError(f"size must be an integer of at least {least}, got {self.size}")
         for name in ("flip", "jitter_probability", "grey", "blur"):
             if not 0 <= (probability := getattr(self, name)) <= 1:
