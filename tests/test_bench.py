@@ -296,7 +296,7 @@ def names(*arguments):
 chosen = {name: names(*selected(expression)) for name, expression in SELECTIONS.items()}
 everything = sorted(names("-m", "gpu", ROOT / "tests"))
 assert sorted(sum(chosen.values(), [])) == everything, "not once each"
-backends = {"triton": "triton", "cuda": "cuda", "cuda, sm_90a": "sm_90"}
+backends = {"triton": "triton", "cuda": "cuda", "cuda, sm_90a": "sm_90", "step": "gpu_step"}
 for name, tests in chosen.items():
     assert tests and all(backends[name] in test for test in tests), name
 print(len(everything) > 250)

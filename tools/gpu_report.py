@@ -95,7 +95,12 @@ FILES = (
     "test_gpu.py", "test_gpu_step.py", "test_cuda.py", "test_triton.py", "test_losses.py", "test_ids.py",
     "test_split_batch_norm.py",
 )  # fmt: skip
-SELECTIONS = {"triton": "not cuda", "cuda": "cuda and not sm_90", "cuda, sm_90a": "cuda and sm_90"}
+SELECTIONS = {
+    "triton": "not cuda and not gpu_step",
+    "cuda": "cuda and not sm_90",
+    "cuda, sm_90a": "cuda and sm_90",
+    "step": "gpu_step",
+}
 
 
 def selected(expression: str) -> list[object]:
