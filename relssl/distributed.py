@@ -169,8 +169,6 @@ def average_gradients(module: nn.Module, when: bool) -> AbstractContextManager:
 
     Gradients that were added to before without an average are part of the next one.
     """
-    return (
-        nullcontext()
-        if when or not isinstance(module, nn.parallel.DistributedDataParallel)
-        else module.no_sync()
-    )
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not when:
+        return module.no_sync()
+    return nullcontext()
