@@ -1,9 +1,10 @@
 """The private parts of torch that relssl uses, each with what holds where a version of torch lacks it."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -23,6 +24,16 @@ try:  # the hooks on what autograd saves, such as activation checkpointing's
     from torch._C._autograd import _top_saved_tensors_default_hooks
 except ImportError:
     _top_saved_tensors_default_hooks = None  # type: ignore[assignment]
+
+# torch < 2.13 has the older name alone. Builds without torch.distributed have none.
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def resolve_process_group(name: str) -> Any:
+    """Returns the process group of that name. Raises one of several errors if there is none."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
 
 
 def saving_is_hooked() -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from relssl import ops
+from relssl import backends, ops
 from relssl._compat import is_batched
 from relssl.backends import reference
 from relssl.backends.common import Cotangents, Scale, Temperature, accumulator, to_dtype
@@ -53,8 +53,12 @@ def recompute(
     return [next(found) if need else None for need in needs]
 
 
-def differentiable_backward() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def differentiable_backward(backend: str) -> bool:
+    """Whether backward must be differentiable itself. Raises RuntimeError if the queue is sharded."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    backends.refuse_sharded(backend, "double backward")
+    return True
 
 
 class Relation(torch.autograd.Function):
@@ -106,7 +110,7 @@ class Relation(torch.autograd.Function):
             return (None,) * len(needs)
         dtype, backend, reduction, form = ctx.settings
         tau_s, tau_t = ctx.numbers[0] or tau_s, ctx.numbers[1] or tau_t
-        if differentiable_backward():
+        if differentiable_backward(backend):
             queue, exclude = read_again(ctx, rest, len(none))
 
             def run(
@@ -223,7 +227,7 @@ class InfoNCE(torch.autograd.Function):
         none = (None,) * (len(needs) - 4)  # of the settings and what is excluded
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
-        if differentiable_backward():
+        if differentiable_backward(backend):
             queue, exclude = read_again(ctx, rest, len(none))
 
             def run(q: Tensor, k: Tensor, queue: Tensor, tau: Temperature) -> list[Tensor]:
@@ -290,7 +294,7 @@ class LogSumExp(torch.autograd.Function):
         if g_lse is None and g_mean is None:
             return *(None,) * 3, *none
         tau = ctx.number or tau
-        if differentiable_backward():
+        if differentiable_backward(backend):
             queue, exclude = read_again(ctx, rest, len(none))
             given = {i: g for i, g in enumerate((g_lse, g_mean)) if g is not None}
 

@@ -82,7 +82,7 @@ class ClusterLoss(torch.autograd.Function):
         p1, p2, tau, grad, radial, *_ = ctx.saved_tensors
         needs_1, needs_2, needs_tau, *_ = needs = ctx.needs_input_grad
         tau = ctx.number or tau
-        if differentiable_backward():
+        if differentiable_backward(ctx.settings.backend):
 
             def run(p1: Tensor, p2: Tensor, tau: Temperature) -> list[Tensor]:
                 return [eager_loss(p1, p2, tau, ctx.settings.dtype, ctx.penalize)]

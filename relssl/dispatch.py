@@ -41,6 +41,7 @@ def relation(
     dtype = compute_dtype(q, queue)
     backend = backends.choose(backend, device_type(q), dtype, q.shape[-1], (q, k), queue)
     if backend == "reference" or in_functorch_transform():
+        backends.refuse_sharded(backend, "torch.func and forward-mode AD")
         q, k = savable(q), savable(k)
         loss, entropy = reference.relation(q, k, unaliased(queue), tau_s, tau_t, form, dtype, exclude)
         return with_version(reduce(loss, reduction), queue, exclude), entropy.detach()
@@ -65,6 +66,7 @@ def info_nce(
     dtype = compute_dtype(q, queue)
     backend = backends.choose(backend, device_type(q), dtype, q.shape[-1], (q,), queue)
     if backend == "reference" or in_functorch_transform():
+        backends.refuse_sharded(backend, "torch.func and forward-mode AD")
         q, k = savable(q), savable(k)
         rows = reference.info_nce(q, k, unaliased(queue), tau, dtype, exclude)
         return with_version(reduce(rows, reduction), queue, exclude)
@@ -82,6 +84,7 @@ def logsumexp(
     dtype = compute_dtype(x, queue)
     backend = backends.choose(backend, device_type(x), dtype, x.shape[-1], (x,), queue)
     if backend == "reference" or in_functorch_transform():
+        backends.refuse_sharded(backend, "torch.func and forward-mode AD")
         lse, mean = reference.logsumexp(savable(x), unaliased(queue), tau, dtype, exclude)
         return with_version(lse, queue, exclude), with_version(mean, queue, exclude)
     if wants_grad(x, queue, tau):

@@ -10,7 +10,7 @@ from warnings import warn
 
 from torch import Tensor
 
-from relssl import clusters, dispatch, in_batch
+from relssl import clusters, dispatch, in_batch, ops
 from relssl.autograd import reduce
 from relssl.backends.common import Temperature, accumulator, to_dtype
 from relssl.queue import FeatureQueue
@@ -137,7 +137,7 @@ def relation_loss(
             accelerator, the loss becomes NaN instead.
         RuntimeError: tensors on different devices.
     """
-    rows, exclude = queue_rows(queue, ids, queue_ids)
+    rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
     check_choice("form", form, ("kl", "ce"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     k, (tau_s, tau_t) = check_pair(
@@ -170,7 +170,7 @@ def info_nce(
     Arguments, dtypes and errors are those of `relation_loss`; k may require grad too. ids exclude negatives
     alone, never the positive: a row without negatives has the loss 0.
     """
-    rows, exclude = queue_rows(queue, ids, queue_ids)
+    rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     k, (tau,) = check_pair(q, k, rows, temperature=temperature)
     if exclude:
@@ -215,7 +215,10 @@ def nt_xent(
     """
     if queue is None and (ids is not None or queue_ids is not None):
         raise ValueError("ids exclude rows of a queue, but queue is None")
-    rows, exclude = (None, ()) if queue is None else queue_rows(queue, ids, queue_ids)
+    rows: Tensor | None = None
+    exclude: ops.Excluded = ()
+    if queue is not None:
+        rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
     if exclude:
@@ -311,8 +314,8 @@ def queue_logsumexp(
     dtypes and errors are those of `relation_loss`; an index in exclude that is out of range
     raises ValueError, or on an accelerator makes its row NaN.
     """
-    rows, excluded = queue_rows(queue, ids, queue_ids)
-    tau = check_logsumexp(x, rows, temperature, exclude)
+    rows, excluded, backend = queue_rows(queue, ids, queue_ids, backend)
+    tau = check_logsumexp(x, rows, temperature, exclude, len(queue))
     if excluded:
         check_exclude(x, rows, excluded)
     if exclude is not None:

@@ -66,7 +66,7 @@ def loss_op(
     if queue is not None:
         exclude = ops.exclude_of(*ops.for_views((ids, queue_ids, filled), z, z1))
         queue_lse, mean = run.lse_and_mean(z, queue, twice(both), len(z), exclude, want_grad)
-    loss, grad, lse = run.nt_xent(z, both, queue_lse, weight, want_grad and weight is not None)
+    loss, grad, lse = run.local.nt_xent(z, both, queue_lse, weight, want_grad and weight is not None)
     if queue_lse is None or mean is None or not want_grad:
         return loss, grad, lse, lse.new_empty(0, z.shape[1])
     high, low = queue_lse - lse
@@ -89,7 +89,7 @@ def _vjp_fake(
 def vjp_op(
     z: Tensor, scale: list[float], device_scale: Tensor | None, lse: Tensor, g: Tensor, backend: str
 ) -> Tensor:
-    return backends.get(backend).nt_xent_vjp(z, ops.scale_of(scale, device_scale), lse, g)
+    return backends.get(backend).local.nt_xent_vjp(z, ops.scale_of(scale, device_scale), lse, g)
 
 
 class NTXent(torch.autograd.Function):
@@ -134,7 +134,7 @@ class NTXent(torch.autograd.Function):
         none = (None,) * (len(needs) - 4)  # of the settings and what is excluded
         dtype, backend, reduction, _ = ctx.settings
         tau = ctx.number or tau
-        if differentiable_backward():
+        if differentiable_backward(backend):
             queue, exclude = read_again(ctx, rest, len(none)) if ctx.has_queue else (None, ())
 
             def run(z1: Tensor, z2: Tensor, queue: Tensor | None, tau: Temperature) -> list[Tensor]:
@@ -182,6 +182,7 @@ def nt_xent(
     dtype = compute_dtype(z1, size)
     backend = backends.choose(backend, device_type(z1), dtype, z1.shape[1], (z1, z2), size)
     if backend == "reference" or in_functorch_transform():
+        backends.refuse_sharded(backend, "torch.func and forward-mode AD")
         z1, z2 = savable(z1), savable(z2)
         rows = None if queue is None else unaliased(queue)
         loss = reduce(reference.nt_xent(z1, z2, rows, tau, dtype, exclude), reduction)

@@ -82,12 +82,10 @@ def lse_and_mean(
     want_mean: bool, backend: str, ids: Tensor | None = None, queue_ids: Tensor | None = None,
     filled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    exclude = exclude_of(ids, queue_ids, filled)
-    lse, mean = backends.get(backend).lse_and_mean(
-        x, queue, scale_of(scale, device_scale), num_first, exclude, want_mean
-    )
+    exclude, run = exclude_of(ids, queue_ids, filled), backends.get(backend)
+    lse, mean = run.lse_and_mean(x, queue, scale_of(scale, device_scale), num_first, exclude, want_mean)
     if ids is not None and queue_ids is None:  # Indices on a device are unchecked: a bad one gives NaN.
-        bad = (ids < -1) | (ids >= len(queue))
+        bad = (ids < -1) | (ids >= run.num_rows(queue))
         lse.masked_fill_(bad, torch.nan)
         mean.masked_fill_(bad[:, None], torch.nan)
     return lse, mean

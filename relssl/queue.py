@@ -1,16 +1,22 @@
 """FeatureQueue: the ring of past embeddings that queries are compared with."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relssl import enqueuing
-from relssl.distributed import all_gather, world_size
+from relssl import enqueuing, shards
+from relssl.backends.sharded import Sharding
+from relssl.groups import Group, all_gather
 from relssl.other_queues import translated
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the dtypes that losses take
 Start = Literal["random", "zeros", "empty"]
@@ -36,11 +42,21 @@ class FeatureQueue(nn.Module):
     full, and its rows have no ids. A state dict has neither start nor seed: create a queue that is to be
     resumed with the same arguments.
 
-    Where torch.distributed is initialised, `enqueue` gathers the keys of all ranks (no gradient), so
-    every rank holds the same queue; each must enqueue equally many rows. The start is drawn from `seed`
-    alone and is the same everywhere. So nothing needs broadcasting: keep the queue outside the module
-    that DistributedDataParallel wraps, or wrap with `broadcast_buffers=False`; otherwise DDP sends all
-    K·D values from rank 0 before every forward.
+    Where torch.distributed is initialised, `enqueue` gathers the keys of all processes (no gradient), so
+    every process holds the same queue; each must enqueue equally many rows, unless `uneven`. The start is
+    drawn from `seed` alone and is the same everywhere. So nothing needs broadcasting: keep the queue outside
+    the module that DistributedDataParallel wraps, or wrap with `broadcast_buffers=False`; otherwise DDP
+    sends all K·D values from rank 0 before every forward.
+
+    With `sharded`, each of W processes keeps K/W rows, its own last keys, and `enqueue` communicates nothing.
+    The losses compare the rows of each process with the union of the shards: they gather q and k, and return
+    log-sum-exps and means (`relssl.backends.sharded`), so every process must call them alike, with equally
+    many rows unless `uneven`. `rows`, `ids`, `pointer` and `count` are those of the shard and no buffers of
+    the module: DistributedDataParallel, which would overwrite them with rank 0's, leaves them alone. Row i of
+    the shard of rank r has the index r·ceil(K/W) + i. The state dict has DTensors, of which
+    torch.distributed.checkpoint saves each shard from its own process; loaded by another number of
+    processes, the rows are dealt by their ages. A learned shard's gradient is that of the sum of all
+    processes' losses. Double backward and torch.func do not work with shards.
 
     Built on the meta device it has no rows; `to_empty(device=...)` gives it its start.
 
@@ -53,11 +69,20 @@ class FeatureQueue(nn.Module):
         ids: whether it keeps ids.
         start: "random" rows of norm 1, or "zeros"; "empty" has zeros, too, but the losses exclude rows that
             have not been written yet.
+        group: the processes that share the queue, by default all.
+        gather: whether `enqueue` gathers the keys of the group. Without, each process has a queue of its own.
+        uneven: whether processes may enqueue, or with `sharded` compare, different numbers of rows. The
+            numbers are exchanged in every call, which synchronises. Otherwise different numbers raise an
+            error in every process; on a GPU, where the numbers are exchanged when they change, they may also
+            end by the group's timeout.
+        sharded: whether each process keeps a part of the rows. Create such a queue after
+            torch.distributed is initialised.
 
     Raises:
-        TypeError: size, dim or seed is not an integer, dtype is none that the losses take, or ids is not a
-            bool.
-        ValueError: size or dim is below 1, or start is none of the above.
+        TypeError: size, dim or seed is not an integer, dtype is none that the losses take, ids, gather,
+            uneven or sharded is not a bool, or group is no process group of this process.
+        ValueError: size or dim is below 1, start is none of the above, or there are too few rows for the
+            processes of a sharded queue.
     """
 
     rows: Tensor
@@ -80,6 +105,10 @@ class FeatureQueue(nn.Module):
         seed: int = 0,
         ids: bool = False,
         start: Start = "random",
+        group: ProcessGroup | None = None,
+        gather: bool = True,
+        uneven: bool = False,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         if not all(isinstance(number, Integral) for number in (size, dim, seed)):
@@ -89,30 +118,65 @@ class FeatureQueue(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if dtype not in FLOATS:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
-        if not isinstance(ids, bool):
-            raise TypeError(f"ids must be True or False, got {type(ids).__name__}")
+        for name, value in {"ids": ids, "gather": gather, "uneven": uneven, "sharded": sharded}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
         if start not in get_args(Start):
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
         self.seed, self.start = seed, start
+        self.group, self.gather, self.uneven, self.sharded = Group.of(group), gather, uneven, sharded
+        self.size, self.num_shards = size, self.group.size if sharded else 1
+        if sharded:
+            sizes = shards.shard_sizes(size, self.num_shards)
+            if not all(sizes):
+                raise ValueError(f"a queue of {size} rows does not divide among {self.num_shards} processes")
+            size = sizes[self.group.rank]
         with torch.inference_mode(False):  # See _make_writable.
-            self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))
-            self.register_buffer("pointer", torch.empty((), dtype=torch.int64, device=device))
-            self.register_buffer("count", torch.empty((), dtype=torch.int64, device=device))
-            self.register_buffer("ids", torch.empty(size, dtype=torch.int64, device=device) if ids else None)
+            self._set("rows", torch.empty(size, dim, dtype=dtype, device=device))
+            self._set("pointer", torch.empty((), dtype=torch.int64, device=device))
+            self._set("count", torch.empty((), dtype=torch.int64, device=device))
+            self._set("ids", torch.empty(size, dtype=torch.int64, device=device) if ids else None)
             self.reset()
 
+    def _set(self, name: str, t: Tensor | None) -> None:
+        """Sets one of the queue's tensors, which of a sharded queue are no buffers: see above."""
+        if self.sharded:
+            setattr(self, name, t)
+        else:
+            self.register_buffer(name, t)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in ("rows", "pointer", "count", "ids")}
+        return {name: t for name, t in found.items() if t is not None}
+
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return self.size
 
     def extra_repr(self) -> str:
-        size, dim = self.rows.shape
         ids = "" if self.ids is None else ", ids=True"
-        return f"{size}, {dim}, dtype={self.rows.dtype}{ids}, start={self.start!r}"
+        parts = f", sharded=True, num_shards={self.num_shards}" if self.sharded else ""
+        return f"{self.size}, {self.rows.shape[1]}, dtype={self.rows.dtype}{ids}, start={self.start!r}{parts}"
 
     @property
     def filled(self) -> Tensor | None:
         """How many rows the losses use, of the first ones: `count` with start="empty", else None, for all."""
         return self.count if self.start == "empty" else None
+
+    def backend(self, name: str) -> str:
+        """Returns the backend of losses over this queue, if `name` is what computes them."""
+        if not self.sharded:
+            return name
+        self._check_shards()
+        if self.num_shards == 1:
+            return name
+        return Sharding(self.size, self.uneven, self.group).prefix() + str(name)
+
+    def _check_shards(self) -> None:
+        if not torch.compiler.is_compiling() and self.num_shards != self.group.size:
+            raise RuntimeError(
+                f"the queue was divided among {self.num_shards} processes, but there are {self.group.size}:"
+                " create it after torch.distributed is initialised"
+            )
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -122,7 +186,8 @@ class FeatureQueue(nn.Module):
         self._make_writable()
         if self.start == "random":
             # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
-            generator = torch.Generator("cpu").manual_seed(0x5EED_0F_0EE + self.seed)
+            seed = 0x5EED_0F_0EE + self.seed + (self.group.rank << 32 if self.num_shards > 1 else 0)
+            generator = torch.Generator("cpu").manual_seed(seed)
             start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.rows.copy_(F.normalize(start, dim=1, out=start))
         else:
@@ -136,24 +201,33 @@ class FeatureQueue(nn.Module):
         """Calls `reset`; FSDP and others call this name after `to_empty`."""
         self.reset()
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "FeatureQueue":
-        # `to`, `to_empty` and the like all call this; meta buffers that become real hold garbage.
-        was_meta = any(t.is_meta for t in self.buffers())
+    def _apply(self, fn: Callable, recurse: bool = True) -> FeatureQueue:
+        # `to`, `to_empty` and the like all call this; meta tensors that become real hold garbage.
+        was_meta = any(t.is_meta for t in self._tensors().values())
         super()._apply(fn, recurse)
+        if self.sharded:
+            for name, t in self._tensors().items():
+                setattr(self, name, fn(t))
         if was_meta:
             self.reset()
         return self
 
     def _make_writable(self) -> None:
-        """Replace buffers made under inference mode, which nothing outside of it may write to.
+        """Replace tensors made under inference mode, which nothing outside of it may write to.
 
-        A queue gets such buffers when it is moved, copied or loaded under inference mode. A compiled enqueue
+        A queue gets such tensors when it is moved, copied or loaded under inference mode. A compiled enqueue
         cannot replace them: call `enqueue` or `reset` outside the graph first.
         """
-        for name, t in self._buffers.items():
-            if t is not None and t.is_inference():
+        for name, t in self._tensors().items():
+            if t.is_inference():
                 with torch.inference_mode(False):
-                    self._buffers[name] = t.clone()
+                    setattr(self, name, t.clone())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.sharded:
+            self._check_shards()
+            destination.update({prefix + name: t for name, t in shards.state(self).items()})
 
     def _load_from_state_dict(
         self,
@@ -165,36 +239,43 @@ class FeatureQueue(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        state_dict = translated(state_dict, prefix, self._buffers, error_msgs)
+        state_dict = translated(state_dict, prefix, self, error_msgs)
+        if self.sharded:
+            state_dict = shards.load(self, state_dict, prefix, missing_keys, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """Overwrites the oldest rows with `keys`, and their ids, of all ranks where there are several.
+        """Overwrites the oldest rows with `keys`, and their ids, of all processes where there are several.
 
         Args:
-            keys: [B, D], any B ≥ 1; of more than K rows the last K stay. Cast to the queue's dtype.
+            keys: [B, D], any B ≥ 1, or with `uneven` B ≥ 0; of more than K rows the last K stay. Cast to the
+                queue's dtype.
             ids: int64 [B], the keys' ids, negative where a key has none; for a queue with ids alone.
 
         Raises:
-            TypeError: keys is not a dense floating-point tensor, or ids is not a dense int64 tensor.
+            TypeError: keys is not a dense floating-point tensor, or ids is not a dense int64 tensor; or they
+                are DTensors.
             ValueError: keys is not [B, D] with the queue's D, or ids is not [B]; the queue keeps ids and
-                none are given, or the reverse.
+                none are given, or the reverse; the processes have different numbers of keys and the queue
+                is not `uneven`.
             RuntimeError: keys or ids are on another device, or share memory with the queue.
         """
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
             got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
             raise TypeError(f"keys must be a floating-point tensor, got {got}")
+        refuse_dtensor("keys", keys)
         if keys.layout != torch.strided:
             raise TypeError(f"keys must be a dense tensor, got {keys.layout}")
         if not torch.compiler.is_compiling():
             self._make_writable()
         rows, own_ids = self.rows, self.ids
         dim = rows.shape[1]
-        if keys.dim() != 2 or keys.shape[1] != dim or keys.shape[0] == 0:
-            raise ValueError(f"keys must be [B, {dim}] with B ≥ 1, got shape {tuple(keys.shape)}")
+        fewest = 0 if self.uneven else 1
+        if keys.dim() != 2 or keys.shape[1] != dim or keys.shape[0] < fewest:
+            raise ValueError(f"keys must be [B, {dim}] with B ≥ {fewest}, got shape {tuple(keys.shape)}")
         if keys.device != rows.device:
             raise RuntimeError(f"keys is on {keys.device}, but the queue on {rows.device}")
         if ids is not None:
@@ -204,9 +285,24 @@ class FeatureQueue(nn.Module):
                 "ids must be given: the queue keeps them" if ids is None
                 else "ids must be None: the queue keeps none (FeatureQueue's ids=True)"
             )  # fmt: skip
-        if world_size() > 1:
-            keys, ids = all_gather(keys.to(rows.dtype)), None if ids is None else all_gather(ids)
+        if self.sharded:
+            self._check_shards()
+        elif self.gather and self.group.size > 1:
+            counts = [n for (n,) in self.group.counts("enqueue's keys", (len(keys),), keys, self.uneven)]
+            keys = all_gather(keys.to(rows.dtype), self.group, counts)
+            ids = None if ids is None else all_gather(ids, self.group, counts)
+        if self.uneven and not len(keys):
+            return
         enqueuing.enqueue(rows, own_ids, self.pointer, self.count, keys, ids)
+
+
+def refuse_dtensor(name: str, t: Tensor) -> None:
+    """Raises TypeError for a DTensor, whose operations the kernels do not replace."""
+    if type(t) is not Tensor and type(t).__name__ == "DTensor":  # Its import takes half a second.
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.to_local(), this process's rows, and for a queue that is divided"
+            " among processes a FeatureQueue(..., sharded=True)"
+        )
 
 
 def _check_ids(ids: Tensor, keys: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, int64, nn, strided
 
 from relssl._compat import in_functorch_transform
 from relssl.backends.common import Temperature, autocasts, device_type, to_dtype
-from relssl.queue import FLOATS, FeatureQueue
+from relssl.queue import FLOATS, FeatureQueue, refuse_dtensor
 
 T = TypeVar("T")
 
@@ -36,6 +36,7 @@ def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    refuse_dtensor(name, t)
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.dim() not in shapes:
@@ -75,17 +76,19 @@ def _same_device(name: str, t: Tensor, device: torch.device) -> None:
 
 
 def queue_rows(
-    queue: Tensor | FeatureQueue, ids: Tensor | None = None, queue_ids: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Returns the rows of a queue and what is excluded from it, () or (ids, queue_ids, filled), unchecked.
+    queue: Tensor | FeatureQueue, ids: Tensor | None, queue_ids: Tensor | None, backend: str
+) -> tuple[Tensor, tuple[Tensor | None, ...], str]:
+    """Returns the rows of a queue, what is excluded from it, () or (ids, queue_ids, filled), unchecked, and
+    the backend for it.
 
-    Raises ValueError where one of ids and queue_ids has no counterpart.
+    Raises ValueError where one of ids and queue_ids has no counterpart, and RuntimeError for a sharded queue of
+    other processes.
     """
     rows, filled = queue, None
     if isinstance(queue, FeatureQueue):
         if queue_ids is not None:
             raise ValueError("queue_ids must be None: a FeatureQueue keeps its own (ids=True)")
-        rows, filled = queue.rows, queue.filled
+        rows, filled, backend = queue.rows, queue.filled, queue.backend(backend)
         if ids is not None:
             queue_ids = queue.ids
             if queue_ids is None:
@@ -93,8 +96,8 @@ def queue_rows(
     elif (ids is None) != (queue_ids is None):
         raise ValueError("ids and queue_ids must be given together where queue is a tensor")
     if ids is None:
-        return rows, () if filled is None else (None, None, filled)  # type: ignore[return-value]
-    return rows, (ids, queue_ids, filled)  # type: ignore[return-value]
+        return rows, () if filled is None else (None, None, filled), backend  # type: ignore[return-value]
+    return rows, (ids, queue_ids, filled), backend  # type: ignore[return-value]
 
 
 def check_exclude(x: Tensor, queue: Tensor, exclude: tuple[Tensor | None, ...]) -> None:
@@ -168,9 +171,11 @@ def check_views(
 
 
 def check_logsumexp(
-    x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None
+    x: Tensor, queue: Tensor, temperature: Temperature, exclude: Tensor | None, size: int
 ) -> Temperature:
     """Checks the arguments of queue_logsumexp; returns the temperature as a scalar.
+
+    size: the number of rows of the whole queue, which the indices to exclude refer to.
 
     Raises TypeError, ValueError or RuntimeError.
     """
@@ -181,8 +186,8 @@ def check_logsumexp(
     _indices("exclude", exclude, len(x), "R", x.device)
     if _is_readable(exclude):
         low, high = (int(v) for v in exclude.aminmax())
-        if low < -1 or high >= len(queue):
-            raise ValueError(f"exclude must lie in [-1, {len(queue)}), got values from {low} to {high}")
+        if low < -1 or high >= size:
+            raise ValueError(f"exclude must lie in [-1, {size}), got values from {low} to {high}")
     return temperature
 
 

@@ -12,6 +12,7 @@ from relssl.backends.chunked import Chunked
 from relssl.backends.cpu import Cpu
 from relssl.backends.cuda import Cuda
 from relssl.backends.reference import Reference
+from relssl.backends.sharded import Sharded, Sharding, is_sharded
 from relssl.backends.triton import Triton
 
 BACKENDS: dict[str, Backend] = {
@@ -29,12 +30,23 @@ DEFAULTS = ("cpu", "triton", "chunked", "reference")
 def get(name: str) -> Backend:
     """Returns the backend or variant, "NAME" or "NAME/VARIANT"."""
     own, _, variant = name.partition("/")
-    return _variant(BACKENDS[own], variant) if variant else BACKENDS[own]
+    if not variant:
+        return BACKENDS[own]
+    if is_sharded(name):
+        sharding, inner = Sharding.split(name)
+        return Sharded(sharding, get(inner))
+    return _variant(BACKENDS[own], variant)
 
 
 @cache  # by the backend, not its name: another may be registered under that
 def _variant(backend: Backend, variant: str) -> Backend:
     return backend.variant(variant)
+
+
+def refuse_sharded(name: str, what: str) -> None:
+    """Raises RuntimeError if the queue is sharded: eager code would read this process's shard alone."""
+    if is_sharded(name):
+        raise RuntimeError(f"{what} cannot pass through a sharded queue")
 
 
 def unsupported(name: str, device: str, dtype: torch.dtype, dim: int) -> str | None:
@@ -73,6 +85,9 @@ def choose(
         for name in DEFAULTS:  # the last of which takes anything
             if BACKENDS[name].supports(device, dtype, dim) is None:
                 return name
+    if is_sharded(name):
+        sharding, inner = Sharding.split(name)
+        return sharding.prefix() + choose(inner, device, dtype, dim, [*stacks] * sharding.group.size, queue)
     if reason := unsupported(name, device, dtype, dim):
         raise ValueError(f"backend {name!r} cannot run this: {reason}")
     return name

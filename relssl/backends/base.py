@@ -31,6 +31,15 @@ class Backend(ABC):
     "NAME/VARIANT" for each other. `relssl tune` measures them.
     """
 
+    @property
+    def local(self) -> "Backend":
+        """The backend of losses that compare no rows with a queue."""
+        return self
+
+    def num_rows(self, queue: Tensor) -> int:
+        """Returns the number of queue rows that indices refer to."""
+        return queue.shape[0]
+
     @abstractmethod
     def supports(self, device: str, dtype: torch.dtype, dim: int) -> str | None:
         """Returns None, or the reason why rows of this width and dtype cannot be taken on this device."""
