@@ -26,7 +26,8 @@ except ImportError:
     _top_saved_tensors_default_hooks = None  # type: ignore[assignment]
 
 # torch < 2.13 has the older name alone. Builds without torch.distributed have none.
-all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+all_gather_single: Any = getattr(dist, "all_gather_single", None)
+all_gather_single = all_gather_single or getattr(dist, "all_gather_into_tensor", None)
 
 
 def resolve_process_group(name: str) -> Any:

@@ -22,12 +22,11 @@ from relssl.saving import distinct, save, snapshots
 from relssl.validation import compute_dtype, savable
 
 
-def penalty(p: Tensor) -> Tensor:
-    """Returns log M less the entropy of the clusters' shares of p [N, M], in float32 or float64."""
-    sizes = p.sum(0)
+def penalty(sizes: Tensor) -> Tensor:
+    """Returns log M less the entropy of the clusters' shares, for their sizes [M] in float32 or float64."""
     share = sizes / sizes.sum()
     # 0 log 0 is 0, but its gradient is not finite.
-    return log(p.shape[1]) + (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
+    return log(len(sizes)) + (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
 
 
 def eager_loss(p1: Tensor, p2: Tensor, tau: Temperature, dtype: torch.dtype, penalize: bool) -> Tensor:
@@ -37,7 +36,7 @@ def eager_loss(p1: Tensor, p2: Tensor, tau: Temperature, dtype: torch.dtype, pen
     # An empty cluster's column stays as it is: divided by its length, it would have an infinite gradient.
     c1, c2 = (columns / norms.masked_fill(norms < EMPTY, 1.0)).chunk(2)
     loss = reference.nt_xent(c1, c2, None, tau, dtype).mean()
-    return loss + penalty(p1) + penalty(p2) if penalize else loss
+    return loss + penalty(p1.sum(0)) + penalty(p2.sum(0)) if penalize else loss
 
 
 def _loss_fake(

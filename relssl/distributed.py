@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,37 +65,6 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@torch.no_grad()
-def all_gather(rows: Tensor) -> Tensor:
-    """Concatenates the rows [B, ...] of all processes by rank, [world_size · B, ...], without a gradient."""
-    if not _is_distributed():
-        return rows
-    gathered = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
-
-
-def all_gather_with_grad(*rows: Tensor) -> tuple[Tensor, ...]:
-    """Applies `all_gather` to each tensor; backward sums the gradients of all processes.
-
-    For a loss of the whole batch that every process computes: each row gets `world_size` times its gradient,
-    so the mean that DistributedDataParallel takes is the gradient that a single process would compute.
-    """
-    return tuple(map(_AllGather.apply, rows)) if _is_distributed() else rows
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return all_gather(rows)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        g = g.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(g)
-        return g.chunk(world_size())[rank()]
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -5,14 +5,17 @@ the softmax-weighted mean of the queue, and ReSSL's relation loss is the Bregman
 of the size batch x queue is ever needed, and the gradient costs no second pass.
 """
 
-from typing import Literal, overload
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
 from warnings import warn
 
 from torch import Tensor
 
-from relssl import clusters, dispatch, in_batch, ops
+from relssl import backends, clusters, dispatch, grouped, in_batch, ops
 from relssl.autograd import reduce
-from relssl.backends.common import Temperature, accumulator, to_dtype
+from relssl.backends.common import Temperature, accumulator, device_type, to_dtype
+from relssl.groups import Group
 from relssl.queue import FeatureQueue
 from relssl.validation import (
     check_choice,
@@ -22,6 +25,9 @@ from relssl.validation import (
     check_views,
     queue_rows,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Form = Literal["kl", "ce"]
 Reduction = Literal["mean", "sum", "none"]
@@ -188,6 +194,7 @@ def nt_xent(
     queue_ids: Tensor | None = None,
     reduction: Reduction = "mean",
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """NT-Xent between two views of a batch: each row's positive is the other view's, the rest are negatives.
 
@@ -210,8 +217,15 @@ def nt_xent(
         queue_ids: int64 [K], the ids of the queue's rows, where the queue is a tensor.
         reduction: "mean" and "sum" over all 2N rows, "none" for a loss of shape [2N], z1's rows first.
         backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
+        group: processes whose rows are the negatives, such as torch.distributed.group.WORLD; each gives its
+            own N images, equally many, and gets the loss of its own rows. The gradient is that of the sum of
+            all processes' losses, which must have equal weights: for "mean", the averages of loss and
+            gradients over the processes, as DistributedDataParallel takes them, are those of one process with
+            the whole batch. Double backward and torch.func do not work. None: the negatives are this
+            process's alone, also under DistributedDataParallel.
 
-    dtypes and errors are those of `relation_loss`, the loss's dtype among them.
+    dtypes and errors are those of `relation_loss`, the loss's dtype among them; ValueError, in every process,
+    for different numbers of images.
     """
     if queue is None and (ids is not None or queue_ids is not None):
         raise ValueError("ids exclude rows of a queue, but queue is None")
@@ -223,11 +237,18 @@ def nt_xent(
     z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
     if exclude:
         check_exclude(z1, rows, exclude)  # type: ignore[arg-type]
+    if processes := _several(group):
+        return grouped.nt_xent(z1, z2, rows, tau, reduction, backend, processes, exclude)
     return in_batch.nt_xent(z1, z2, rows, tau, reduction, backend, exclude)
 
 
 def cluster_contrast(
-    p1: Tensor, p2: Tensor, *, temperature: Temperature = 1.0, backend: str = "auto"
+    p1: Tensor,
+    p2: Tensor,
+    *,
+    temperature: Temperature = 1.0,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """NT-Xent between the clusters of two views: the columns of the assignment matrices, by their cosines.
 
@@ -238,25 +259,53 @@ def cluster_contrast(
     Args:
         p1, p2: soft assignments of N images to M clusters in each view, [N, M]; p2 is cast to p1's dtype.
         temperature: number or tensor of one element, which may require grad.
+        group: processes whose images the columns have, as in `nt_xent`, each with its own p1 and p2; every
+            process returns the loss of all, in float32 (float64 for float64) by torch's operations. Numbers
+            of images may differ. None: this process's alone, also under DistributedDataParallel.
 
     dtypes and errors are those of `relation_loss`. A column shorter than 1e-8 is that of an
     empty cluster, and has the cosine 0.
     """
     p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
-    return clusters.cluster_loss(p1, p2, tau, False, backend)
+    return _cluster_loss(p1, p2, tau, False, backend, group)
 
 
-def cluster_loss(p1: Tensor, p2: Tensor, *, temperature: Temperature = 1.0, backend: str = "auto") -> Tensor:
+def cluster_loss(
+    p1: Tensor,
+    p2: Tensor,
+    *,
+    temperature: Temperature = 1.0,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """The cluster loss of Contrastive Clustering and SACC, in one call.
 
     It is `cluster_contrast` plus `cluster_entropy_penalty` of each view, and takes the arguments of
     `cluster_contrast`. (Li et al., Contrastive Clustering, AAAI 2021, eq. 6.)
     """
     p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
-    return clusters.cluster_loss(p1, p2, tau, True, backend)
+    return _cluster_loss(p1, p2, tau, True, backend, group)
 
 
-def cluster_entropy_penalty(p: Tensor) -> Tensor:
+def _cluster_loss(
+    p1: Tensor, p2: Tensor, tau: Temperature, penalize: bool, backend: str, group: ProcessGroup | None
+) -> Tensor:
+    processes = _several(group)
+    if processes is None:
+        return clusters.cluster_loss(p1, p2, tau, penalize, backend)
+    backends.choose(backend, device_type(p1), p1.dtype, p1.shape[1])  # It may be unknown.
+    return grouped.cluster_loss(p1, p2, tau, penalize, processes)
+
+
+def _several(group: ProcessGroup | None) -> Group | None:
+    """Returns a group of more than one process, otherwise None."""
+    if group is None:
+        return None
+    processes = Group.of(group)
+    return processes if processes.size > 1 else None
+
+
+def cluster_entropy_penalty(p: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
     """Computes log M - H(P), by which a batch's assignments differ from M equal clusters, where it is 0.
 
     P_m = sum_n p_nm / sum_nm p_nm. Added to the cluster loss of each view, it keeps clusters from dying.
@@ -264,13 +313,16 @@ def cluster_entropy_penalty(p: Tensor) -> Tensor:
 
     Args:
         p: soft assignments [N, M], not negative.
+        group: see `cluster_contrast`.
 
     Returns:
         A scalar, float32 (float64 for float64). Finite, and so is its gradient, where clusters are empty;
         NaN where all are.
     """
     check_views(p, p, None, ("p", "p"), "[N, M]")
-    return clusters.penalty(to_dtype(p, accumulator(p.dtype)))
+    p = to_dtype(p, accumulator(p.dtype))
+    processes = _several(group)
+    return clusters.penalty(grouped.cluster_sizes(p, processes) if processes else p.sum(0))
 
 
 def cluster_entropy(p: Tensor) -> Tensor:

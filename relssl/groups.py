@@ -72,8 +72,8 @@ class Group:
     def counts(self, what: str, numbers: tuple[int, ...], like: Tensor, uneven: bool = False) -> Counts:
         """Returns the numbers of rows that each process has of `what`.
 
-        They are exchanged where `uneven`, where `like` is on a CPU, and elsewhere, where an exchange waits for
-        the device, only if they are others than in the last call for the same purpose.
+        They are exchanged where `uneven` and where `like` is on a CPU. Elsewhere, where an exchange waits for
+        the device, they are only if they are others than in the last call for the same purpose.
 
         Raises ValueError, in every process, if they differ and are not `uneven`.
         """

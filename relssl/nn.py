@@ -1,13 +1,19 @@
 """The losses of relssl.functional as modules that store their settings."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from relssl import functional
 from relssl.backends.common import Temperature
 from relssl.functional import Form, Reduction
+from relssl.groups import Group
 from relssl.queue import FeatureQueue
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Loss(nn.Module):
@@ -98,9 +104,15 @@ class NTXentLoss(_Loss):
     """
 
     def __init__(
-        self, *, temperature: Temperature = 0.5, reduction: Reduction = "mean", backend: str = "auto"
+        self,
+        *,
+        temperature: Temperature = 0.5,
+        reduction: Reduction = "mean",
+        backend: str = "auto",
+        group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
+        group = None if group is None else Group.of(group)
+        super().__init__(temperature=temperature, reduction=reduction, backend=backend, group=group)
 
     def forward(
         self,
@@ -119,8 +131,15 @@ class ClusterLoss(_Loss):
     A temperature given as nn.Parameter (of one element) is learned.
     """
 
-    def __init__(self, *, temperature: Temperature = 1.0, backend: str = "auto") -> None:
-        super().__init__(temperature=temperature, backend=backend)
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 1.0,
+        backend: str = "auto",
+        group: ProcessGroup | None = None,
+    ) -> None:
+        group = None if group is None else Group.of(group)
+        super().__init__(temperature=temperature, backend=backend, group=group)
 
     def forward(self, p1: Tensor, p2: Tensor) -> Tensor:
         return functional.cluster_loss(p1, p2, **self.settings())

@@ -300,8 +300,8 @@ def refuse_dtensor(name: str, t: Tensor) -> None:
     """Raises TypeError for a DTensor, whose operations the kernels do not replace."""
     if type(t) is not Tensor and type(t).__name__ == "DTensor":  # Its import takes half a second.
         raise TypeError(
-            f"{name} is a DTensor: pass {name}.to_local(), this process's rows, and for a queue that is divided"
-            " among processes a FeatureQueue(..., sharded=True)"
+            f"{name} is a DTensor: pass {name}.to_local(), the rows of this process, and for a queue that is"
+            " divided among processes a FeatureQueue(..., sharded=True)"
         )
 
 

@@ -2,8 +2,8 @@
 
 In a checkpoint the shards lie one after another, each with its oldest row first, as a DTensor over the
 processes: `rows` [K, D], `ids` [K] and `written` [K], whether a row is none of the start; and `shards`, their
-number. The position of a row in its shard, counted from the newest, is its age. Other numbers of processes get
-the rows in the order of their ages, in turn, so that every new shard has rows of all ages.
+number. The position of a row in its shard, counted from the newest, is its age. Other numbers of processes
+get the rows in the order of their ages, in turn, so that every new shard has rows of all ages.
 """
 
 from __future__ import annotations

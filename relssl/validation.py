@@ -81,8 +81,8 @@ def queue_rows(
     """Returns the rows of a queue, what is excluded from it, () or (ids, queue_ids, filled), unchecked, and
     the backend for it.
 
-    Raises ValueError where one of ids and queue_ids has no counterpart, and RuntimeError for a sharded queue of
-    other processes.
+    Raises ValueError where one of ids and queue_ids has no counterpart, and RuntimeError for a sharded queue
+    of other processes.
     """
     rows, filled = queue, None
     if isinstance(queue, FeatureQueue):

@@ -1,8 +1,8 @@
 """The rows of every process over a queue of which each process holds a shard.
 
 It is a backend around a backend: rows are gathered, each process computes log-sum-exp and mean over its
-shard, one all-to-all returns these partials, and each process merges those of its own rows in the order of the
-ranks. With parts s of a queue, A(theta) = log sum_s exp A_s(theta) and
+shard, one all-to-all returns these partials, and each process merges those of its own rows in the order of
+the ranks. With parts s of a queue, A(theta) = log sum_s exp A_s(theta) and
 
     mean = sum_s share_s mean_s,   share_s = exp(A_s - A)
 
@@ -97,12 +97,11 @@ class Sharded(Backend):
         if g_mean is not None:
             along = ((own_mean - mean) * g_mean).sum(1)
             g_lse = along if g_lse is None else g_lse + along
-            g_mean = share[:, None] * g_mean
-        of_shard = Cotangents(
-            None if g_lse is None else share * g_lse, g_mean, None if g_row is None else share[:, None] * g_row
+        g_lse, g_mean, g_row = (
+            t if t is None else share.view(-1, *[1] * (t.dim() - 1)) * t for t in (g_lse, g_mean, g_row)
         )
         of_saved = Saved(all_x, queue, scale, own, own_lse, own_mean if needs_mean or want_x else None)
-        grad_x, grad_queue = self.local.vjp(of_saved, of_shard, want_x, want_queue)
+        grad_x, grad_queue = self.local.vjp(of_saved, Cotangents(g_lse, g_mean, g_row), want_x, want_queue)
         return rows.give_back(grad_x).sum(0) if want_x else grad_x, grad_queue
 
     def _exclude(self, exclude: Exclude | None, rows: "_Rows", queue: Tensor) -> Exclude | None:
@@ -119,7 +118,7 @@ class Sharded(Backend):
 
 
 class _Rows:
-    """The stacked rows of all processes: the first ones of each by rank, as with one scale, then the others."""
+    """The stacked rows of all processes: by rank the first ones, which have one scale, then the others."""
 
     def __init__(self, sharding: Sharding, num_first: int, x: Tensor) -> None:
         self.group = sharding.group
@@ -145,7 +144,7 @@ class _Rows:
         return [t if t is None else next(found).reshape(-1, *t.shape[1:]) for t in columns]
 
     def give_back(self, parts: Tensor) -> Tensor:
-        """Returns, for results [N, C] over one shard, those of this process's rows over every shard [W, R, C]."""
+        """Returns results [W, R, C] of the own rows over every shard, from those [N, C] of all rows."""
         if self.mixed:
             firsts, seconds = zip(*self.counts, strict=True)
             blocks = parts.split([*firsts, *seconds])

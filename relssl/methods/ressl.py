@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl.augment import Normalize, View
-from relssl.distributed import all_gather, broadcast, rank, world_size
+from relssl.distributed import broadcast, rank, world_size
 from relssl.functional import info_nce, relation_loss
+from relssl.groups import Group, all_gather
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.queue import FeatureQueue
@@ -202,7 +203,8 @@ class ReSSL(Method):
             return _embed(self.teacher, images)
         order = broadcast(torch.randperm(world_size() * len(images), device=images.device))
         own = slice(rank() * len(images), (rank() + 1) * len(images))
-        keys = all_gather(_embed(self.teacher, all_gather(images)[order[own]]))
+        everyone = Group()
+        keys = all_gather(_embed(self.teacher, all_gather(images, everyone)[order[own]]), everyone)
         return keys[order.argsort()[own]]
 
     def prepare(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from relssl.augment import Normalize, RandAugment, View
 from relssl.datasets import ConcatImages, Data, Images
-from relssl.distributed import all_gather, all_gather_with_grad
+from relssl.groups import Group
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.nn import ClusterLoss, NTXentLoss
@@ -125,8 +125,12 @@ class SACC(Method):
         self.cluster = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.clusters)
         )
-        self.nt_xent = NTXentLoss(temperature=config.instance_temperature, backend=config.backend)
-        self.cluster_loss = ClusterLoss(temperature=config.cluster_temperature, backend=config.backend)
+        # Over the images of all processes.
+        backend, everyone = config.backend, Group()
+        self.nt_xent = NTXentLoss(temperature=config.instance_temperature, backend=backend, group=everyone)
+        self.cluster_loss = ClusterLoss(
+            temperature=config.cluster_temperature, backend=backend, group=everyone
+        )
         self.queue = None
         if config.queue_size:
             dtype = getattr(torch, config.queue_dtype)
@@ -193,11 +197,9 @@ class SACC(Method):
 
         views: unit-norm embeddings [B, D] of the weak views and the strong one. ids: see `Method.forward`.
         """
-        w1, w2, s = all_gather_with_grad(*views)
+        w1, w2, s = views
         weak = w2 if pass_name == "joint" else w1
-        all_ids = None if ids is None else all_gather(ids)
-        loss = self.nt_xent(w1, w2, self.queue, ids=all_ids)
-        return loss + self.nt_xent(weak, s, self.queue, ids=all_ids)
+        return self.nt_xent(w1, w2, self.queue, ids) + self.nt_xent(weak, s, self.queue, ids)
 
     def cluster_losses(self, views: Sequence[Tensor], pass_name: str = "joint") -> Tensor:
         """Computes L_C(w1, w2) + L_C(w1, s) + L_C(w2, s), without the last in the recipe for STL-10.
@@ -206,7 +208,7 @@ class SACC(Method):
 
         views: soft assignments [B, M] of the weak views and the strong one.
         """
-        w1, w2, s = all_gather_with_grad(*views)
+        w1, w2, s = views
         loss = self.cluster_loss(w1, w2) + self.cluster_loss(w1, s)
         return loss + self.cluster_loss(w2, s) if pass_name == "joint" else loss
 
