@@ -34,7 +34,7 @@ def resolve_process_group(name: str) -> Any:
     """Returns the process group of that name. Raises one of several errors if there is none."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def saving_is_hooked() -> bool:

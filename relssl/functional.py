@@ -194,7 +194,7 @@ def nt_xent(
     queue_ids: Tensor | None = None,
     reduction: Reduction = "mean",
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | Group | None = None,
 ) -> Tensor:
     """NT-Xent between two views of a batch: each row's positive is the other view's, the rest are negatives.
 
@@ -248,7 +248,7 @@ def cluster_contrast(
     *,
     temperature: Temperature = 1.0,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | Group | None = None,
 ) -> Tensor:
     """NT-Xent between the clusters of two views: the columns of the assignment matrices, by their cosines.
 
@@ -276,7 +276,7 @@ def cluster_loss(
     *,
     temperature: Temperature = 1.0,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | Group | None = None,
 ) -> Tensor:
     """The cluster loss of Contrastive Clustering and SACC, in one call.
 
@@ -288,7 +288,7 @@ def cluster_loss(
 
 
 def _cluster_loss(
-    p1: Tensor, p2: Tensor, tau: Temperature, penalize: bool, backend: str, group: ProcessGroup | None
+    p1: Tensor, p2: Tensor, tau: Temperature, penalize: bool, backend: str, group: ProcessGroup | Group | None
 ) -> Tensor:
     processes = _several(group)
     if processes is None:
@@ -297,7 +297,7 @@ def _cluster_loss(
     return grouped.cluster_loss(p1, p2, tau, penalize, processes)
 
 
-def _several(group: ProcessGroup | None) -> Group | None:
+def _several(group: ProcessGroup | Group | None) -> Group | None:
     """Returns a group of more than one process, otherwise None."""
     if group is None:
         return None
@@ -305,7 +305,7 @@ def _several(group: ProcessGroup | None) -> Group | None:
     return processes if processes.size > 1 else None
 
 
-def cluster_entropy_penalty(p: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
+def cluster_entropy_penalty(p: Tensor, *, group: ProcessGroup | Group | None = None) -> Tensor:
     """Computes log M - H(P), by which a batch's assignments differ from M equal clusters, where it is 0.
 
     P_m = sum_n p_nm / sum_nm p_nm. Added to the cluster loss of each view, it keeps clusters from dying.

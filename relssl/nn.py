@@ -109,9 +109,9 @@ class NTXentLoss(_Loss):
         temperature: Temperature = 0.5,
         reduction: Reduction = "mean",
         backend: str = "auto",
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Group | None = None,
     ) -> None:
-        group = None if group is None else Group.of(group)
+        group = None if group is None else Group.of(group)  # which can be copied and pickled
         super().__init__(temperature=temperature, reduction=reduction, backend=backend, group=group)
 
     def forward(
@@ -136,9 +136,9 @@ class ClusterLoss(_Loss):
         *,
         temperature: Temperature = 1.0,
         backend: str = "auto",
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Group | None = None,
     ) -> None:
-        group = None if group is None else Group.of(group)
+        group = None if group is None else Group.of(group)  # which can be copied and pickled
         super().__init__(temperature=temperature, backend=backend, group=group)
 
     def forward(self, p1: Tensor, p2: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _to_dtensor(local: Tensor, size: int, group: Group) -> Tensor:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh = DeviceMesh.from_group(group.handle or dist.group.WORLD, local.device.type)
+    mesh = DeviceMesh.from_group(group.handle or dist.group.WORLD, local.device.type)  # type: ignore
     shape = torch.Size((size, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

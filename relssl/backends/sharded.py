@@ -9,7 +9,7 @@ the ranks. With parts s of a queue, A(theta) = log sum_s exp A_s(theta) and
 Every process must call the same losses in the same order, with the same temperatures.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,26 +82,31 @@ class Sharded(Backend):
     def vjp(
         self, saved: Saved, cotangents: Cotangents, want_x: bool, want_queue: bool
     ) -> tuple[Tensor, Tensor]:
-        """Passes the gradients through `merge` to those of each shard's log-sum-exp and mean."""
+        """Passes the gradients through `merge` to log-sum-exp and mean over this process's shard:
+
+        share_s (g_lse + <mean_s - mean, g_mean>) and share_s g_mean.
+        """
         x, queue, scale, exclude, lse, mean = saved
-        rows = _Rows(self.sharding, len(x), x)
-        needs_mean = cotangents.g_mean is not None
-        high, low, g_lse, mean, g_mean, g_row = rows.gather_columns(
-            *lse, cotangents.g_lse, mean if needs_mean else None, cotangents.g_mean, cotangents.g_row
-        )
+        g, rows = cotangents, _Rows(self.sharding, len(x), x)
         all_x, own = rows.gather(x), self._exclude(exclude, rows, queue)
+        high, low, g_lse, g_mean, g_row, mean = rows.gather_columns(
+            *lse, g.g_lse, g.g_mean, g.g_row, None if g.g_mean is None else mean
+        )
+        want_mean = want_x or g_mean is not None
         pair = twice(scale.reshape(1) if isinstance(scale, Tensor) else [scale])
-        own_lse, own_mean = self.local.lse_and_mean(all_x, queue, pair, len(all_x), own, needs_mean or want_x)
-        share = (own_lse[0] - high + (own_lse[1] - low)).exp()
-        share = share.masked_fill(own_lse.sum(0) == -torch.inf, 0)  # Nothing of this shard, or of any.
+        own_lse, own_mean = self.local.lse_and_mean(all_x, queue, pair, len(all_x), own, want_mean)
+        share = (own_lse[0] - high + (own_lse[1] - low)).exp_()
+        share.masked_fill_(own_lse.sum(0) == -torch.inf, 0)  # Nothing of this shard, or of any.
         if g_mean is not None:
             along = ((own_mean - mean) * g_mean).sum(1)
-            g_lse = along if g_lse is None else g_lse + along
-        g_lse, g_mean, g_row = (
-            t if t is None else share.view(-1, *[1] * (t.dim() - 1)) * t for t in (g_lse, g_mean, g_row)
+            g_lse, g_mean = along if g_lse is None else g_lse + along, g_mean * share[:, None]
+        of_shard = Cotangents(
+            None if g_lse is None else g_lse * share,
+            g_mean,
+            None if g_row is None else g_row * share[:, None],
         )
-        of_saved = Saved(all_x, queue, scale, own, own_lse, own_mean if needs_mean or want_x else None)
-        grad_x, grad_queue = self.local.vjp(of_saved, Cotangents(g_lse, g_mean, g_row), want_x, want_queue)
+        of_saved = Saved(all_x, queue, scale, own, own_lse, own_mean if want_mean else None)
+        grad_x, grad_queue = self.local.vjp(of_saved, of_shard, want_x, want_queue)
         return rows.give_back(grad_x).sum(0) if want_x else grad_x, grad_queue
 
     def _exclude(self, exclude: Exclude | None, rows: "_Rows", queue: Tensor) -> Exclude | None:
@@ -137,7 +142,7 @@ class _Rows:
         blocks = [b.split(count) for b, count in zip(found.split(self.totals), self.counts, strict=True)]
         return torch.cat([block[part] for part in (0, 1) for block in blocks])
 
-    def gather_columns(self, *columns: Tensor | None) -> list[Tensor | None]:
+    def gather_columns(self, *columns: Tensor | None) -> list[Any]:
         """Calls `gather` once for tensors [R] and [R, D], of which some may be None."""
         given = [t[:, None] if t.dim() == 1 else t for t in columns if t is not None]
         found = iter(self.gather(torch.cat(given, 1)).split([t.shape[1] for t in given], 1))

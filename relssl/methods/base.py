@@ -90,6 +90,9 @@ class TrainConfig:
     """Past embeddings K. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet; SACC: 0]"""
     queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the queue; losses are computed in it if it has 16 bits. [relssl]"""
+    shard_queue: bool = False
+    """Under torchrun, each process keeps a part of the queue, its own last embeddings, instead of all of it:
+    enqueueing gathers nothing, and the losses gather queries and keys. [relssl]"""
     exclude_own: bool = False
     """Exclude an image's own past embeddings from the losses over the queue. A queue larger than the data set
     contains some of nearly every image. [relssl; the published methods use them]"""
@@ -123,8 +126,14 @@ class TrainConfig:
             if value is not None and not smallest <= value <= largest:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
-        if self.exclude_own and not self.queue_size:
-            raise ValueError("exclude_own needs a queue, got queue_size 0")
+        for name in ("exclude_own", "shard_queue"):
+            if getattr(self, name) and not self.queue_size:
+                raise ValueError(f"{name} needs a queue, got queue_size 0")
+
+    def build_queue(self, dim: int) -> FeatureQueue:
+        """Builds the queue of embeddings of width D."""
+        dtype = getattr(torch, self.queue_dtype)
+        return FeatureQueue(self.queue_size, dim, dtype=dtype, ids=self.exclude_own, sharded=self.shard_queue)
 
     def pick_device(self) -> torch.device:
         """Returns the device, under torchrun the GPU of the local rank; ValueError if there is none such."""

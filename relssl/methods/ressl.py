@@ -116,8 +116,7 @@ class ReSSL(Method):
         self.student = _Encoder({"backbone": backbone, "projector": projector})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = Predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
-        dtype = getattr(torch, config.queue_dtype)
-        self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype, ids=config.exclude_own)
+        self.queue = config.build_queue(config.dim)
         self.normalize = Normalize(mean, std)
         self.weak = self._view(1.0)
         self.strong = nn.ModuleList(

@@ -19,7 +19,6 @@ from relssl.groups import Group
 from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32
 from relssl.nn import ClusterLoss, NTXentLoss
-from relssl.queue import FeatureQueue
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Mean and standard deviation by channel.
 
@@ -131,10 +130,7 @@ class SACC(Method):
         self.cluster_loss = ClusterLoss(
             temperature=config.cluster_temperature, backend=backend, group=everyone
         )
-        self.queue = None
-        if config.queue_size:
-            dtype = getattr(torch, config.queue_dtype)
-            self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype, ids=config.exclude_own)
+        self.queue = config.build_queue(config.dim) if config.queue_size else None
         published = config.normalize == "strong"
         self.normalize = nn.Identity() if published else Normalize(mean, std)
         flip = 0.5 * config.flip
