@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from relssl import distributed
+from relssl import FeatureQueue, distributed
 from relssl.gradients import Encoder, Gradients
 from relssl.methods import PRESETS
 from relssl.methods.sacc import SACC, SACCConfig
@@ -25,6 +25,7 @@ CASES = {
 }
 for case in ("ressl", "sacc with a queue"):
     CASES[f"{case} without own"] = replace(CASES[case], exclude_own=True)
+    CASES[f"{case}, sharded"] = replace(CASES[case], exclude_own=True, shard_queue=True)
 STEPS, BATCH = 2, 16
 PARTS = 1, 2, 4  # which a process divides its share of a batch into
 
@@ -50,6 +51,14 @@ class FixedView(nn.Module):
         return torch.lerp(x, x.flip(3), self.share)
 
 
+def deal(queue):
+    """Gives each process those rows of one process's start that its own keys overwrite, in their order."""
+    world, rank = distributed.world_size(), distributed.rank()
+    rows = FeatureQueue(queue.size, queue.rows.shape[1]).rows.double()
+    overwritten = rows[: STEPS * BATCH].view(STEPS, world, BATCH // world, -1)[:, rank].flatten(0, 1)
+    queue.rows.copy_(torch.cat((overwritten, rows[STEPS * BATCH :].chunk(world)[rank])))
+
+
 def steps(case, parts=1):
     """Returns this process's gradients of every step and, if there is one, its final queue."""
     torch.manual_seed(0)
@@ -59,6 +68,8 @@ def steps(case, parts=1):
     strong = [FixedView(0.3), FixedView(0.4)]
     method.strong = nn.ModuleList(strong) if "ressl" in case else strong[0]
     method.epoch = 0.5
+    if method.config.shard_queue:
+        deal(method.queue)
     encoder = distributed.wrap_ddp(Encoder(method), find_unused_parameters=False)
     gradients = Gradients(method, encoder, parts)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
