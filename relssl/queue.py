@@ -163,9 +163,7 @@ class FeatureQueue(nn.Module):
         return self.count if self.start == "empty" else None
 
     def backend(self, name: str) -> str:
-        """Returns the backend of losses over this queue, if `name` is what computes them."""
-        if not self.sharded:
-            return name
+        """Returns the backend of losses over this sharded queue, if `name` is what computes them."""
         self._check_shards()
         if self.num_shards == 1:
             return name
@@ -218,8 +216,9 @@ class FeatureQueue(nn.Module):
         A queue gets such tensors when it is moved, copied or loaded under inference mode. A compiled enqueue
         cannot replace them: call `enqueue` or `reset` outside the graph first.
         """
-        for name, t in self._tensors().items():
-            if t.is_inference():
+        tensors = self._tensors() if self.sharded else self._buffers
+        for name, t in tensors.items():
+            if t is not None and t.is_inference():
                 with torch.inference_mode(False):
                     setattr(self, name, t.clone())
 
@@ -266,16 +265,18 @@ class FeatureQueue(nn.Module):
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
             got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
             raise TypeError(f"keys must be a floating-point tensor, got {got}")
-        refuse_dtensor("keys", keys)
+        if type(keys) is not Tensor:
+            refuse_dtensor("keys", keys)
         if keys.layout != torch.strided:
             raise TypeError(f"keys must be a dense tensor, got {keys.layout}")
         if not torch.compiler.is_compiling():
             self._make_writable()
         rows, own_ids = self.rows, self.ids
         dim = rows.shape[1]
-        fewest = 0 if self.uneven else 1
-        if keys.dim() != 2 or keys.shape[1] != dim or keys.shape[0] < fewest:
-            raise ValueError(f"keys must be [B, {dim}] with B ≥ {fewest}, got shape {tuple(keys.shape)}")
+        shape = keys.shape
+        if len(shape) != 2 or shape[1] != dim or (shape[0] == 0 and not self.uneven):
+            at_least = 0 if self.uneven else 1
+            raise ValueError(f"keys must be [B, {dim}] with B ≥ {at_least}, got shape {tuple(shape)}")
         if keys.device != rows.device:
             raise RuntimeError(f"keys is on {keys.device}, but the queue on {rows.device}")
         if ids is not None:
@@ -288,17 +289,17 @@ class FeatureQueue(nn.Module):
         if self.sharded:
             self._check_shards()
         elif self.gather and self.group.size > 1:
-            counts = [n for (n,) in self.group.counts("enqueue's keys", (len(keys),), keys, self.uneven)]
+            counts = [n for (n,) in self.group.counts("enqueue's keys", (shape[0],), keys, self.uneven)]
             keys = all_gather(keys.to(rows.dtype), self.group, counts)
             ids = None if ids is None else all_gather(ids, self.group, counts)
-        if self.uneven and not len(keys):
-            return
-        enqueuing.enqueue(rows, own_ids, self.pointer, self.count, keys, ids)
+            shape = keys.shape
+        if shape[0]:
+            enqueuing.enqueue(rows, own_ids, self.pointer, self.count, keys, ids)
 
 
 def refuse_dtensor(name: str, t: Tensor) -> None:
     """Raises TypeError for a DTensor, whose operations the kernels do not replace."""
-    if type(t) is not Tensor and type(t).__name__ == "DTensor":  # Its import takes half a second.
+    if type(t).__name__ == "DTensor":  # Its import takes half a second.
         raise TypeError(
             f"{name} is a DTensor: pass {name}.to_local(), the rows of this process, and for a queue that is"
             " divided among processes a FeatureQueue(..., sharded=True)"

@@ -36,7 +36,8 @@ def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-    refuse_dtensor(name, t)
+    if type(t) is not Tensor:
+        refuse_dtensor(name, t)
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.dim() not in shapes:
@@ -88,7 +89,9 @@ def queue_rows(
     if isinstance(queue, FeatureQueue):
         if queue_ids is not None:
             raise ValueError("queue_ids must be None: a FeatureQueue keeps its own (ids=True)")
-        rows, filled, backend = queue.rows, queue.filled, queue.backend(backend)
+        rows, filled = queue.rows, queue.filled
+        if queue.sharded:
+            backend = queue.backend(backend)
         if ids is not None:
             queue_ids = queue.ids
             if queue_ids is None:
