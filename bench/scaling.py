@@ -9,7 +9,6 @@ count what the algorithms must do. The times are a model from data sheets: no GP
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -132,9 +131,6 @@ def sharded_queue(s: Sizes, loss: Loss = "relation") -> Cost:
     return Cost([], calls, over_queue(s, loss), memory)
 
 
-QUEUES: dict[str, Callable[..., Cost]] = {"replicated": replicated_queue, "sharded": sharded_queue}
-
-
 def nt_xent_everywhere(s: Sizes) -> Cost:
     """Returns what NT-Xent costs where every process computes the loss of all 2N = 2WB rows.
 
@@ -165,6 +161,10 @@ def nt_xent_own_rows(s: Sizes) -> Cost:
         "gradients": own * s.dim * ACCUMULATOR,
     }
     return Cost([], calls, 4 * 2 * own * everyone * s.dim, memory)
+
+
+QUEUES: dict[str, Callable[..., Cost]] = {"replicated": replicated_queue, "sharded": sharded_queue}
+NT_XENT: dict[str, Callable[..., Cost]] = {"everywhere": nt_xent_everywhere, "own rows": nt_xent_own_rows}
 
 
 def cluster_loss(s: Sizes, clusters: int) -> Cost:
@@ -214,25 +214,32 @@ def steps(call: Collective, processes: int) -> tuple[int, int, float]:
     What every process gets crosses the network once for each node and travels on over NVLink, as NCCL's rings
     do it. What only one process gets takes a step to each.
     """
-    within = min(NODE, processes)
-    nodes = processes // within
+    nodes = -(-processes // NODE)
     if call.name == "all_to_all":
+        within = min(NODE, processes)
         return within - 1, processes - within, call.size
     if call.name == "all_gather":
         return processes - nodes, nodes - 1, call.size
     return 2 * (processes - nodes), 2 * (nodes - 1), call.size / processes
 
 
-def communication(cost: Cost, processes: int) -> float:
-    """Returns the seconds of all collectives, of which no step overlaps another."""
+def latency(cost: Cost, processes: int) -> float:
+    """Returns the seconds of all collectives without their bytes, of which no step overlaps another."""
     if processes == 1:
         return 0.0
-    total = 0.0
-    for call in cost.calls:
-        nvlink, network, size = steps(call, processes)
-        total += START + nvlink * (NVLINK.latency + size / NVLINK.bandwidth / NVLINK_EFFICIENCY)
-        total += network * (NETWORK.latency + size / NETWORK.bandwidth / NETWORK_EFFICIENCY)
-    return total
+    counts = [steps(call, processes) for call in cost.calls]
+    return sum(START + n * NVLINK.latency + m * NETWORK.latency for n, m, _ in counts)
+
+
+def transfer(cost: Cost, processes: int) -> float:
+    """Returns the seconds of the bytes of all collectives."""
+    nvlink, network = NVLINK.bandwidth * NVLINK_EFFICIENCY, NETWORK.bandwidth * NETWORK_EFFICIENCY
+    counts = [steps(call, processes) for call in cost.calls]
+    return sum(size * (n / nvlink + m / network) for n, m, size in counts)
+
+
+def communication(cost: Cost, processes: int) -> float:
+    return latency(cost, processes) + transfer(cost, processes)
 
 
 def computation(cost: Cost, gpu: GPU) -> float:
@@ -302,10 +309,15 @@ def costs(s: Sizes = EXAMPLE) -> list[tables.Row]:
     ]
 
 
-def pair(s: Sizes, measure: Callable[[Cost], float | None]) -> str:
-    """Returns the ms of the relation loss with the replicated and with the sharded queue as a cell."""
-    found = [measure(make(s)) for make in QUEUES.values()]
-    return " / ".join("-" if value is None else number(1e3 * value) for value in found)
+def rough(value: float) -> str:
+    """Returns a number with two digits, since a model has no more."""
+    return f"{float(f'{value:.2g}'):,g}"
+
+
+def pair(ways: dict[str, Callable[..., Cost]], s: Sizes, take: Callable[..., float | None], *gpu: GPU) -> str:
+    """Returns the ms that two ways take, as a cell."""
+    found = [take(make(s), s.processes, *gpu) for make in ways.values()]
+    return " / ".join("-" if value is None else rough(1e3 * value) for value in found)
 
 
 def times(
@@ -315,9 +327,12 @@ def times(
     gpu, found = GPUS["H100"], []
     for count in processes:
         s = s._replace(processes=count)
-        row: tables.Row = {"GPUs": count, "communication": pair(s, partial(communication, processes=count))}
-        for queue in queues:
-            row[f"K {queue:,}"] = pair(s._replace(queue=queue), partial(step, processes=count, gpu=gpu))
+        row: tables.Row = {
+            "GPUs": count,
+            "communication": pair(QUEUES, s, communication),
+            "its bytes alone": pair(QUEUES, s, transfer),
+        }
+        row |= {f"K {queue:,}": pair(QUEUES, s._replace(queue=queue), step, gpu) for queue in queues}
         found.append(row)
     return found
 
@@ -336,7 +351,7 @@ def largest(s: Sizes = EXAMPLE, processes: Iterable[int] = (1, *PROCESSES)) -> l
             queue = largest_queue(count, s.row, gpu)
             cost = sharded_queue(s._replace(processes=count, queue=queue))
             row[f"{name}, 10⁶ rows"] = number(queue / 1e6)
-            row[f"{name}, ms"] = number(1e3 * seconds(cost, count, gpu))
+            row[f"{name}, ms"] = rough(1e3 * seconds(cost, count, gpu))
         found.append(row)
     return found
 
@@ -352,11 +367,22 @@ def pays(s: Sizes = EXAMPLE) -> list[tables.Row]:
                 {
                     "GPUs": count,
                     "B": batch,
-                    "communication, ms": pair(s, partial(communication, processes=count)),
-                    "at most 10 % slower, 10⁶ rows": "never" if near is None else number(near / 1e6),
-                    "faster, 10⁶ rows": "never" if faster is None else number(faster / 1e6),
+                    "communication, ms": pair(QUEUES, s, communication),
+                    "at most 10 % slower, 10⁶ rows": "never" if near is None else rough(near / 1e6),
+                    "faster, 10⁶ rows": "never" if faster is None else rough(faster / 1e6),
                 }
             )
+    return found
+
+
+def nt_xent(s: Sizes = EXAMPLE) -> list[tables.Row]:
+    """Returns a row for each number of H100s: the ms of NT-Xent of all rows everywhere, and of own rows."""
+    gpu, found = GPUS["H100"], []
+    for count in PROCESSES:
+        s = s._replace(processes=count)
+        row: tables.Row = {"GPUs": count, "communication": pair(NT_XENT, s, communication)}
+        row |= {f"B {batch}": pair(NT_XENT, s._replace(batch=batch), seconds, gpu) for batch in (64, 256)}
+        found.append(row)
     return found
 
 
@@ -383,7 +409,7 @@ def largest_queues(s: Sizes = EXAMPLE) -> dict[tuple[str, str], Line]:
     }
 
 
-TABLES = (costs, times, largest, pays)
+TABLES = (costs, times, largest, pays, nt_xent)
 
 
 def main() -> None:
@@ -397,7 +423,7 @@ def main() -> None:
             parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     s = Sizes(**vars(parser.parse_args()))
     print("A process does in a step:", "", tables.table(costs(s)), "", sep="\n")
-    print("By the model, H100s take, replicated / sharded, in ms:", "", sep="\n")
+    print("By the model, H100s take in bfloat16, replicated / sharded, in ms:", "", sep="\n")
     print(tables.table(times(s, [s.processes], [s.queue])))
 
 
