@@ -228,7 +228,7 @@ def test_where_sharding_is_faster():
             scaling.seconds(make(s._replace(queue=rows)), 64, gpu) for make in scaling.QUEUES.values()
         )
         assert shard == pytest.approx(ratio * whole, rel=1e-3)
-    assert "fewer than 55 images for each H100 (39 for each H200)" in " ".join(PAGE.split())
+    assert "at most 55 images for each H100 (38 for each H200)" in " ".join(PAGE.split())
     for name, batch in (("H100", 55), ("H200", 38)):
         assert scaling.queue_where(1.0, scaling.EXAMPLE._replace(batch=batch), GPUS[name]) is not None
         assert scaling.queue_where(1.0, scaling.EXAMPLE._replace(batch=batch + 1), GPUS[name]) is None
