@@ -18,6 +18,7 @@ from report import cells, groups, is_relssl, number, rate_limits
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
+import scaling
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,18 +227,25 @@ def report(name: str, folder: Path) -> str:
     return f"By {versions(document)}:\n\n{tables.table(document['rows'])}"
 
 
+def model(write: Callable[[], list[tables.Row]], folder: Path) -> str:
+    """Returns a table of the model of many GPUs, which reads no results."""
+    return tables.table(write())
+
+
 REPORTS = ("triton-resources", "triton-predictions", "cuda-resources", "cuda-predictions")
 PARTS: dict[str, Callable[[Path], str]] = {
     "benchmark": benchmark,
     **{write.__name__: each_device(write) for write in (summary, limits, step, growth, parts, views)},
     **{name: partial(report, name) for name in REPORTS},
+    **{f"scaling-{write.__name__}": partial(model, write) for write in scaling.TABLES},
 }
 
 
 if __name__ == "__main__":
-    from plots import draw
+    from plots import draw, draw_scaling
 
     for recorded in benchmarks():
         print(*draw(recorded), sep="\n")
+    print(draw_scaling(ROOT / "docs" / "scaling.png"))
     for page in PAGES:
         page.write_text(filled(page))

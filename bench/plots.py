@@ -1,4 +1,7 @@
-"""Plots of a run's results: time and memory against K, rates, and the loss's share of a training step."""
+"""Plots of a run's results: time and memory against K, rates, and the loss's share of a training step.
+
+Also that of the model of many GPUs, which has no run.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import scaling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -208,3 +212,58 @@ def steps(document: dict) -> Figure | None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(f"one training step and the loss's share of it\n{document['device']}")
     return figure
+
+
+def draw_scaling(target: Path) -> Path:
+    """Draws the model of many GPUs, with the digest of its numbers in the metadata; returns the path."""
+    with plt.rc_context(STYLE):
+        figure = many_gpus()
+        figure.savefig(target, metadata={"Source": scaling_digest()})
+        plt.close(figure)
+    return target
+
+
+def scaling_digest() -> str:
+    """Returns a digest of what `many_gpus` plots, to six digits."""
+    lines = [*scaling.times_of_queues().items(), *scaling.largest_queues().items()]
+    text = [f"{name}: {[(n, f'{value:.6g}') for n, value in line]}" for name, line in lines]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def many_gpus() -> Figure:
+    """Plots the model's time of enqueueing and the relation loss, and the largest queue, against the GPUs."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
+    shades = dict(zip(scaling.ROWS, ("#8fbbe3", "#4a86c5", "#1b4f8f", "#0a1f3d"), strict=True))
+    looks: dict[str, Any] = {
+        "replicated": {"linestyle": "--", "marker": "s", "markersize": 3.5},
+        "sharded": {"linestyle": "-", "marker": "o", "markersize": 3.5},
+    }
+    for (kind, rows), line in scaling.times_of_queues().items():
+        left.plot(*zip(*line, strict=True), color=shades[rows], **looks[kind])
+        if kind == "sharded":
+            label_start(left, line[0], f"K 2$^{{{rows.bit_length() - 1}}}$", shades[rows])
+    left.set(ylabel="enqueueing + relation loss (ms)", title="a step on H100s")
+    colours = {"H100": OURS, "H200": COLOURS["torch.compile"]}
+    for (kind, name), line in scaling.largest_queues().items():
+        right.plot(*zip(*line, strict=True), color=colours[name], **looks[kind])
+        label_start(right, line[0], name, colours[name])
+    right.set(ylabel="queue rows K", title=f"the largest queue in {scaling.QUEUE_SHARE:.0%} of the memory")
+    for axis in (left, right):
+        axis.set(yscale="log", xlabel="GPUs (8 in a node)")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(scaling.PROCESSES, [f"{n:,}" for n in scaling.PROCESSES], fontsize=9)
+        axis.set_xlim(scaling.PROCESSES[0] / 2.2, scaling.PROCESSES[-1] * 1.4)
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    left.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+    handles = [plt.Line2D([], [], color=GREY, label=f"{kind} queue", **look) for kind, look in looks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    s = scaling.EXAMPLE
+    about = f"B {s.batch} per GPU, D {s.dim}, V {s.views}, bfloat16"
+    figure.suptitle(f"a model from data sheets, not a measurement\n{about}")
+    return figure
+
+
+def label_start(axis: Any, start: tuple[int, float], text: str, colour: str) -> None:
+    """Writes a line's name on the left of its first point."""
+    axis.annotate(text, start, (-6, 0), textcoords="offset points", color=colour, ha="right", va="center")
