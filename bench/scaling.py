@@ -21,8 +21,9 @@ from report import number
 
 ACCUMULATOR = 4  # f: bytes of a float32, which log-sum-exps, means and sums are
 ID = 8  # bytes of an int64
-# On a CPU each gather of rows follows an all_gather of this many bytes: how many rows a process has. On a GPU
-# that happens only when the number changes. No formula includes it.
+# On a CPU each gather of rows follows one of their number: this many bytes for a loss over a sharded queue,
+# whose rows have two temperatures, otherwise 8. On a GPU that happens only when the number changes. The
+# formulas omit it.
 ROW_COUNT = 16
 
 Loss = Literal["relation", "info_nce"]

@@ -1,6 +1,7 @@
 """The formulas of bench/scaling.py against counts, docs/scaling.md against both, and the model's limits."""
 
 import re
+import time
 from itertools import pairwise, product
 
 import figures
@@ -8,14 +9,16 @@ import plots
 import pytest
 import scaling
 import torch
-import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from scaling import GPUS, Collective, Sizes
+from scaling_worker import BATCH, CLUSTERS, DIM, PROCESSES, QUEUE, VIEWS, count
 from torch.utils.flop_counter import FlopCounterMode
 
-from relssl import FeatureQueue, backends, distributed, queue
+from relssl import backends
 from relssl.backends.base import Backend
 
+pytestmark = pytest.mark.xdist_group("scaling")  # The tests share counts of three processes.
 PAGE = (figures.ROOT / "docs" / "scaling.md").read_text()
 # No two alike, so that one in the place of another shows.
 SIZES = [
@@ -23,7 +26,6 @@ SIZES = [
     Sizes(processes=8, batch=5, queue=72, dim=16, views=1, element=4, queue_element=2, ids=True),
     Sizes(processes=1, batch=7, queue=9, dim=11, views=3, element=8, queue_element=2, ids=True),
 ]
-CLUSTERS = 10
 
 
 def page_rows(first: str, ids: bool = True) -> list[list[str]]:
@@ -95,44 +97,45 @@ def test_sharding_at_one_process_keeps_everything():
 # ---------------------------------------------------------------------------------- counts of what is done
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """Makes this process the first of three whose tensors are equal; returns the collectives it calls."""
-    calls: list[tuple[str, int]] = []
-
-    def all_gather(parts, rows):
-        calls.append(("all_gather", rows.nbytes))
-        for part in parts:
-            part.copy_(rows)
-
-    monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
-    for module in (distributed, queue):
-        monkeypatch.setattr(module, "world_size", lambda: 3)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "all_gather", all_gather)
-    monkeypatch.setattr(dist, "all_reduce", lambda x: calls.append(("all_reduce", x.nbytes)))
-    return calls
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory):
+    """Returns the collectives and the flop of each case, counted in one of three processes."""
+    folder = tmp_path_factory.mktemp("counts")
+    context = mp.spawn(count, (PROCESSES, str(folder)), nprocs=PROCESSES, join=False)
+    end = time.monotonic() + 100
+    while not context.join(1):
+        assert time.monotonic() < end
+    return torch.load(folder / "0.pt")
 
 
-def sizes_of(calls: list[Collective]) -> list[tuple[str, int]]:
-    return [(call.name, call.size) for call in calls]
+def check(counted, calls: list[Collective], flop: int | None = None) -> None:
+    """Compares what was counted with a formula; each gather of rows follows one of their numbers."""
+    exchanges = ("all_gather", 8), ("all_gather", scaling.ROW_COUNT)
+    found = [call for call in counted[0] if call not in exchanges]
+    assert found == [(call.name, call.size) for call in calls]
+    if flop is not None:
+        assert counted[1] == flop
 
 
 @pytest.mark.parametrize("ids", [False, True])
-def test_bytes_of_enqueueing(counted, ids):
-    s = Sizes(processes=3, batch=4, queue=24, dim=8, ids=ids)
-    memory = FeatureQueue(24, 8, dtype=torch.bfloat16, ids=ids)
-    memory.enqueue(torch.randn(4, 8), torch.arange(4) if ids else None)
-    assert counted == sizes_of(scaling.replicated_queue(s).enqueue)
-    assert memory.count == 3 * 4
+@pytest.mark.parametrize("kind", scaling.QUEUES)
+def test_counts_over_a_queue(counts, kind, ids):
+    s = Sizes(PROCESSES, BATCH, QUEUE, DIM, VIEWS, ids=ids)
+    check(counts[kind, "enqueue", ids], scaling.QUEUES[kind](s).enqueue, 0)
+    for loss in ("relation", "info_nce"):
+        cost = scaling.QUEUES[kind](s, loss)
+        check(counts[kind, loss, ids], cost.loss, cost.flop)
+    exchanged = [size for name, size in counts[kind, "relation", ids][0] if size == scaling.ROW_COUNT]
+    assert len(exchanged) == (kind == "sharded")
 
 
-def test_bytes_of_nt_xent_everywhere(counted):
-    """Each view is gathered by itself, and so are its gradients reduced."""
-    views = [torch.randn(4, 8, requires_grad=True) for _ in range(2)]
-    sum(each.square().sum() for each in distributed.all_gather_with_grad(*views)).backward()
-    expected = sizes_of(scaling.nt_xent_everywhere(Sizes(processes=3, batch=4, dim=8, element=4)).calls)
-    assert {name: sum(size for n, size in counted if n == name) for name, _ in counted} == dict(expected)
+def test_counts_of_in_batch_losses(counts):
+    s = Sizes(PROCESSES, BATCH, dim=DIM, element=4)
+    cost = scaling.nt_xent_own_rows(s)
+    check(counts["nt_xent"], cost.loss, cost.flop)
+    assert counts["nt_xent"][1] == pytest.approx(scaling.nt_xent_everywhere(s).flop * 4 / 3 / PROCESSES)
+    cost = scaling.cluster_loss(s, CLUSTERS)
+    check(counts["cluster_loss"], cost.loss)
 
 
 def flop_of(run) -> int:
@@ -153,14 +156,6 @@ def test_flop_of_a_replicated_queue():
     assert relation == scaling.replicated_queue(s).flop
     students = flop_of(lambda: backend.lse_and_mean(q.flatten(0, 1), rows, SCALE, 8, None, True))
     assert students == scaling.replicated_queue(s, "info_nce").flop
-
-
-def test_flop_of_a_sharded_queue():
-    """A process computes log-sum-exps and means of all processes' rows over its shard."""
-    s = Sizes(processes=4, batch=4, queue=64, dim=8)
-    rows, shard = torch.randn(4 * 2 * 4, 8), torch.randn(64 // 4, 8)
-    lse_and_mean = backends.BACKENDS["chunked"].lse_and_mean
-    assert flop_of(lambda: lse_and_mean(rows, shard, SCALE, 16, None, True)) == scaling.sharded_queue(s).flop
 
 
 def test_flop_of_nt_xent_everywhere():
@@ -238,9 +233,11 @@ def test_the_largest_queue():
     assert scaling.largest_queue(1, 256, GPUS["H100"]) == 20e9 // 256
     assert scaling.largest_queue(8, 256, GPUS["H100"]) == 8 * (20e9 // 256) > 10**8
     assert f"Above {20e9 / 256 / 1e6:.0f} · 10⁶ rows\nonly a sharded queue fits" in PAGE
-    for count in scaling.PROCESSES:
-        rows = scaling.largest_queue(count, 256, GPUS["H200"])
-        full, more = (scaling.EXAMPLE._replace(processes=count, queue=n) for n in (rows, rows + count))
+    for processes in scaling.PROCESSES:
+        rows = scaling.largest_queue(processes, 256, GPUS["H200"])
+        full, more = (
+            scaling.EXAMPLE._replace(processes=processes, queue=n) for n in (rows, rows + processes)
+        )
         assert scaling.fits(scaling.sharded_queue(full), GPUS["H200"])
         assert not scaling.fits(scaling.sharded_queue(more), GPUS["H200"])
 
