@@ -236,7 +236,7 @@ def _refuse_functorch() -> None:
         )
 
 
-@ops.op("group_sum(Tensor value, str group) -> Tensor", lambda value, group: torch.empty_like(value))
+@ops.op("group_sum(Tensor value, str group) -> Tensor", lambda value, group: value.new_empty(value.shape))
 def sum_op(value: Tensor, group: str) -> Tensor:
     return all_reduce_sum(value, Group(group))
 

@@ -77,10 +77,10 @@ class Group:
 
         Raises ValueError, in every process, if they differ and are not `uneven`.
         """
-        key = self.name, what
-        own, last = _last_counts.get(key, ((), []))
         if torch.compiler.is_compiling():
             return [numbers] * self.size
+        key = self.name, what
+        own, last = _last_counts.get(key, ((), []))
         if uneven or like.is_cpu or own != numbers or len(last) != self.size:
             found = all_gather(torch.tensor([numbers], device=like.device), self)
             last = [tuple(row) for row in found.tolist()]
@@ -118,6 +118,8 @@ def all_to_all(rows: Tensor, group: Group, send: Sequence[int], receive: Sequenc
 
     Returns the rows of rank 0, of which there are receive[0], then those of rank 1 and so on.
     """
+    if group.size == 1:
+        return rows
     found = rows.new_empty((sum(receive), *rows.shape[1:]))
     dist.all_to_all_single(found, rows.contiguous(), list(receive), list(send), group=group.handle)
     return found
@@ -126,7 +128,7 @@ def all_to_all(rows: Tensor, group: Group, send: Sequence[int], receive: Sequenc
 @torch.no_grad()
 def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
     """Returns the sum over all processes."""
+    value = value.clone(memory_format=torch.contiguous_format)
     if group.size > 1:
-        value = value.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(value, group=group.handle)
     return value

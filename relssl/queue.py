@@ -126,11 +126,12 @@ class FeatureQueue(nn.Module):
         self.seed, self.start = seed, start
         self.group, self.gather, self.uneven, self.sharded = Group.of(group), gather, uneven, sharded
         self.size, self.num_shards = size, self.group.size if sharded else 1
+        self._shard = self.group.rank if sharded else 0
         if sharded:
             sizes = shards.shard_sizes(size, self.num_shards)
             if not all(sizes):
                 raise ValueError(f"a queue of {size} rows does not divide among {self.num_shards} processes")
-            size = sizes[self.group.rank]
+            size = sizes[self._shard]
         with torch.inference_mode(False):  # See _make_writable.
             self._set("rows", torch.empty(size, dim, dtype=dtype, device=device))
             self._set("pointer", torch.empty((), dtype=torch.int64, device=device))
@@ -162,7 +163,7 @@ class FeatureQueue(nn.Module):
         """How many rows the losses use, of the first ones: `count` with start="empty", else None, for all."""
         return self.count if self.start == "empty" else None
 
-    def backend(self, name: str) -> str:
+    def _backend(self, name: str) -> str:
         """Returns the backend of losses over this sharded queue, if `name` is what computes them."""
         self._check_shards()
         if self.num_shards == 1:
@@ -184,7 +185,7 @@ class FeatureQueue(nn.Module):
         self._make_writable()
         if self.start == "random":
             # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
-            seed = 0x5EED_0F_0EE + self.seed + (self.group.rank << 32 if self.num_shards > 1 else 0)
+            seed = 0x5EED_0F_0EE + self.seed + (self._shard << 32)
             generator = torch.Generator("cpu").manual_seed(seed)
             start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.rows.copy_(F.normalize(start, dim=1, out=start))

@@ -91,7 +91,7 @@ def queue_rows(
             raise ValueError("queue_ids must be None: a FeatureQueue keeps its own (ids=True)")
         rows, filled = queue.rows, queue.filled
         if queue.sharded:
-            backend = queue.backend(backend)
+            backend = queue._backend(backend)
         if ids is not None:
             queue_ids = queue.ids
             if queue_ids is None:

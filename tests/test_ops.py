@@ -138,6 +138,31 @@ def test_opcheck(layout, scale, dtype, backend):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_over_a_group(layout):
+    """The group has this process alone; a queue that is sharded among it is the queue."""
+    z1, z2, queue = (LAYOUTS[layout](unit(n, 16)) for n in (5, 5, 40))
+    ops, ids = torch.ops.relssl, torch.tensor([0, -1, 3, 39, -1])
+    sharded = "sharded/40/even//chunked"
+    for negatives, reduction, backend, out in (
+        (None, "mean", "chunked", ()),
+        (queue, "none", sharded, (ids, torch.arange(40) // 2, torch.tensor(30))),
+    ):
+        arguments = (z1, z2, negatives, [2.0], None, reduction, "", backend, *out)
+        torch.library.opcheck(ops.group_nt_xent.default, arguments)
+    _, mean, _, _, all_z, all_lse = ops.group_nt_xent.default(*arguments)
+    z = torch.cat((z1, z2))
+    arguments = (z, all_z, [2.0], None, all_lse, mean, torch.randn(10), "", sharded)
+    torch.library.opcheck(ops.group_nt_xent_vjp.default, arguments)
+    torch.library.opcheck(ops.group_sum.default, (queue, ""))
+    arguments = (z1, z2, queue, [10.0, 25.0], None, "kl", "mean", True, True)
+    torch.library.opcheck(ops.relation.default, (*arguments, sharded, ids))
+    for found, expected in zip(
+        ops.relation.default(*arguments, sharded), ops.relation.default(*arguments, "chunked"), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_enqueue(layout, dtype):
     for ids, batch in ((True, 3), (False, 9)):
