@@ -45,8 +45,8 @@ def shard(encoder: nn.Sequential) -> nn.Module:
     for block in encoder:
         if isinstance(block, nn.TransformerEncoderLayer):
             fully_shard(block)
-    # By default the outermost module's parameters stay gathered until backward, which a teacher never has:
-    # its moving average would then change copies that the next forward pass does not read.
+    # By default the outermost module's parameters stay gathered from forward to backward, which a teacher
+    # never has: in its moving average they would be whole, where the student's are shards.
     return fully_shard(encoder, reshard_after_forward=True)
 
 
@@ -55,7 +55,7 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def train(steps: int = 100, ddp: bool = False, sharded_queue: bool = True) -> list[float]:
+def train(steps: int = 50, ddp: bool = False, sharded_queue: bool = True) -> list[float]:
     """Trains, and returns the loss of each step, the mean over processes."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     cuda = torch.cuda.is_available()
@@ -69,13 +69,13 @@ def train(steps: int = 100, ddp: bool = False, sharded_queue: bool = True) -> li
     queue = relssl.FeatureQueue(1024, 64, sharded=sharded_queue, start="empty", device=device)
     # fully_shard has replaced the parameters: the optimizer is created behind it.
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-    order = torch.Generator().manual_seed(0)  # the same batches everywhere, of which each process takes a part
+    order = torch.Generator().manual_seed(0)  # the same batches everywhere; each process takes a part
     torch.manual_seed(1 + rank)  # other noise
     losses = []
     for step in range(steps):
         batch = images[torch.randperm(len(images), generator=order)[:128][rank::world_size]]
-        # Before the student's forward pass, where both sides' parameters are shards: each process averages
-        # its own, without communication. Between forward and backward some are gathered.
+        # Before the student's forward pass, where the parameters of both are shards: each process averages
+        # its own, without communication. From forward to backward FSDP may keep the student's gathered.
         with torch.no_grad():
             for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
                 local(slow).lerp_(local(fast), 0.01)

@@ -1,4 +1,4 @@
-"""One of the two processes of test_fsdp, a script: its arguments are the folder, its rank and their number."""
+"""One of test_fsdp's two processes, a script: its arguments are a folder, its rank and their number."""
 
 import copy
 import sys
@@ -115,6 +115,8 @@ if __name__ == "__main__":
         for ddp in (False, True)
         for sharded in (False, True)
     }
-    found |= {"shares": [fsdp.local(p).numel() / p.numel() for p in fsdp.shard(fsdp.make_encoder()).parameters()]}
+    found |= {
+        "shares": [fsdp.local(p).numel() / p.numel() for p in fsdp.shard(fsdp.make_encoder()).parameters()]
+    }
     torch.save(found | {"ddp": in_ddp(), "fsdp": in_fsdp(folder)}, folder / f"{rank}.pt")
     dist.destroy_process_group()

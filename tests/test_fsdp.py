@@ -49,7 +49,7 @@ def test_ddp_leaves_a_sharded_queue_alone(ranks):
     first, second = (rank["ddp"] for rank in ranks)
     assert first["rank"] == second["rank"] == 0
     for number, found in enumerate((first, second)):
-        rows, ids, count = found["content"]
+        _, ids, count = found["content"]
         assert ids.tolist() == [-1, *[100 * number, 100 * number + 1] * 2] and count == 4
     assert not (first["content"][0] == second["content"][0]).any()  # not even the start
 
