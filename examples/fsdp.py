@@ -47,7 +47,8 @@ def shard(encoder: nn.Sequential) -> nn.Module:
             fully_shard(block)
     # By default the outermost module's parameters stay gathered from forward to backward, which a teacher
     # never has: in its moving average they would be whole, where the student's are shards.
-    return fully_shard(encoder, reshard_after_forward=True)
+    fully_shard(encoder, reshard_after_forward=True)
+    return encoder
 
 
 def local(parameter: Tensor) -> Tensor:

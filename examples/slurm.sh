@@ -26,18 +26,20 @@ set -euo pipefail
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # The launchers meet at the first node; jobs that share it have ports of their own.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
 port=$((29500 + SLURM_JOB_ID % 1000))
 
-step= stopped=
-trap 'stopped=1; kill -USR1 $step' USR1 # srun passes it on to all launchers.
+step='' stopped=''
+trap 'stopped=1; kill -USR1 $step || true' USR1 # srun passes it on to all launchers.
 
+# --kill-on-bad-exit=0: after the signal the first launcher may end while another node still saves.
 # --max-restarts: if a process fails, all of them start again without another wait in Slurm's queue.
 # --signals-to-handle: USR1, too, is passed on to the processes, which then save their step. (The variable
 #   TORCHELASTIC_SIGNALS_TO_HANDLE has no effect here: torchrun sets it.) Those that have not ended 30 seconds
 #   later are killed; where a checkpoint takes longer, newer torchruns have --shutdown-timeout.
 # --resume: each start continues from the last checkpoint, of which --save-every also writes some within epochs.
-srun --kill-on-bad-exit=1 torchrun \
+srun --kill-on-bad-exit=0 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node gpu --max-restarts 3 \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID" \
