@@ -163,6 +163,11 @@ class FeatureQueue(nn.Module):
         """How many rows the losses use, of the first ones: `count` with start="empty", else None, for all."""
         return self.count if self.start == "empty" else None
 
+    @property
+    def written(self) -> Tensor:
+        """Whether each row, of a sharded queue those of the shard, is none of the start: bool [K]."""
+        return torch.arange(len(self.rows), device=self.rows.device) < self.count
+
     def _backend(self, name: str) -> str:
         """Returns the backend of losses over this sharded queue, if `name` is what computes them."""
         self._check_shards()
@@ -185,7 +190,9 @@ class FeatureQueue(nn.Module):
         self._make_writable()
         if self.start == "random":
             # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
-            seed = 0x5EED_0F_0EE + self.seed + (self._shard << 32)
+            seed = 0x5EED_0F_0EE + self.seed
+            if self._shard:  # Of a seed, the generator reads the low 32 bits alone.
+                seed += self._shard * 0x9E37_79B1
             generator = torch.Generator("cpu").manual_seed(seed)
             start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.rows.copy_(F.normalize(start, dim=1, out=start))

@@ -1,9 +1,11 @@
 """The state of a sharded queue: its layout in a checkpoint, and how it is dealt to other processes.
 
 In a checkpoint the shards lie one after another, each with its oldest row first, as a DTensor over the
-processes: `rows` [K, D], `ids` [K] and `written` [K], whether a row is none of the start; and `shards`, their
-number. The position of a row in its shard, counted from the newest, is its age. Other numbers of processes
-get the rows in the order of their ages, in turn, so that every new shard has rows of all ages.
+processes: `rows` [K, D], `ids` [K] and `written` [K], whether a row is none of the start; and `num_shards`.
+The queue has attributes of these names, which torch.distributed.checkpoint's get_model_state_dict looks up.
+
+The position of a row in its shard, counted from the newest, is its age. Other numbers of processes get the
+rows in the order of their ages, in turn, so that every new shard has rows of all ages.
 """
 
 from __future__ import annotations
@@ -60,13 +62,12 @@ def deal(block: Tensor, size: int, was: int, group: Group) -> Tensor:
 
 def state(queue: FeatureQueue) -> dict[str, Tensor]:
     """Returns the state of a sharded queue; its tensors are DTensors where there are several processes."""
-    pointer, rows = int(queue.pointer), len(queue.rows)
-    written = torch.arange(rows, device=queue.rows.device) >= rows - queue.count
-    local = {"rows": queue.rows.roll(-pointer, 0), "written": written.to(torch.uint8)}
+    local = {"rows": queue.rows, "written": queue.written.to(torch.uint8)}
     if queue.ids is not None:
-        local["ids"] = queue.ids.roll(-pointer)
-    found = {name: _to_dtensor(t, queue.size, queue.group) for name, t in local.items()}
-    return found | {"shards": torch.tensor(queue.num_shards)}
+        local["ids"] = queue.ids
+    pointer = int(queue.pointer)
+    found = {name: _to_dtensor(t.roll(-pointer, 0), queue.size, queue.group) for name, t in local.items()}
+    return found | {"num_shards": torch.tensor(queue.num_shards)}
 
 
 def load(
@@ -77,11 +78,11 @@ def load(
     error_msgs: list[str],
 ) -> dict[str, Any]:
     """Loads the state of a queue, sharded or not, into a sharded one; returns the rest of the state dict."""
-    names = {"rows", "shards"} | ({"ids"} if queue.ids is not None else set())
-    names |= {"written"} if f"{prefix}shards" in state_dict else {"pointer", "count"}
+    names = {"rows", "num_shards"} | ({"ids"} if queue.ids is not None else set())
+    names |= {"written"} if f"{prefix}num_shards" in state_dict else {"pointer", "count"}
     rest = {key: t for key, t in state_dict.items() if key.removeprefix(prefix) not in names}
     given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-    missing = sorted(prefix + name for name in names - given.keys() - {"shards"})
+    missing = sorted(prefix + name for name in names - given.keys() - {"num_shards"})
     expected = {"rows": (queue.size, queue.rows.shape[1]), "ids": (queue.size,), "written": (queue.size,)}
     wrong = [name for name in given if name in expected and tuple(given[name].shape) != expected[name]]
     for name in wrong:
@@ -90,7 +91,7 @@ def load(
     missing_keys.extend(missing)
     if missing or wrong:
         return rest
-    was = int(given.pop("shards", 1))
+    was = int(given.pop("num_shards", 1))
     if "pointer" in given:  # A queue that is not sharded.
         pointer, count = int(given.pop("pointer")), int(given.pop("count"))
         given = {name: t.roll(-pointer, 0) for name, t in given.items()}
