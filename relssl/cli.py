@@ -1,7 +1,9 @@
 """The commands relssl train METHOD, relssl evaluate and export CHECKPOINT, relssl tune and info."""
 
 import json
+import os
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,16 +39,36 @@ def main() -> None:
                 import tyro  # noqa: F401
         except ImportError:
             sys.exit(f"relssl {command} needs more packages: pip install 'relssl[train]'")
-        try:
-            COMMANDS[command](arguments)
-        except (ValueError, OSError, FloatingPointError) as error:
-            sys.exit(f"relssl {command}: {error}")
-        except KeyboardInterrupt:
-            print(f"relssl {command}: interrupted", file=sys.stderr)
-            sys.exit(130)  # A shell's status of a process that Ctrl-C ended.
+        _run(command, arguments)
     else:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    """Runs a command; an error ends the process, under torchrun with its rank before the message."""
+    from relssl.distributed import end_process, is_lost_connection
+
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    try:
+        return COMMANDS[command](arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"  # A shell's status of a process that Ctrl-C ended.
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        status, message = end.code, ""
+    except Exception as error:
+        if not under_torchrun:
+            raise
+        lost = "lost the connection to another process; the message of that process gives the reason, if any"
+        status, message = 1, lost if is_lost_connection(error) else traceback.format_exc()
+    if message:
+        rank = f", rank {os.environ['RANK']}" if under_torchrun else ""
+        print(f"relssl {command}{rank}: {message}", file=sys.stderr)
+    end_process(status)
 
 
 def _tune(arguments: list[str]) -> None:
@@ -98,7 +120,7 @@ def _train(arguments: list[str]) -> None:
 def _evaluate(arguments: list[str]) -> None:
     import tyro
 
-    from relssl.checkpoint import load_method, read
+    from relssl.checkpoint import load_method, locate, read
     from relssl.evaluate import EvalConfig, baselines, evaluate, load
     from relssl.methods.base import DataName
 
@@ -112,7 +134,8 @@ def _evaluate(arguments: list[str]) -> None:
         """
 
         checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-        """A checkpoint.pt that relssl train wrote."""
+        """A checkpoint.pt or a folder in checkpoints/ that relssl train wrote, or the --out of a run, for
+        its newest one."""
         data: DataName | None = None
         """Evaluate on this data set and its classes, with images resized to the checkpoint's size. Default:
         that of training."""
@@ -125,7 +148,7 @@ def _evaluate(arguments: list[str]) -> None:
         baselines: bool = False
         """Evaluate raw pixels and the untrained encoder, too."""
         plots: bool = False
-        """Draw features.png, neighbours.png and curves.png beside the checkpoint."""
+        """Draw features.png, neighbours.png and curves.png beside the checkpoint, or in the run's folder."""
         projection: Literal["tsne", "pca"] = "tsne"
         """How features.png projects features to the plane."""
         device: str = "auto"
@@ -146,7 +169,8 @@ def _evaluate(arguments: list[str]) -> None:
     if options.plots:
         from relssl import plots
 
-        data, folder = load(config), options.checkpoint.parent
+        path = options.checkpoint
+        data, folder = load(config), path.parent if locate(path) == path else path
         plots.features(method, data, folder / "features.png", options.projection)
         plots.neighbours(method, data, folder / "neighbours.png")
         plots.curves(read(options.checkpoint), folder / "curves.png")
@@ -169,7 +193,8 @@ def _export(arguments: list[str]) -> None:
         """
 
         checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-        """A checkpoint.pt that relssl train wrote."""
+        """A checkpoint.pt or a folder in checkpoints/ that relssl train wrote, or the --out of a run, for
+        its newest one."""
         out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
         """The file to write: in the format safetensors with that extension, otherwise for torch.load."""
         library: Annotated[Library, tyro.conf.arg(name="for")] = "relssl"
