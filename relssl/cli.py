@@ -1,9 +1,7 @@
 """The commands relssl train METHOD, relssl evaluate and export CHECKPOINT, relssl tune and info."""
 
 import json
-import os
 import sys
-import traceback
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,36 +37,19 @@ def main() -> None:
                 import tyro  # noqa: F401
         except ImportError:
             sys.exit(f"relssl {command} needs more packages: pip install 'relssl[train]'")
-        _run(command, arguments)
+        from relssl.distributed import end_of_process
+
+        with end_of_process():
+            try:
+                COMMANDS[command](arguments)
+            except (ValueError, OSError, FloatingPointError) as error:
+                sys.exit(f"relssl {command}: {error}")
+            except KeyboardInterrupt:
+                print(f"relssl {command}: interrupted", file=sys.stderr)
+                sys.exit(130)  # A shell's status of a process that Ctrl-C ended.
     else:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
-
-
-def _run(command: str, arguments: list[str]) -> None:
-    """Runs a command; an error ends the process, under torchrun with its rank before the message."""
-    from relssl.distributed import end_process, is_lost_connection
-
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    try:
-        return COMMANDS[command](arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        status, message = 1, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"  # A shell's status of a process that Ctrl-C ended.
-    except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise
-        status, message = end.code, ""
-    except Exception as error:
-        if not under_torchrun:
-            raise
-        lost = "lost the connection to another process; the message of that process gives the reason, if any"
-        status, message = 1, lost if is_lost_connection(error) else traceback.format_exc()
-    if message:
-        rank = f", rank {os.environ['RANK']}" if under_torchrun else ""
-        print(f"relssl {command}{rank}: {message}", file=sys.stderr)
-    end_process(status)
 
 
 def _tune(arguments: list[str]) -> None:

@@ -9,11 +9,12 @@ import inspect
 import os
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Initialises the process group under torchrun, and destroys it at the end; otherwise does nothing.
 
     After an exception the group remains: destroying it waits for the collectives that have begun, in which
-    others may wait for this process. `end_process` then ends it without waiting.
+    others may wait for this process. `end_of_process` does not wait for them.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
@@ -114,7 +115,7 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
         _launch = first, first != own
         name, answers = own, [f"relssl/{own}/{other}" for other in range(1, world_size)]
         store.set("relssl/start", name)
-        store.set(f"relssl/{name}/confirmed", b" ".join(store.get(answer) for answer in answers))
+        store.set(f"relssl/{name}/confirmed", " ".join(store.get(answer).decode() for answer in answers))
     else:
         while True:
             name = store.get("relssl/start").decode()
@@ -126,18 +127,32 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
     return dist.PrefixStore(f"relssl/{name}", store)
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Returns whether a collective has failed, as it does where another process has ended."""
-    return isinstance(error, dist.DistError) or "gloo/transport/" in str(error)
+@contextmanager
+def end_of_process() -> Iterator[None]:
+    """Under torchrun, ends a process at once that an exception would end, with its rank before the message.
 
-
-def end_process(status: int) -> NoReturn:
-    """Ends the process; under torchrun at once, since its shutdown may wait for other processes."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    The interpreter's shutdown may wait for other processes. Where those have ended, a line replaces the
+    traceback.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        status = 1
+        if not isinstance(error, SystemExit):
+            # A collective fails if another process has ended.
+            lost = isinstance(error, dist.DistError) or "gloo/transport/" in str(error)
+            message = "lost the connection to another process" if lost else traceback.format_exc()
+        elif isinstance(error.code, str):
+            message = error.code
+        else:
+            status, message = error.code or 0, ""
+        if message:  # The first line feed ends the line of rank 0's progress bar.
+            print(f"\nrank {os.environ['RANK']}: {message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    sys.exit(status)
 
 
 def local_part(t: Tensor) -> Tensor:

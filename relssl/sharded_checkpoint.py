@@ -99,8 +99,11 @@ def load(folder: Path, module: nn.Module) -> None:
         saved = reader.read_metadata().state_dict_metadata
     except Exception as error:  # pickle raises almost any exception for a damaged file.
         raise ValueError(f"{folder} is damaged ({_reason(error)})") from error
-    shapes = {name.removeprefix("model."): tensor.size for name, tensor in saved.items()}
-    _compare_shapes(shapes, {name: tensor.shape for name, tensor in state.items()})
+    tensors = {name: tensor for name, tensor in saved.items() if isinstance(tensor, TensorStorageMetadata)}
+    _compare_shapes(
+        {name.removeprefix("model."): tensor.size for name, tensor in tensors.items()},
+        {name: tensor.shape for name, tensor in state.items()},
+    )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

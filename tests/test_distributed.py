@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from parallel_worker import CASES, PARTS, RUN, both, ended, steps, terminated
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from relssl import distributed
 from relssl.checkpoint import newest, read
 
 pytestmark = pytest.mark.xdist_group("distributed")  # The tests share the results of two processes.
@@ -89,6 +92,28 @@ def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
     )
     assert [rank["runs"]["bad"] for rank in ranks] == [message] * 2
     assert newest(folder / "bad") is None
+
+
+def test_restarted_processes_find_no_address_of_the_start_before(monkeypatch):
+    """torchrun's store survives; ranks 1 and 2 read it before rank 0 has begun anew."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setattr(distributed, "_launch", (None, False))
+    launches = []
+    for start in "0", "1":
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(distributed._store_of_this_start, rank, 3) for rank in (1, 2)]
+            time.sleep(0.1)
+            assert not any(other.done() for other in others)
+            stores = [pool.submit(distributed._store_of_this_start, 0, 3).result(20)]
+            stores += [other.result(20) for other in others]
+        assert not any(store.check(["address"]) for store in stores)
+        stores[0].set("address", start)
+        assert [store.get("address") for store in stores] == [start.encode()] * 3
+        launches.append(distributed.launch())
+    (first, restarted), second = launches
+    assert len(first) == 32 and not restarted and second == (first, True)
 
 
 ENDINGS = """
