@@ -18,30 +18,14 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from relssl import distributed
-
-# What a folder's index refers to.
-INDEX_GLOBALS = {
-    "torch.distributed.checkpoint.metadata": (
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "torch": (
-        "Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
-        "bool", "contiguous_format", "preserve_format", "channels_last",
-    ),
-    "pathlib": ("PosixPath", "WindowsPath"),
-    "pathlib._local": ("PosixPath", "WindowsPath"),
-}  # fmt: skip
+from relssl import _compat, distributed
 
 
 class _Unpickler(pickle.Unpickler):
     """Unpickles the index of a folder, and runs no code from it."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in INDEX_GLOBALS.get(module, ()):
+        if name not in _compat.CHECKPOINT_INDEX_GLOBALS.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} is not expected")
         return super().find_class(module, name)
 

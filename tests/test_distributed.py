@@ -92,6 +92,13 @@ def test_a_bad_loss_of_one_process_stops_all(folder, ranks):
     )
     assert [rank["runs"]["bad"] for rank in ranks] == [message] * 2
     assert newest(folder / "bad") is None
+    two, four = (folder / f"often/checkpoints/epoch-0000-step-{step:05}" for step in (2, 4))
+    message = (
+        f"the loss is not finite at epoch 1, step 5 of 14 (learning rate 0.001): the weights in {four} cause"
+        f" it; remove it, and --resume with a lower --lr continues from {two}"
+    )
+    assert [rank["runs"]["often"] for rank in ranks] == [message] * 2
+    assert newest(folder / "often") == four and read(two)["step"] == 2
 
 
 def test_restarted_processes_find_no_address_of_the_start_before(monkeypatch):
