@@ -111,8 +111,9 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
     )
     own = uuid.uuid4().hex
     if rank == 0:
-        first = store.compare_set("relssl/launch", "", own).decode()
-        _launch = first, first != own
+        if _launch[0] is None:  # This process may have had a group before.
+            first = store.compare_set("relssl/launch", "", own).decode()
+            _launch = first, first != own
         name, answers = own, [f"relssl/{own}/{other}" for other in range(1, world_size)]
         store.set("relssl/start", name)
         store.set(f"relssl/{name}/confirmed", " ".join(store.get(answer).decode() for answer in answers))
@@ -131,8 +132,8 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
 def end_of_process() -> Iterator[None]:
     """Under torchrun, ends a process at once that an exception would end, with its rank before the message.
 
-    The interpreter's shutdown may wait for other processes. Where those have ended, a line replaces the
-    traceback.
+    The interpreter's shutdown may wait for other processes. A collective fails where those have ended; then a
+    line replaces the traceback.
     """
     try:
         yield
@@ -141,9 +142,10 @@ def end_of_process() -> Iterator[None]:
             raise
         status = 1
         if not isinstance(error, SystemExit):
-            # A collective fails if another process has ended.
-            lost = isinstance(error, dist.DistError) or "gloo/transport/" in str(error)
-            message = "lost the connection to another process" if lost else traceback.format_exc()
+            message = traceback.format_exc()
+            if isinstance(error, dist.DistError) or "gloo/transport/" in str(error):
+                reason = " ".join(str(error).split())
+                message = f"a collective failed, perhaps since another process has ended: {reason}"
         elif isinstance(error.code, str):
             message = error.code
         else:

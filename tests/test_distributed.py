@@ -106,9 +106,9 @@ def test_restarted_processes_find_no_address_of_the_start_before(monkeypatch):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    monkeypatch.setattr(distributed, "_launch", (None, False))
     launches = []
     for start in "0", "1":
+        monkeypatch.setattr(distributed, "_launch", (None, False))
         with ThreadPoolExecutor(3) as pool:
             others = [pool.submit(distributed._store_of_this_start, rank, 3) for rank in (1, 2)]
             time.sleep(0.1)
