@@ -37,6 +37,23 @@ def resolve_process_group(name: str) -> Any:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+# The names, by module, that a pickle of torch.distributed.checkpoint's Metadata refers to.
+CHECKPOINT_INDEX_GLOBALS = {
+    "torch.distributed.checkpoint.metadata": (
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": (
+        "Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
+        "bool", "contiguous_format", "preserve_format", "channels_last",
+    ),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+}  # fmt: skip
+
+
 def saving_is_hooked() -> bool:
     """Whether tensors that autograd saves pass through hooks; true where torch does not reveal it."""
     return _top_saved_tensors_default_hooks is None or _top_saved_tensors_default_hooks(False) is not None

@@ -1,8 +1,13 @@
-"""Checkpoints: all that the next step depends on, in a file that is complete at any time."""
+"""Checkpoints: all that the next step depends on, in files that are complete at any time.
+
+A single process writes checkpoint.pt. Several write folders: each its part of the model, and rank 0 state.pt,
+which holds what checkpoint.pt holds besides the model.
+"""
 
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,6 +63,9 @@ class TrainState:
         return {name: part for name, part in parts.items() if part is not None}
 
 
+# The names in a run's folder.
+FILE, FOLDERS, STATE = "checkpoint.pt", "checkpoints", "state.pt"
+
 # The other attributes, which a checkpoint holds as they are.
 PROGRESS = "steps_per_epoch", "epoch", "step", "sums", "history", "evaluation_due"
 
@@ -67,21 +75,23 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def save(path: Path, state: TrainState, *, keep_previous: bool = True) -> None:
-    """Writes checkpoint and metrics so that a complete file of each exists at any time.
+def save(out: Path, state: TrainState, *, replaced: Path | None = None) -> Path:
+    """Writes checkpoint and metrics so that a complete one of each exists at any time; returns the former.
 
-    The checkpoint before it remains as `previous_path(path)`, if the file system has hard links. Every
+    The checkpoint before it remains as `previous_path`, for a file if the file system has hard links. Every
     process must call it; rank 0 writes the random number generators of all.
 
-    keep_previous: False if the checkpoint in place is of the same step.
+    replaced: the last checkpoint if it is of the same step, and so of the same model.
+
+    Raises:
+        OSError: it cannot be written.
     """
     rng_states = distributed.all_gather_object(random_state.get())
-    if distributed.rank():
-        return
     settings = _settings(state.method.config)
     name = next(n for n, c in methods.CONFIGS.items() if type(state.method.config) is c)
     device = next(state.method.parameters()).device.type
-    contents: dict[str, Any] = {key: part.state_dict() for key, part in state.parts().items()}
+    parts = {key: part for key, part in state.parts().items() if key != "model"}
+    contents: dict[str, Any] = {key: part.state_dict() for key, part in parts.items()}
     contents |= {name: getattr(state, name) for name in PROGRESS}
     contents |= {
         "method": name,
@@ -89,16 +99,89 @@ def save(path: Path, state: TrainState, *, keep_previous: bool = True) -> None:
         "rng_states": rng_states,
         "device": device,
         "tuned": tuned.record(device),
+        "launch": distributed.launch()[0],
     }
-    previous = previous_path(path) if keep_previous else None
-    _write_atomically(path, lambda file: torch.save(contents, file), previous)
-    metrics = json.dumps({"method": name, "config": settings, "epochs": state.history}, indent=1)
-    _write_atomically(path.with_name("metrics.json"), lambda file: file.write(metrics.encode()))
+    if distributed.world_size() > 1:
+        path = out / FOLDERS / f"epoch-{state.epoch:04}-step-{state.step:05}"
+        _save_folder(path, state.method, contents, replaced == path)
+    else:
+        path = out / FILE
+        contents["model"] = state.method.state_dict()
+        kept = None if replaced == path else previous_path(path)
+        _write_atomically(path, lambda file: torch.save(contents, file), kept)
+    if distributed.rank() == 0:
+        metrics = json.dumps({"method": name, "config": settings, "epochs": state.history}, indent=1)
+        _write_atomically(out / "metrics.json", lambda file: file.write(metrics.encode()))
+    return path
+
+
+def _save_folder(path: Path, method: Method, contents: dict[str, Any], again: bool) -> None:
+    """Writes a folder and removes those before the last two.
+
+    again: whether the folder exists and has the model; then only its state.pt is replaced.
+    """
+    from relssl import sharded_checkpoint
+
+    def write(folder: Path) -> None:
+        _write_atomically(folder / STATE, lambda file: torch.save(contents, file))
+
+    if not again:
+        if distributed.rank() == 0 and path.exists():  # It is not what this run was resumed from.
+            sharded_checkpoint.remove(path)
+        sharded_checkpoint.save(path, method, write)
+    if distributed.rank() == 0:
+        if again:
+            write(path)
+        for older in _folders(path.parents[1])[:-2]:
+            sharded_checkpoint.remove(older)
+
+
+def _position(folder: Path) -> tuple[int, ...]:
+    """Returns the epoch and step in the name of a checkpoint's folder; () if it is no such name."""
+    match = re.fullmatch(r"epoch-(\d+)-step-(\d+)", folder.name)
+    return tuple(map(int, match.groups())) if match else ()
+
+
+def _folders(out: Path) -> list[Path]:
+    """Returns the folders that are checkpoints of a run, in the order of their positions."""
+    return sorted(filter(_position, (out / FOLDERS).glob("epoch-*")), key=_position)
+
+
+def newest(out: Path) -> Path | None:
+    """Returns the checkpoint of a run that has come furthest, a file or a folder; None if there is none.
+
+    The later one is newest where both have come as far. Raises ValueError if the file is damaged.
+    """
+    file, folders = out / FILE, _folders(out)
+    if not folders or not file.exists():
+        return folders[-1] if folders else file if file.exists() else None
+    contents, folder = read(file), folders[-1]
+    of_file = (contents["epoch"], contents["step"]), file.stat().st_mtime
+    of_folder = _position(folder), (folder / STATE).stat().st_mtime
+    return file if of_file > of_folder else folder
+
+
+def locate(path: Path) -> Path:
+    """Returns the checkpoint that a path names: itself, or the newest one of a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file() or (path / STATE).exists():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file {path}")
+    if (found := newest(path)) is None:
+        raise FileNotFoundError(f"no checkpoint in {path}")
+    return found
 
 
 def previous_path(path: Path) -> Path:
-    """Returns the path of the checkpoint before the last one."""
-    return path.with_stem(path.stem + ".previous")
+    """Returns the path of the checkpoint before the last one, which may be missing."""
+    if path.name == FILE:
+        return path.with_stem(path.stem + ".previous")
+    before = [folder for folder in _folders(path.parents[1]) if _position(folder) < _position(path)]
+    return before[-1] if before else path.parents[1] / FILE
 
 
 def _write_atomically(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
@@ -124,16 +207,18 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object], previous:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Returns what `save` wrote, on the CPU.
+    """Returns what `save` wrote, on the CPU; of a folder what is in its state.pt, without the model.
+
+    path: see `locate`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such checkpoint.
         ValueError: the file is damaged, or is not a checkpoint of this library.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    path = locate(path)
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        file = path / STATE if path.is_dir() else path
+        contents = torch.load(file, map_location="cpu", weights_only=True)
         replace_old_names(contents)
         contents["method"], contents["device"]
     except Exception as error:  # torch and pickle raise almost any exception for a damaged file.
@@ -162,7 +247,9 @@ def restore(path: Path, state: TrainState, device: torch.device) -> None:
     for group, own in zip(contents["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
         group |= {name: value for name, value in own.items() if name != "params"}
     for key, part in state.parts().items():
-        _load(path, part, contents[key])
+        if key != "model":
+            _load(path, part, contents[key])
+    _load_model(path, state.method, contents)
     if (len(contents["rng_states"]), contents["device"]) == (distributed.world_size(), device.type):
         random_state.restore(contents["rng_states"][distributed.rank()])
     else:
@@ -180,6 +267,18 @@ def _load(path: Path, part: Stateful, state: dict[str, Any]) -> None:
     """Calls part.load_state_dict(state); raises ValueError if they do not match."""
     try:
         part.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from error
+
+
+def _load_model(path: Path, method: Method, contents: dict[str, Any]) -> None:
+    """Restores a method from a file's contents or from a folder; raises ValueError if they do not fit."""
+    if path.is_file():
+        return _load(path, method, contents["model"])
+    from relssl import sharded_checkpoint
+
+    try:
+        sharded_checkpoint.load(path, method)
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from error
 
@@ -248,7 +347,8 @@ def _describe_kernel_changes(record: tuned.Record | None, device: str) -> list[s
 
 
 def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
-    """Returns the trained method of a checkpoint, in eval mode, and its config."""
+    """Returns the trained method of a checkpoint, in eval mode, and its config; path: see `locate`."""
+    path = locate(path)
     contents = read(path)
     settings: dict[str, Any] = contents["config"] | {"device": device}
     for name in ("out", "data_root"):
@@ -259,6 +359,6 @@ def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
         raise ValueError(f"{path} is of another version of relssl: {error}") from error
     placeholder = torch.ones(3)  # The statistics are buffers, which the state_dict has.
     method = config.build_on_device(placeholder, placeholder)
-    _load(path, method, contents["model"])
+    _load_model(path, method, contents)
     method.eval()
     return method, config

@@ -37,13 +37,16 @@ def main() -> None:
                 import tyro  # noqa: F401
         except ImportError:
             sys.exit(f"relssl {command} needs more packages: pip install 'relssl[train]'")
-        try:
-            COMMANDS[command](arguments)
-        except (ValueError, OSError, FloatingPointError) as error:
-            sys.exit(f"relssl {command}: {error}")
-        except KeyboardInterrupt:
-            print(f"relssl {command}: interrupted", file=sys.stderr)
-            sys.exit(130)  # A shell's status of a process that Ctrl-C ended.
+        from relssl.distributed import end_of_process
+
+        with end_of_process():
+            try:
+                COMMANDS[command](arguments)
+            except (ValueError, OSError, FloatingPointError) as error:
+                sys.exit(f"relssl {command}: {error}")
+            except KeyboardInterrupt:
+                print(f"relssl {command}: interrupted", file=sys.stderr)
+                sys.exit(130)  # A shell's status of a process that Ctrl-C ended.
     else:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
@@ -98,7 +101,7 @@ def _train(arguments: list[str]) -> None:
 def _evaluate(arguments: list[str]) -> None:
     import tyro
 
-    from relssl.checkpoint import load_method, read
+    from relssl.checkpoint import load_method, locate, read
     from relssl.evaluate import EvalConfig, baselines, evaluate, load
     from relssl.methods.base import DataName
 
@@ -112,7 +115,8 @@ def _evaluate(arguments: list[str]) -> None:
         """
 
         checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-        """A checkpoint.pt that relssl train wrote."""
+        """A checkpoint.pt or a folder in checkpoints/ that relssl train wrote, or the --out of a run, for
+        its newest one."""
         data: DataName | None = None
         """Evaluate on this data set and its classes, with images resized to the checkpoint's size. Default:
         that of training."""
@@ -125,7 +129,7 @@ def _evaluate(arguments: list[str]) -> None:
         baselines: bool = False
         """Evaluate raw pixels and the untrained encoder, too."""
         plots: bool = False
-        """Draw features.png, neighbours.png and curves.png beside the checkpoint."""
+        """Draw features.png, neighbours.png and curves.png beside the checkpoint, or in the run's folder."""
         projection: Literal["tsne", "pca"] = "tsne"
         """How features.png projects features to the plane."""
         device: str = "auto"
@@ -146,7 +150,8 @@ def _evaluate(arguments: list[str]) -> None:
     if options.plots:
         from relssl import plots
 
-        data, folder = load(config), options.checkpoint.parent
+        path = options.checkpoint
+        data, folder = load(config), path.parent if locate(path) == path else path
         plots.features(method, data, folder / "features.png", options.projection)
         plots.neighbours(method, data, folder / "neighbours.png")
         plots.curves(read(options.checkpoint), folder / "curves.png")
@@ -169,7 +174,8 @@ def _export(arguments: list[str]) -> None:
         """
 
         checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-        """A checkpoint.pt that relssl train wrote."""
+        """A checkpoint.pt or a folder in checkpoints/ that relssl train wrote, or the --out of a run, for
+        its newest one."""
         out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
         """The file to write: in the format safetensors with that extension, otherwise for torch.load."""
         library: Annotated[Library, tyro.conf.arg(name="for")] = "relssl"

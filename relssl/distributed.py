@@ -7,8 +7,13 @@ import atexit
 import gc
 import inspect
 import os
+import sys
+import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+# How long a process waits for the others in a collective. They wait for rank 0 while it downloads data or
+# evaluates, which may take an hour. torchrun ends them at once if a process ends; only for one that hangs
+# do they wait so long, and then they end with an error. torch's own limit is 30 minutes, with NCCL 10.
+TIMEOUT = timedelta(hours=3)
 
 # Python must release a group last. DistributedDataParallel's C++ releases it holding the GIL and joins Gloo's
 # threads, of which one may wait for the GIL to free a tensor; Python's own reference gives the GIL up first.
@@ -53,18 +63,103 @@ def _is_distributed() -> bool:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Initialises the process group under torchrun, and destroys it at the end; otherwise does nothing."""
+    """Initialises the process group under torchrun, and destroys it at the end; otherwise does nothing.
+
+    After an exception the group remains: destroying it waits for the collectives that have begun, in which
+    others may wait for this process. `end_of_process` does not wait for them.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        store = _store_of_this_start(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
     _last_group[:] = [dist.group.WORLD]
+    yield
+    dist.destroy_process_group()
+
+
+# A random id of this call of torchrun, which its restarts share, and whether this is a restart; in rank 0.
+_launch: tuple[str | None, bool] = None, False
+
+
+def launch() -> tuple[str | None, bool]:
+    """Returns a random id of the call of torchrun, and whether its processes have been restarted.
+
+    The id is None without torchrun, and in all processes but rank 0. torchrun's own id of a run may be that
+    of an earlier call.
+    """
+    return _launch
+
+
+def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
+    """Returns a part of torchrun's store without keys of processes that have ended.
+
+    The store survives restarts, and torch 2.13 takes addresses from it that are of the start before. Rank 0
+    names each start anew. The others may read the name before; a name is that of their own start once rank 0
+    confirms their answer to it. (TORCHELASTIC_RESTART_COUNT would not do: machines may count differently.)
+    """
+    global _launch
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT
+    )
+    own = uuid.uuid4().hex
+    if rank == 0:
+        if _launch[0] is None:  # This process may have had a group before.
+            first = store.compare_set("relssl/launch", "", own).decode()
+            _launch = first, first != own
+        name, answers = own, [f"relssl/{own}/{other}" for other in range(1, world_size)]
+        store.set("relssl/start", name)
+        store.set(f"relssl/{name}/confirmed", " ".join(store.get(answer).decode() for answer in answers))
+    else:
+        while True:
+            name = store.get("relssl/start").decode()
+            store.set(f"relssl/{name}/{rank}", own)
+            confirmed = f"relssl/{name}/confirmed"
+            if store.check([confirmed]) and own in store.get(confirmed).decode():
+                break
+            time.sleep(0.02)
+    return dist.PrefixStore(f"relssl/{name}", store)
+
+
+@contextmanager
+def end_of_process() -> Iterator[None]:
+    """Under torchrun, ends a process at once that an exception would end, with its rank before the message.
+
+    The interpreter's shutdown may wait for other processes. A collective fails where those have ended; then a
+    line replaces the traceback.
+    """
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except (Exception, SystemExit) as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        status = 1
+        if not isinstance(error, SystemExit):
+            message = traceback.format_exc()
+            if isinstance(error, dist.DistError) or "gloo/transport/" in str(error):
+                reason = " ".join(str(error).split())
+                message = f"a collective failed, perhaps since another process has ended: {reason}"
+        elif isinstance(error.code, str):
+            message = error.code
+        else:
+            status, message = error.code or 0, ""
+        if message:  # The first line feed ends the line of rank 0's progress bar.
+            print(f"\nrank {os.environ['RANK']}: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def local_part(t: Tensor) -> Tensor:
+    """Returns the part of a DTensor that this process holds; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def all_gather_object(value: T) -> list[T]:

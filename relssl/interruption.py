@@ -27,6 +27,7 @@ class Stop:
     """The first signal that asked the run to stop, if any."""
 
     number: int | None = None
+    received = 0.0  # The time of it, or when this process was told of another's.
     at_once = True  # Whether a signal raises _Interrupted; otherwise it is only recorded.
 
     @property
@@ -36,8 +37,8 @@ class Stop:
     def any_rank_received(self, device: torch.device) -> bool:
         """Returns whether any process has received a signal, and records it in all of them."""
         (number,) = distributed.all_reduce_max([float(self.number or 0)], device)
-        if number:
-            self.number = int(number)
+        if number and self.number is None:
+            self.number, self.received = int(number), time.monotonic()
         return bool(number)
 
     def run_unless_stopped(self, run: Callable[[], T]) -> T | None:
@@ -62,17 +63,15 @@ def interruption() -> Iterator[Stop]:
     defaults: dict[signal.Signals, Handler] = {signal.SIGINT: signal.default_int_handler}
     defaults |= dict.fromkeys(TERMINATING, signal.SIG_DFL)
     ignored_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-    received = 0.0
 
     def record(number: int, _: FrameType | None) -> None:
-        nonlocal received
         if stop.number is None:
-            stop.number, received = number, time.monotonic()
+            stop.number, stop.received = number, time.monotonic()
             if not ignored_seconds:
                 set_handlers(defaults)
             if stop.at_once:
                 raise _Interrupted
-        elif time.monotonic() - received > ignored_seconds:
+        elif time.monotonic() - stop.received > ignored_seconds:
             set_handlers(defaults)
             signal.raise_signal(number)
 

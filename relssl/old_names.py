@@ -18,7 +18,7 @@ def replace_old_names(contents: dict[str, Any]) -> None:
     _rename(contents, KEYS)
     _rename(contents["config"], SETTINGS)
     contents["config"] = ADDED | contents["config"]
-    model = contents["model"]
+    model = contents.get("model", {})  # A folder, which earlier versions did not write, has it apart.
     _rename(model, {name: ".".join(MODULES.get(part, part) for part in name.split(".")) for name in model})
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from relssl import datasets, distributed, tuned
-from relssl.checkpoint import TrainState, describe_position, previous_path, restore, save
+from relssl.checkpoint import TrainState, describe_position, newest, previous_path, read, restore, save
 from relssl.datasets.loading import Batch, Loader, channel_statistics, default_workers, skipped_message
 from relssl.datasets.on_device import DeviceLoader, OnDevice, move_to_device
 from relssl.evaluate import evaluate_during_training
@@ -37,7 +38,7 @@ READ_EVERY = 10  # Steps after which losses are read, which synchronises device 
 
 
 def train(config: TrainConfig) -> Method:
-    """Trains a method and returns it; checkpoint.pt, metrics.json and TensorBoard events go to config.out.
+    """Trains a method and returns it; checkpoints, metrics.json and TensorBoard events go to config.out.
 
     Ctrl-C saves the step and returns; SIGTERM and SIGUSR1 (which Slurm sends before a job's time is up) save
     it and end the process. A second signal ends the process at once.
@@ -45,7 +46,8 @@ def train(config: TrainConfig) -> Method:
     Raises:
         ValueError: fewer training images than one batch, a batch that cannot be divided among the processes,
             or a checkpoint that is damaged, of another method or of settings that cannot change.
-        FileExistsError: config.out has a checkpoint and config.resume is off.
+        FileExistsError: config.out has a checkpoint and config.resume is off, unless torchrun has restarted
+            the run that wrote it.
         FloatingPointError: the loss or a weight is not finite; the last two checkpoints are kept.
         SystemExit: with status 143, after SIGTERM or SIGUSR1.
     """
@@ -70,9 +72,7 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, device: torch.device, stop: Stop) -> None:
         self.device, self.stop = device, stop
-        self.path = config.out / "checkpoint.pt"
-        if self.path.exists() and not config.resume:
-            raise FileExistsError(f"{self.path} exists: pass --resume to continue it, or another --out")
+        self.path = find_checkpoint(config)  # The last one.
         config.validate()
         self.save_steps, self.save_seconds = parse_save_every(config.save_every)
         if config.batch_size % (distributed.world_size() * config.accumulate):
@@ -111,7 +111,7 @@ class _Trainer:
         self.steps = sum(len(images) // config.batch_size for images in self.passes.values())
         self.state = TrainState(method, self.optimizer, self.scaler, self.steps)
         self.saved: tuple[int, int] | None = None  # Epoch and step of the checkpoint.
-        if config.resume and self.path.exists():
+        if self.path:
             restore(self.path, self.state, device)
             self.saved = self.state.epoch, self.state.step
         else:
@@ -254,29 +254,49 @@ class _Trainer:
     def save_state(self) -> None:
         report_skipped(self.skipped, self.bar)
         state, position = self.state, (self.state.epoch, self.state.step)
-        finite = torch.stack([t.isfinite().all() for t in state.method.state_dict().values()]).all()
+        tensors = map(distributed.local_part, state.method.state_dict().values())
+        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
         if distributed.any_rank(not finite, self.device):  # The loss was of the weights before the last step.
             epoch, step = position
             self.fail("weights are", *((epoch, step - 1) if step else (epoch - 1, self.steps - 1)))
         sums = {name: distributed.all_reduce_mean(total) for name, total in self.sums.totals().items()}
-        save(self.path, replace(state, sums=sums), keep_previous=self.saved != position)
+        replaced = self.path if self.saved == position else None
+        self.path = save(self.config.out, replace(state, sums=sums), replaced=replaced)
         self.saved, self.saved_at = position, time.monotonic()
 
     def fail(self, what: str, epoch: int, step: int) -> NoReturn:
-        path = self.path
         rate = learning_rate(self.config, epoch * self.steps + step, self.steps)
         position = f"epoch {epoch + 1}, step {step + 1} of {self.steps} (learning rate {rate:.3g})"
-        kept = f"no checkpoint has been written to {path} yet"
-        if what == "the loss is" and self.saved == (epoch, step):  # The saved weights cause it, at any rate.
-            kept = f"the weights in {path} cause it"
-            if (before := previous_path(path)).exists():
-                kept += f"; copy {before} over it, and --resume with a lower --lr continues from there"
-        elif self.saved:
-            kept = (
-                f"{path} holds all before {describe_position(self.saved[0] + 1, self.saved[1])} and is kept;"
-            )
-            kept += " --resume with a lower --lr continues from there"
+        kept = f"no checkpoint has been written to {self.config.out} yet"
+        lower = "--resume with a lower --lr continues from"
+        if self.path and self.saved:
+            before, last = previous_path(self.path), describe_position(self.saved[0] + 1, self.saved[1])
+            kept = f"{self.path} holds all before {last} and is kept; {lower} there"
+            if what == "the loss is" and self.saved == (epoch, step):  # The saved weights cause it.
+                kept = f"the weights in {self.path} cause it"
+                if before.exists():
+                    copy = f"copy {before} over it, and {lower} there"
+                    kept += f"; {copy if self.path.is_file() else f'remove it, and {lower} {before}'}"
         raise FloatingPointError(f"{what} not finite at {position}: {kept}")
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """Returns the checkpoint that a run continues from, as rank 0 finds it; None for a new run.
+
+    Raises:
+        FileExistsError: there is one and config.resume is off, unless this is a restart by torchrun of the
+            run that wrote it.
+    """
+    path, own = None, False
+    if distributed.rank() == 0 and (path := newest(config.out)):
+        launch, restarted = distributed.launch()
+        own = restarted and read(path).get("launch") == launch
+    path, own = distributed.all_gather_object((path, own))[0]
+    if path and not (config.resume or own):
+        raise FileExistsError(f"{path} exists: pass --resume to continue it, or another --out")
+    if own and distributed.rank() == 0:
+        print(f"restarted by torchrun: continues from {path}", file=sys.stderr)
+    return path
 
 
 def build_optimizer(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

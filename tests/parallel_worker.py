@@ -140,9 +140,11 @@ def ended(config, step, act):
 def runs(folder):
     """Trains in two processes: the second is stopped, or has a bad loss; and a resumed run."""
     mine = distributed.rank() == 1
+    often = replace(RUN, out=folder / "often", save_every="2")
     return {
         "stopped": ended(replace(RUN, out=folder / "two"), 4 if mine else 0, terminated),
         "bad": ended(replace(RUN, out=folder / "bad"), 3 if mine else 0, lambda loss: loss * math.nan),
+        "often": ended(often, 5 if mine else 0, lambda loss: loss * math.nan),
         "resumed": ended(replace(RUN, out=folder / "one", resume=True), 0, None),
     }
 

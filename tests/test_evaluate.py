@@ -177,7 +177,7 @@ def test_export_loads_into_torchvisions_model(command, tmp_path, arch, stem):
     with torch.no_grad():
         method.train()(images)  # This changes BatchNorm's statistics.
     method.eval()
-    save(tmp_path / "checkpoint.pt", TrainState(method, epoch=1))
+    save(tmp_path, TrainState(method, epoch=1))
     run = command("export", "checkpoint.pt", "encoder.pt")
     assert run.returncode == 0 and arch in run.stdout, run.stderr
     net = getattr(torchvision.models, arch)(weights=None)

@@ -69,7 +69,7 @@ def checkpoint(tmp_path):
         preset = PRESETS["sacc"]["digits"]
         config = replace(preset, arch=arch, stem="small", clusters=4, dim=8, out=tmp_path, **settings)
         method = config.build_on_device(torch.zeros(3), torch.ones(3))
-        save(tmp_path / "checkpoint.pt", TrainState(method, epoch=1))
+        save(tmp_path, TrainState(method, epoch=1))
         return method.eval()
 
     return write

@@ -142,7 +142,7 @@ def test_optimizers_of_a_checkpoint_keep_the_runs_own_way(optimizer, before, tmp
     for p in saved.method.student.parameters():
         p.grad = torch.randn_like(p)
     saved.optimizer.step()
-    save(tmp_path / "checkpoint.pt", saved)
+    save(tmp_path, saved)
     ways = [(g["fused"], g["foreach"]) for g in own.optimizer.param_groups]
     assert ways == [(True if optimizer == "adam" else None, None)] * 2
     restore(tmp_path / "checkpoint.pt", own, CPU)

@@ -58,9 +58,9 @@ class TrainConfig:
     image_size: int = 32
     """Side of the encoder's square input images, in pixels. [data set]"""
     out: Path = Path("out/train")
-    """Folder for checkpoint.pt, metrics.json and TensorBoard events."""
+    """Folder for checkpoints, metrics.json and TensorBoard events."""
     resume: bool = False
-    """Continue from out/checkpoint.pt, if it exists: bit for bit if no setting has changed."""
+    """Continue from the newest checkpoint in out, if there is one: bit for bit if no setting has changed."""
     save_every: str = ""
     """Steps (500) or minutes (10m) between checkpoints, besides those at the ends of epochs. [relssl]"""
     reschedule: bool = False
