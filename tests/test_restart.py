@@ -17,11 +17,10 @@ import pytest
 import restart_worker
 import torch
 import torch.multiprocessing as mp
-from restart_worker import ROWS, SETTINGS, Sharded
+from restart_worker import SETTINGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from relssl import sharded_checkpoint
 from relssl.checkpoint import load_method, newest, read
 from relssl.cli import train_config
 from relssl.train import train
@@ -67,9 +66,9 @@ def history(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Returns the folder of a run of two processes without a fault, beside a sharded module."""
+    """Returns the folder of a run of two processes without a fault."""
     folder = tmp_path_factory.mktemp("whole")
-    mp.spawn(restart_worker.both, (2, str(folder)), nprocs=2)
+    mp.spawn(restart_worker.undisturbed, (2, str(folder)), nprocs=2)
     return folder / "whole"
 
 
@@ -166,8 +165,13 @@ def test_a_folder_is_evaluated_and_exported(run, command):
     folder = newest(run)
     expected = model(folder, run)
     method, config = load_method(run, "cpu")
-    assert config.dim == 16 and method.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in method.state_dict().items())
+    found = method.state_dict()
+    assert config.dim == 16 and found.keys() == expected.keys()
+    # One process has the rows of both shards, in the order of their ages.
+    assert (found.pop("queue.num_shards"), expected.pop("queue.num_shards")) == (1, 2)
+    shards = expected.pop("queue.rows").view(2, 32, 16)
+    assert torch.equal(found.pop("queue.rows"), shards.flip(0).transpose(0, 1).flatten(0, 1))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     for number, name in enumerate((run, folder)):
         assert command("export", name, f"{number}.pt").returncode == 0
     first, second = (torch.load(f"{number}.pt") for number in range(2))
@@ -211,12 +215,3 @@ def test_damaged_folders_are_refused(run, monkeypatch, tmp_path):
     torch.save(saved | {"config": saved["config"] | {"queue_size": 0}}, state)
     assert "does not fit: Unexpected key(s): " in message()
     load_method(run, "cpu")
-
-
-def test_a_sharded_module_is_read_by_one_process(whole):
-    """The processes that wrote it read their parts (restart_worker.both)."""
-    folder = whole.parent / "sharded"
-    assert {path.name for path in folder.iterdir()} == {".metadata", "more", "__0_0.distcp", "__1_0.distcp"}
-    module = Sharded(1, torch.zeros_like(ROWS))
-    sharded_checkpoint.load(folder, module)
-    assert torch.equal(module.whole, ROWS) and module.linear.weight.unique().tolist() == [1.0]
