@@ -186,7 +186,9 @@ class FeatureQueue(nn.Module):
         self._make_writable()
         if self.start == "random":
             # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
-            seed = 0x5EED_0F_0EE + self.seed + (self.group.rank << 32 if self.num_shards > 1 else 0)
+            # Every shard has rows of its own: an odd multiple, since generators use the lower 32 bits alone.
+            rank = self.group.rank if self.num_shards > 1 else 0
+            seed = 0x5EED_0F_0EE + self.seed + rank * 0x9E37_79B9
             generator = torch.Generator("cpu").manual_seed(seed)
             start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.rows.copy_(F.normalize(start, dim=1, out=start))
@@ -241,6 +243,7 @@ class FeatureQueue(nn.Module):
     ) -> None:
         state_dict = translated(state_dict, prefix, self, error_msgs)
         if self.sharded:
+            self._check_shards()
             state_dict = shards.load(self, state_dict, prefix, missing_keys, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -309,6 +312,7 @@ def _check_ids(ids: Tensor, keys: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an int64 tensor, got {got}")
+    refuse_dtensor("ids", ids)
     if ids.layout != torch.strided:
         raise TypeError(f"ids must be a dense tensor, got {ids.layout}")
     if ids.shape != keys.shape[:1]:
