@@ -4,6 +4,7 @@ Child processes import it. The test imports the cases, their inputs and the call
 """
 
 import copy
+import io
 import os
 import pickle
 import time
@@ -611,6 +612,74 @@ def copies(at):
     return found
 
 
+@scenario
+def enqueued_before_backward(at):
+    """Returns whether enqueueing before backward leaves gradients alone, and errors where it cannot."""
+    world, found = at.groups["world"], {}
+    x, y = torch.randn(2, 3, DIM, dtype=torch.float64)
+    losses = {"logsumexp": lambda z, tau, queue: queue_logsumexp(z, queue, tau)[0]}
+    for how in ("mean", "none"):
+        losses |= {
+            f"relation {how}": partial(relation_loss, reduction=how),
+            f"info_nce {how}": partial(info_nce, reduction=how),
+            f"nt_xent {how}": partial(nt_xent, reduction=how),
+            f"nt_xent of a group {how}": partial(nt_xent, reduction=how, group=world),
+        }
+
+    def value(name, z, tau, queue):
+        loss = losses[name]
+        if name == "logsumexp":
+            return loss(z, tau, queue)
+        if name.startswith("relation"):
+            return loss(z, y, queue, student_temperature=tau)
+        if name.startswith("info_nce"):
+            return loss(z, y, queue, temperature=tau)
+        return loss(z, y, queue=queue, temperature=tau)
+
+    def gradients(name, enqueue, learned=False):
+        queue = FeatureQueue(16, DIM, dtype=torch.float64, sharded=True)
+        queue.rows.requires_grad_(learned)
+        z, tau = x.clone().requires_grad_(), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        loss = value(name, z, tau, queue).sum()
+        if enqueue:
+            queue.enqueue(keys_of(at.rank, range(3))[0])
+        loss.backward()
+        return z.grad, tau.grad
+
+    for name in losses:
+        found[name] = all(map(torch.equal, gradients(name, False), gradients(name, True)))
+    found["learned"] = message(lambda: gradients("relation mean", True, learned=True))
+    return found
+
+
+@scenario
+def other_states(at):
+    """Loads states of a child module, of torch.save and of MoCo, in a group, and after to_empty."""
+    found = {}
+    if at.rank in members(Case("", group="some"), at.world):
+        make = partial(FeatureQueue, 17, DIM, ids=True, sharded=True, group=at.groups["some"])
+        keys, ids = keys_of(at.rank, range(5))
+        parent, other = nn.ModuleDict({"memory": make()}), nn.ModuleDict({"memory": make()})
+        parent["memory"].enqueue(keys.float(), ids)
+        file = io.BytesIO()
+        torch.save(parent.state_dict(), file)
+        other.load_state_dict(parent.state_dict())
+        loaded = make()
+        names = {
+            name.removeprefix("memory."): t for name, t in torch.load(io.BytesIO(file.getvalue())).items()
+        }
+        loaded.load_state_dict(names)
+        found["rings"] = [state(queue) for queue in (parent["memory"], other["memory"], loaded)]
+    generator = torch.Generator().manual_seed(0)
+    moco = {"queue": torch.randn(DIM, 16, generator=generator), "queue_ptr": torch.tensor([3])}
+    queue = FeatureQueue(16, DIM, sharded=True)
+    queue.load_state_dict(moco)
+    found["moco"] = state(queue), moco
+    meta = FeatureQueue(17, DIM, device="meta", sharded=True).to_empty(device="cpu")
+    found["meta"] = state(meta), state(FeatureQueue(17, DIM, sharded=True))
+    return found
+
+
 class Model(nn.Module):
     def __init__(self, sharded):
         super().__init__()
@@ -728,5 +797,14 @@ def compiled(rank, world, folder):
                 )
 
             found[name, way] = attempt(step)
+    queues = {}
+    for way in ("eager", "compiled"):
+        for sharded in (False, True):
+            queues[way, sharded] = FeatureQueue(17, DIM, dtype=torch.float64, ids=True, sharded=sharded)
+            enqueue = queues[way, sharded].enqueue
+            run = torch.compile(enqueue, fullgraph=True) if way == "compiled" else enqueue
+            found[f"enqueue sharded={sharded}", way] = attempt(
+                lambda run=run, queue=queues[way, sharded]: [run(*keys_of(rank, range(4))), state(queue)][1]
+            )
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
