@@ -112,6 +112,7 @@ def save(out: Path, state: TrainState, *, replaced: Path | None = None) -> Path:
     if distributed.rank() == 0:
         metrics = json.dumps({"method": name, "config": settings, "epochs": state.history}, indent=1)
         _write_atomically(out / "metrics.json", lambda file: file.write(metrics.encode()))
+    distributed.barrier()  # Where one process ends, torchrun soon ends the others.
     return path
 
 

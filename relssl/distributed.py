@@ -203,12 +203,17 @@ def broadcast(value: Tensor) -> Tensor:
     return value
 
 
+def barrier() -> None:
+    """Waits until all processes have come here."""
+    if _is_distributed():
+        dist.barrier()
+
+
 def main_process_first(run: Callable[[], T]) -> T:
     """Returns run() of each process; the other processes wait until rank 0 has finished."""
     if rank() == 0:
         result = run()
-    if _is_distributed():
-        dist.barrier()
+    barrier()
     return result if rank() == 0 else run()
 
 

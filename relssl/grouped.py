@@ -81,7 +81,7 @@ def loss_op(
     """
     z, run, both = torch.cat((z1, z2)), backends.get(backend), ops.scale_of(scale, device_scale)
     processes, rows, weight = Group(group), len(z), ops.row_weight(z, reduction)
-    processes.counts("the views of a loss", (rows,), z)
+    processes.counts("the views of a loss", (rows // 2,), z)
     all_z = all_gather(z, processes)
     first = processes.rank * rows
     own = Exclude(torch.arange(first, first + rows, device=z.device), None, None)

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -27,7 +26,6 @@ class Stop:
     """The first signal that asked the run to stop, if any."""
 
     number: int | None = None
-    received = 0.0  # The time of it, or when this process was told of another's.
     at_once = True  # Whether a signal raises _Interrupted; otherwise it is only recorded.
 
     @property
@@ -37,8 +35,8 @@ class Stop:
     def any_rank_received(self, device: torch.device) -> bool:
         """Returns whether any process has received a signal, and records it in all of them."""
         (number,) = distributed.all_reduce_max([float(self.number or 0)], device)
-        if number and self.number is None:
-            self.number, self.received = int(number), time.monotonic()
+        if number:
+            self.number = int(number)
         return bool(number)
 
     def run_unless_stopped(self, run: Callable[[], T]) -> T | None:
@@ -57,23 +55,21 @@ def interruption() -> Iterator[Stop]:
     """Records the first Ctrl-C, SIGTERM or SIGUSR1; a second one ends the process as without a handler.
 
     After SIGTERM or SIGUSR1, the context ends in SystemExit. torchrun forwards signals that the whole process
-    group may have received already: under it, signals within one second count as one.
+    group may have received already, sends SIGTERM where one process has ended, and kills processes 30 seconds
+    later: under it, no later signal counts.
     """
     stop = Stop()
     defaults: dict[signal.Signals, Handler] = {signal.SIGINT: signal.default_int_handler}
     defaults |= dict.fromkeys(TERMINATING, signal.SIG_DFL)
-    ignored_seconds = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
 
     def record(number: int, _: FrameType | None) -> None:
         if stop.number is None:
-            stop.number, stop.received = number, time.monotonic()
-            if not ignored_seconds:
+            stop.number = number
+            if not torchrun:
                 set_handlers(defaults)
             if stop.at_once:
                 raise _Interrupted
-        elif time.monotonic() - stop.received > ignored_seconds:
-            set_handlers(defaults)
-            signal.raise_signal(number)
 
     def set_handlers(handlers: dict[signal.Signals, Handler]) -> None:
         for number, handler in handlers.items():
@@ -88,6 +84,7 @@ def interruption() -> Iterator[Stop]:
         if distributed.is_main_process():
             print(f"stopped by {stop.name} before the first step")
     finally:
-        set_handlers(before)
+        if not torchrun or stop.number not in TERMINATING:  # Otherwise the process is about to end.
+            set_handlers(before)
     if stop.number in TERMINATING:
         sys.exit(EXIT_STATUS)

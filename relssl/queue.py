@@ -71,8 +71,8 @@ class FeatureQueue(nn.Module):
             have not been written yet.
         group: the processes that share the queue, by default all.
         gather: whether `enqueue` gathers the keys of the group. Without, each process has a queue of its own.
-        uneven: whether processes may enqueue, or with `sharded` compare, different numbers of rows. The
-            numbers are exchanged in every call, which synchronises. Otherwise different numbers raise an
+        uneven: whether processes may enqueue different numbers of rows, also none, or with `sharded` compare
+            different numbers of rows, at least one each. The numbers are exchanged in every call, which synchronises. Otherwise different numbers raise an
             error in every process; on a GPU, where the numbers are exchanged when they change, they may also
             end by the group's timeout.
         sharded: whether each process keeps a part of the rows. Create such a queue after
@@ -190,9 +190,8 @@ class FeatureQueue(nn.Module):
         self._make_writable()
         if self.start == "random":
             # Not the bare seed: after torch.manual_seed(0), torch.randn would give the caller the same rows.
-            seed = 0x5EED_0F_0EE + self.seed
-            if self._shard:  # Of a seed, the generator reads the low 32 bits alone.
-                seed += self._shard * 0x9E37_79B1
+            # Every shard has rows of its own: an odd multiple, since generators use the lower 32 bits alone.
+            seed = 0x5EED_0F_0EE + self.seed + self._shard * 0x9E37_79B1
             generator = torch.Generator("cpu").manual_seed(seed)
             start = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.rows.copy_(F.normalize(start, dim=1, out=start))
@@ -248,6 +247,7 @@ class FeatureQueue(nn.Module):
     ) -> None:
         state_dict = translated(state_dict, prefix, self, error_msgs)
         if self.sharded:
+            self._check_shards()
             state_dict = shards.load(self, state_dict, prefix, missing_keys, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -318,6 +318,7 @@ def _check_ids(ids: Tensor, keys: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an int64 tensor, got {got}")
+    refuse_dtensor("ids", ids)
     if ids.layout != torch.strided:
         raise TypeError(f"ids must be a dense tensor, got {ids.layout}")
     if ids.shape != keys.shape[:1]:

@@ -81,7 +81,8 @@ def load(
     names = {"rows", "num_shards"} | ({"ids"} if queue.ids is not None else set())
     names |= {"written"} if f"{prefix}num_shards" in state_dict else {"pointer", "count"}
     rest = {key: t for key, t in state_dict.items() if key.removeprefix(prefix) not in names}
-    given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+    # Sorted: every process must deal them in the same order, and a set's order is the process's own.
+    given = {name: state_dict[prefix + name] for name in sorted(names) if prefix + name in state_dict}
     missing = sorted(prefix + name for name in names - given.keys() - {"num_shards"})
     expected = {"rows": (queue.size, queue.rows.shape[1]), "ids": (queue.size,), "written": (queue.size,)}
     wrong = [name for name in given if name in expected and tuple(given[name].shape) != expected[name]]

@@ -116,6 +116,7 @@ def _indices(name: str, t: Tensor, count: int, shape: str, device: torch.device)
     if not isinstance(t, Tensor) or t.dtype != int64:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    refuse_dtensor(name, t)
     if t.layout != strided:
         raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.shape != (count,):
