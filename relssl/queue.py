@@ -72,9 +72,9 @@ class FeatureQueue(nn.Module):
         group: the processes that share the queue, by default all.
         gather: whether `enqueue` gathers the keys of the group. Without, each process has a queue of its own.
         uneven: whether processes may enqueue different numbers of rows, also none, or with `sharded` compare
-            different numbers of rows, at least one each. The numbers are exchanged in every call, which synchronises. Otherwise different numbers raise an
-            error in every process; on a GPU, where the numbers are exchanged when they change, they may also
-            end by the group's timeout.
+            different numbers, at least one each. They are exchanged in every call, which synchronises.
+            Otherwise different numbers raise an error in every process; on a GPU, where the numbers are
+            exchanged when they change, they may also end by the group's timeout.
         sharded: whether each process keeps a part of the rows. Create such a queue after
             torch.distributed is initialised.
 
