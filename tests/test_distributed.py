@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from parallel_worker import CASES, PARTS, RUN, both, ended, steps, terminated
+from processes import spawn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from relssl import distributed
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     """Returns a folder with the results of both processes, and in one/ a run that a single process began."""
     folder = tmp_path_factory.mktemp("ranks")
     assert ended(replace(RUN, out=folder / "one"), 4, terminated) == 143
-    mp.spawn(both, (2, str(folder)), nprocs=2)
+    spawn(both, (2, str(folder)), 2, 300)
     return folder
 
 

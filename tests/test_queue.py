@@ -6,12 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from gather_worker import gather
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import Operations
 from oracle import unit
+from processes import spawn
 from torch._dynamo.testing import CompileCounter
 
 from relssl import FeatureQueue, enqueuing
@@ -267,7 +267,7 @@ def test_threads_enqueue_one_after_the_other():
 
 @pytest.mark.alone
 def test_gather_over_processes(tmp_path):
-    mp.spawn(gather, (2, str(tmp_path)), nprocs=2)
+    spawn(gather, (2, str(tmp_path)), 2, 100)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     start = FeatureQueue(7, 3).rows
     for rank in ranks:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import restart_worker
 import torch
-import torch.multiprocessing as mp
+from processes import spawn
 from restart_worker import SETTINGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -68,7 +68,7 @@ def history(out):
 def whole(tmp_path_factory):
     """Returns the folder of a run of two processes without a fault."""
     folder = tmp_path_factory.mktemp("whole")
-    mp.spawn(restart_worker.undisturbed, (2, str(folder)), nprocs=2)
+    spawn(restart_worker.undisturbed, (2, str(folder)), 2, 200)
     return folder / "whole"
 
 

@@ -1,7 +1,6 @@
 """The formulas of bench/scaling.py against counts, docs/scaling.md against both, and the model's limits."""
 
 import re
-import time
 from itertools import pairwise, product
 
 import figures
@@ -9,8 +8,8 @@ import plots
 import pytest
 import scaling
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
+from processes import spawn
 from scaling import GPUS, Collective, Sizes
 from scaling_worker import BATCH, CLUSTERS, DIM, PROCESSES, QUEUE, VIEWS, count
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,10 +100,7 @@ def test_sharding_at_one_process_keeps_everything():
 def counts(tmp_path_factory):
     """Returns the collectives and the flop of each case, counted in one of three processes."""
     folder = tmp_path_factory.mktemp("counts")
-    context = mp.spawn(count, (PROCESSES, str(folder)), nprocs=PROCESSES, join=False)
-    end = time.monotonic() + 100
-    while not context.join(1):
-        assert time.monotonic() < end
+    spawn(count, (PROCESSES, str(folder)), PROCESSES, 100)
     return torch.load(folder / "0.pt")
 
 

@@ -5,14 +5,12 @@ of the shards and all processes' rows, and their losses, reduced per process, ar
 """
 
 import math
-import multiprocessing
 import os
-import time
 
 import oracle
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import spawn
 from sharded_worker import (
     CASES,
     DIM,
@@ -33,27 +31,8 @@ from relssl.functional import relation_loss
 
 pytestmark = pytest.mark.xdist_group("sharded")  # The tests share the results of the processes.
 
-# Not relssl, which that process would import from the working directory.
-PRELOADED = ["torch.distributed.tensor", "torch.distributed.checkpoint"]
-
 worlds = pytest.mark.parametrize("world", WORLDS)
 several = pytest.mark.parametrize("world", [2, 4])
-
-
-def spawn(function, arguments, processes, seconds):
-    """Runs function(rank, *arguments) in processes, which are ended if they take longer.
-
-    They are forked from a process that has imported torch already: four imports take long on two cores.
-    """
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    context = mp.start_processes(function, arguments, nprocs=processes, join=False, start_method="forkserver")
-    end = time.monotonic() + seconds
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"the processes take longer than {seconds} s"
-    finally:
-        for process in context.processes:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
