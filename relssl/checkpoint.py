@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -127,8 +128,12 @@ def _save_folder(path: Path, method: Method, contents: dict[str, Any], again: bo
         _write_atomically(folder / STATE, lambda file: torch.save(contents, file))
 
     if not again:
-        if distributed.rank() == 0 and path.exists():  # It is not what this run was resumed from.
-            sharded_checkpoint.remove(path)
+        if distributed.rank() == 0:
+            for left in path.parent.glob("*.tmp"):  # by a process that was killed
+                if _position(left.with_suffix("")):
+                    shutil.rmtree(left)
+            if path.exists():  # It is not what this run was resumed from.
+                sharded_checkpoint.remove(path)
         sharded_checkpoint.save(path, method, write)
     if distributed.rank() == 0:
         if again:
@@ -151,9 +156,11 @@ def _folders(out: Path) -> list[Path]:
 def newest(out: Path) -> Path | None:
     """Returns the checkpoint of a run that has come furthest, a file or a folder; None if there is none.
 
-    The later one is newest where both have come as far. Raises ValueError if the file is damaged.
+    The later one is newest where both have come as far. Raises ValueError if it is damaged.
     """
     file, folders = out / FILE, _folders(out)
+    if folders and not (folders[-1] / STATE).exists():
+        raise ValueError(f"{folders[-1]} is damaged, it has no {STATE}: remove it to use the one before")
     if not folders or not file.exists():
         return folders[-1] if folders else file if file.exists() else None
     contents, folder = read(file), folders[-1]

@@ -46,17 +46,14 @@ class _Reader(dcp.FileSystemReader):
 def save(folder: Path, module: nn.Module, write_more: Callable[[Path], object]) -> None:
     """Writes the state of a module so that either the whole folder exists at any time, or none.
 
-    Every process must call it; folder must not exist. Rank 0 also calls write_more(temporary folder). Tensors
-    other than DTensors are those of rank 0.
+    Every process must call it; neither folder nor its temporary one, with the suffix .tmp, may exist. Rank 0
+    also calls write_more(temporary folder). Tensors other than DTensors are those of rank 0.
 
     Raises:
         OSError: a process cannot write.
     """
     temporary = folder.with_name(folder.name + ".tmp")
-    if distributed.rank() == 0:
-        for stale in folder.parent.glob("*.tmp"):
-            shutil.rmtree(stale)
-    dist.barrier()
+    dist.barrier()  # Rank 0 may be removing what was left there.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     try:
         dcp.save(

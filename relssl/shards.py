@@ -90,7 +90,9 @@ def load(
         shape = tuple(given[name].shape)
         error_msgs.append(f"size mismatch for {prefix}{name}: {shape} instead of {expected[name]}.")
     missing_keys.extend(missing)
-    if missing or wrong:
+    if queue.rows.is_meta:
+        error_msgs.append(f"{prefix}rows is on the meta device: call to_empty first.")
+    if missing or wrong or queue.rows.is_meta:
         return rest
     was = int(given.pop("num_shards", 1))
     if "pointer" in given:  # A queue that is not sharded.

@@ -119,6 +119,10 @@ def test_another_run_into_the_folder_is_refused(run):
 
 
 def test_sigterm_to_one_of_four_processes_that_resume_two_saves_once(run):
+    folders = run / "checkpoints"
+    for name in ("epoch-0002-step-00001.tmp", "backup.tmp"):  # of a process that was killed, and another's
+        (folders / name).mkdir()
+    (folders / "notes.tmp").touch()
     status, lines, _ = torchrun(
         run.parent,
         "SIGTERM",
@@ -130,8 +134,8 @@ def test_sigterm_to_one_of_four_processes_that_resume_two_saves_once(run):
     assert lines.count(f"processes was 2, is 4; {anew}") == 1
     saved = "run/checkpoints/epoch-0003-step-00000"  # Signals are read every ten steps, and after an epoch.
     assert lines.count(f"stopped by SIGTERM and saved {saved}; --resume continues from here") == 1
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["epoch-0002-step-00000", "epoch-0003-step-00000"]
+    names = sorted(path.name for path in folders.iterdir())
+    assert names == ["backup.tmp", "epoch-0002-step-00000", "epoch-0003-step-00000", "notes.tmp"]
     assert len(read(run)["rng_states"]) == 4 and [entry["epoch"] for entry in history(run)] == [1, 2, 3]
     ends = [int(match[1]) for line in lines if (match := re.match(r" +exitcode +: (-?\d+)", line))]
     assert ends == [143] * 4
@@ -215,3 +219,6 @@ def test_damaged_folders_are_refused(run, monkeypatch, tmp_path):
     torch.save(saved | {"config": saved["config"] | {"queue_size": 0}}, state)
     assert "does not fit: Unexpected key(s): " in message()
     load_method(run, "cpu")
+    (run / "checkpoints/epoch-0009-step-00000").mkdir()
+    with pytest.raises(ValueError, match=r"epoch-0009-step-00000 is damaged, it has no state\.pt: remove it"):
+        newest(run)

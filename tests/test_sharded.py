@@ -441,6 +441,12 @@ def test_the_state_of_an_unsharded_queue_loads(results, world, name):
     assert "size mismatch" in found[0]["wrong"]
 
 
+def test_a_queue_on_the_meta_device_loads_no_state():
+    state = FeatureQueue(9, 4, sharded=True).state_dict()
+    with pytest.raises(RuntimeError, match="rows is on the meta device: call to_empty first"):
+        FeatureQueue(9, 4, sharded=True, device="meta").load_state_dict(state)
+
+
 def test_states_are_dealt_in_one_order(monkeypatch):
     """A set of names has another order in every process, which would mix up what they send."""
     dealt = []
