@@ -30,13 +30,6 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None)
 all_gather_single = all_gather_single or getattr(dist, "all_gather_into_tensor", None)
 
 
-def resolve_process_group(name: str) -> Any:
-    """Returns the process group of that name. Raises one of several errors if there is none."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(name)  # type: ignore[arg-type]
-
-
 # The names, by module, that a pickle of torch.distributed.checkpoint's Metadata refers to.
 CHECKPOINT_INDEX_GLOBALS = {
     "torch.distributed.checkpoint.metadata": (

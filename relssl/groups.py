@@ -3,18 +3,26 @@
 torch.distributed does all of it. Tensors keep their dtypes, and nothing here has a gradient.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relssl._compat import all_gather_single, resolve_process_group
+from relssl._compat import all_gather_single
 
 Counts = list[tuple[int, ...]]
 """For each process of a group by rank the numbers that it gave."""
+
+# The process groups that were given, by name in a Group and the other way round. torch's own names recur: a
+# group may get that of one which was destroyed.
+_groups: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_numbers = itertools.count(1)
 
 # The counts of the last exchange in this process, by group and purpose.
 _last_counts: dict[tuple[str, str], tuple[tuple[int, ...], Counts]] = {}
@@ -22,9 +30,10 @@ _last_counts: dict[tuple[str, str], tuple[tuple[int, ...], Counts]] = {}
 
 @dataclass(frozen=True)
 class Group:
-    """A process group by its name, which modules can copy and ops can take; "" is the default group.
+    """A process group by a name, which modules can copy and ops can take; "" is the default group.
 
-    The default group need not exist yet: until torch.distributed is initialised it has one process.
+    The default group need not exist yet: until torch.distributed is initialised it has one process. Other
+    names are those of this process alone.
     """
 
     name: str = ""
@@ -44,17 +53,21 @@ class Group:
                 "group must be a process group of torch.distributed that contains this process, got"
                 f" {group!r}"
             )
-        return Group() if group is dist.group.WORLD else Group(group.group_name)
+        if group is dist.group.WORLD:
+            return Group()
+        if group not in _names:
+            name = str(next(_numbers))
+            _names[group], _groups[name] = name, group
+        return Group(_names[group])
 
     @property
     def handle(self) -> Optional["dist.ProcessGroup"]:
         """What torch.distributed takes as `group`. Raises RuntimeError if there is no such group any more."""
         if not self.name:
             return None
-        try:
-            return resolve_process_group(self.name)
-        except (LookupError, RuntimeError, ValueError) as error:
-            raise RuntimeError(f"process group {self.name!r} does not exist any more") from error
+        if (group := _groups.get(self.name)) is None:
+            raise RuntimeError("the process group has been destroyed, or is another process's")
+        return group
 
     @property
     def size(self) -> int:

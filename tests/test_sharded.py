@@ -10,6 +10,7 @@ import os
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from processes import spawn
 from sharded_worker import (
     CASES,
@@ -439,6 +440,22 @@ def test_the_state_of_an_unsharded_queue_loads(results, world, name):
     for state in shards:
         assert ages(state) == sorted(ages(state)) and len(ages(state)) == int(state["count"])
     assert "size mismatch" in found[0]["wrong"]
+
+
+def test_a_destroyed_group_is_not_the_next_of_its_name():
+    queues, names = [], []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        group = dist.new_group([0])
+        names.append(group.group_name)
+        queues.append(FeatureQueue(4, 2, group=group, sharded=True))
+        queues[-1].enqueue(torch.ones(1, 2))
+        if len(queues) == 2:
+            with pytest.raises(RuntimeError, match="the process group has been destroyed"):
+                queues[0].enqueue(torch.ones(1, 2))
+        del group
+        dist.destroy_process_group()
+    assert names[0] == names[1]
 
 
 def test_a_queue_on_the_meta_device_loads_no_state():
