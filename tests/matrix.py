@@ -28,7 +28,7 @@ CELLS = [f"3.11-{torch}" for torch in ("2.9.1", "2.10.0", "2.11.0", "2.12.0", "2
 ]
 COMPILED = [
     f"tests/test_{name}.py"
-    for name in ("ops", "autograd", "callers", "queue", "other_queues", "errors", "kernels")
+    for name in ("ops", "autograd", "callers", "queue", "sharded", "other_queues", "errors", "kernels")
 ]
 INTERPRETED = ["-k", "triton", "-m", "not slow", "tests/test_losses.py", "tests/test_triton.py"]
 NEEDS = ["hypothesis", "ninja", "numpy", "psutil", "pybind11", "pytest", "pytest-xdist", "setuptools"]
