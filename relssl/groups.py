@@ -99,7 +99,7 @@ class Group:
             last = [tuple(row) for row in found.tolist()]
         if not uneven and any(other != last[0] for other in last):
             _last_counts.pop(key, None)
-            rows = ", ".join(" + ".join(map(str, other)) for other in last)
+            rows = ", ".join(" + ".join(str(n) for n in other if n) or "0" for other in last)
             raise ValueError(f"{what} must have the same number of rows in every process, got {rows} by rank")
         _last_counts[key] = numbers, last
         return last

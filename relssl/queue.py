@@ -26,7 +26,8 @@ class FeatureQueue(nn.Module):
     """A first-in, first-out queue of K feature rows of width D.
 
     It starts with random unit-norm rows, as ReSSL's and MoCo's code does. Pass it to the losses of
-    `relssl.functional`; with its `rows` alone they exclude no rows. Enqueueing before `loss.backward()` is
+    `relssl.functional`; with its `rows` alone they exclude no rows, and compare with this process's shard
+    alone where the queue is sharded. Enqueueing before `loss.backward()` is
     safe there: the gradient is computed in the forward pass, and no clone of the queue is needed.
 
     Rows, ids, pointer and count are persistent buffers that stay on the device. Enqueueing is one op: a C++
@@ -71,6 +72,7 @@ class FeatureQueue(nn.Module):
             have not been written yet.
         group: the processes that share the queue, by default all.
         gather: whether `enqueue` gathers the keys of the group. Without, each process has a queue of its own.
+            A sharded queue gathers none in any case.
         uneven: whether processes may enqueue different numbers of rows, also none, or with `sharded` compare
             different numbers, at least one each. They are exchanged in every call, which synchronises.
             Otherwise different numbers raise an error in every process; on a GPU, where the numbers are
@@ -309,8 +311,8 @@ def refuse_dtensor(name: str, t: Tensor) -> None:
     """Raises TypeError for a DTensor, whose operations the kernels do not replace."""
     if type(t).__name__ == "DTensor":  # Its import takes half a second.
         raise TypeError(
-            f"{name} is a DTensor: pass {name}.to_local(), the rows of this process, and for a queue that is"
-            " divided among processes a FeatureQueue(..., sharded=True)"
+            f"{name} is a DTensor: pass {name}.to_local(), the rows of this process; a queue that is divided"
+            " among processes is a FeatureQueue(..., sharded=True)"
         )
 
 
