@@ -17,6 +17,7 @@ from relssl.autograd import reduce
 from relssl.backends.common import Temperature, accumulator, device_type, to_dtype
 from relssl.groups import Group
 from relssl.queue import FeatureQueue
+from relssl.unit_norm import normalized, warn_unless_unit
 from relssl.validation import (
     check_choice,
     check_exclude,
@@ -44,6 +45,7 @@ def relation_loss(
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
+    normalize: bool = False,
     reduction: Reduction = "mean",
     return_entropy: Literal[False] = False,
     backend: str = "auto",
@@ -59,6 +61,7 @@ def relation_loss(
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
+    normalize: bool = False,
     reduction: Reduction = "mean",
     return_entropy: Literal[True],
     backend: str = "auto",
@@ -74,6 +77,7 @@ def relation_loss(
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
+    normalize: bool = False,
     reduction: Reduction = "mean",
     return_entropy: bool,
     backend: str = "auto",
@@ -90,6 +94,7 @@ def relation_loss(
     student_temperature: Temperature = 0.1,
     teacher_temperature: Temperature = 0.04,
     form: Form = "kl",
+    normalize: bool = False,
     reduction: Reduction = "mean",
     return_entropy: bool = False,
     backend: str = "auto",
@@ -105,7 +110,9 @@ def relation_loss(
     "ce" is the value that ReSSL's published code reports; for q both have the same gradient.
     (Zheng et al., ReSSL: Relational Self-Supervised Learning with Weak Augmentation, NeurIPS 2021.)
 
-    Any finite input is accepted; rows are not normalised here. The gradient is computed in the forward
+    Any finite input is accepted; rows are normalised with normalize=True alone. A UserWarning is given, once
+    in a process, if the first calls' rows clearly lack norm 1 with a temperature below 1, where that is free
+    to see: on a CPU, in eager code. The gradient is computed in the forward
     pass: enqueueing before backward is safe unless the queue requires grad. Double backward recomputes
     the loss in eager code and raises RuntimeError if the queue has changed since. Activation checkpointing
     runs the forward pass again in backward: around this loss, enqueue after backward. Otherwise
@@ -128,6 +135,8 @@ def relation_loss(
             changes under torch.compile, pass a tensor: each new number is compiled anew.
         teacher_temperature: number or tensor of one element, which may require grad. Published: 0.04.
         form: "kl" or "ce".
+        normalize: divide the rows of q and k by their norms first, in float32 (float64 for float64). The
+            queue's rows are used as they are: enqueue normalised keys.
         reduction: "mean" and "sum" over all rows, "none" for a loss of shape [B] or [V, B].
         return_entropy: also return the teacher's entropy H(p_t), reduced alike ([B] for "none"), detached.
         backend: "auto", a name that `relssl info` lists, or a variant of one, such as "cpu/avx2".
@@ -151,6 +160,10 @@ def relation_loss(
     )
     if exclude:
         check_exclude(q, rows, exclude)
+    if normalize:
+        q, k = normalized(q), normalized(k)
+    else:
+        warn_unless_unit(tau_t, q=q, k=k, queue=rows)
     loss, entropy = dispatch.relation(q, k, rows, tau_s, tau_t, form, reduction, backend, exclude)
     return (loss, reduce(entropy, reduction)) if return_entropy else loss
 
@@ -163,6 +176,7 @@ def info_nce(
     ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     temperature: Temperature = 0.2,
+    normalize: bool = False,
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -181,6 +195,10 @@ def info_nce(
     k, (tau,) = check_pair(q, k, rows, temperature=temperature)
     if exclude:
         check_exclude(q, rows, exclude)
+    if normalize:
+        q, k = normalized(q), normalized(k)
+    else:
+        warn_unless_unit(tau, q=q, k=k, queue=rows)
     return dispatch.info_nce(q, k, rows, tau, reduction, backend, exclude)
 
 
@@ -189,6 +207,7 @@ def nt_xent(
     z2: Tensor,
     *,
     temperature: Temperature = 0.5,
+    normalize: bool = False,
     queue: Tensor | FeatureQueue | None = None,
     ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
@@ -206,11 +225,12 @@ def nt_xent(
     adds its rows to the negatives. (Chen et al., SimCLR, ICML 2020, eq. 1; the instance loss of CC and SACC,
     with tau = 0.5.)
 
-    Any finite input is accepted; the papers' rows have norm 1, and are not normalised here.
+    Any finite input is accepted; the papers' rows have norm 1, and are normalised with normalize=True alone.
 
     Args:
         z1, z2: embeddings of the two views, [N, D]; z2 is cast to z1's dtype.
         temperature: number or tensor of one element, which may require grad.
+        normalize: divide the rows of both views by their norms first, as in `relation_loss`.
         queue: [K, D] or a FeatureQueue of further negatives, which may require grad; None for the paper.
         ids: int64 [N], one for each image: the queue rows of the same id are excluded from the negatives of
             both views. Rows of the batch are never excluded, even where their ids are equal.
@@ -237,6 +257,10 @@ def nt_xent(
     z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
     if exclude:
         check_exclude(z1, rows, exclude)  # type: ignore[arg-type]
+    if normalize:
+        z1, z2 = normalized(z1), normalized(z2)
+    else:
+        warn_unless_unit(tau, z1=z1, z2=z2, queue=rows)
     if processes := _several(group):
         return grouped.nt_xent(z1, z2, rows, tau, reduction, backend, processes, exclude)
     return in_batch.nt_xent(z1, z2, rows, tau, reduction, backend, exclude)

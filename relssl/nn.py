@@ -47,6 +47,7 @@ class RelationLoss(_Loss):
         student_temperature: Temperature = 0.1,
         teacher_temperature: Temperature = 0.04,
         form: Form = "kl",
+        normalize: bool = False,
         reduction: Reduction = "mean",
         return_entropy: bool = False,
         backend: str = "auto",
@@ -55,6 +56,7 @@ class RelationLoss(_Loss):
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
             form=form,
+            normalize=normalize,
             reduction=reduction,
             return_entropy=return_entropy,
             backend=backend,
@@ -81,10 +83,11 @@ class InfoNCELoss(_Loss):
         self,
         *,
         temperature: Temperature = 0.2,
+        normalize: bool = False,
         reduction: Reduction = "mean",
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
     def forward(
         self,
@@ -107,12 +110,15 @@ class NTXentLoss(_Loss):
         self,
         *,
         temperature: Temperature = 0.5,
+        normalize: bool = False,
         reduction: Reduction = "mean",
         backend: str = "auto",
         group: ProcessGroup | Group | None = None,
     ) -> None:
         group = None if group is None else Group.of(group)  # which can be copied and pickled
-        super().__init__(temperature=temperature, reduction=reduction, backend=backend, group=group)
+        super().__init__(
+            temperature=temperature, normalize=normalize, reduction=reduction, backend=backend, group=group
+        )
 
     def forward(
         self,

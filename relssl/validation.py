@@ -25,7 +25,7 @@ def savable(t: T) -> T:
     return t
 
 
-def _is_readable(t: Tensor) -> bool:
+def is_readable(t: Tensor) -> bool:
     """Whether a value exists and is free to read; a subclass, such as FakeTensor, may have none."""
     plain = type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"
     return plain and not torch.compiler.is_compiling() and not in_functorch_transform()
@@ -41,7 +41,8 @@ def _rows(name: str, t: Tensor, shapes: dict[int, str]) -> None:
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.dim() not in shapes:
-        raise ValueError(f"{name} must be {' or '.join(shapes.values())}, got shape {tuple(t.shape)}")
+        tokens = f"; for tokens [B, N, D] pass {name}.flatten(0, 1)" if t.dim() == 3 else ""
+        raise ValueError(f"{name} must be {' or '.join(shapes.values())}, got shape {tuple(t.shape)}{tokens}")
     if t.numel() == 0:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
 
@@ -59,7 +60,7 @@ def _temperature(name: str, value: Temperature, device: torch.device) -> Tempera
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {got}")
         _same_device(name, value, device)
         scalar: Tensor = savable(value.reshape(()) if value.dim() else value)
-        if not _is_readable(scalar):
+        if not is_readable(scalar):
             return scalar
         value, number = scalar, scalar.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -146,7 +147,10 @@ def check_pair(
     _rows("k", k, {2: "[B, D]"})
     _same_device("k", k, q.device)
     if k.shape != (q.shape if q.dim() == 2 else q.shape[1:]):
-        raise ValueError(f"k must have the last two dimensions of q {tuple(q.shape)}, got {tuple(k.shape)}")
+        tokens = "; for tokens [B, N, D] pass q.flatten(0, 1), too" if q.dim() == 3 else ""
+        raise ValueError(
+            f"k must have the last two dimensions of q {tuple(q.shape)}, got {tuple(k.shape)}{tokens}"
+        )
     return to_dtype(k, q.dtype), [_temperature(name, t, q.device) for name, t in temperatures.items()]
 
 
@@ -188,7 +192,7 @@ def check_logsumexp(
     if exclude is None:
         return temperature
     _indices("exclude", exclude, len(x), "R", x.device)
-    if _is_readable(exclude):
+    if is_readable(exclude):
         low, high = (int(v) for v in exclude.aminmax())
         if low < -1 or high >= size:
             raise ValueError(f"exclude must lie in [-1, {size}), got values from {low} to {high}")

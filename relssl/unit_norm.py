@@ -1,0 +1,47 @@
+"""Rows of norm 1: `normalized` divides by the norms, `warn_unless_unit` finds where that was forgotten."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from relssl.backends.common import Temperature, accumulator
+from relssl.validation import is_readable
+
+CHECKED_ROWS = 16
+_calls_left = [3]  # The first calls of a process are checked: by the third, the queue has rows of the caller.
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Divides the rows of x [..., D] by their norms, in float32 (float64 for float64); keeps x's dtype."""
+    return F.normalize(x.to(accumulator(x.dtype)), dim=-1).to(x.dtype)
+
+
+def warn_unless_unit(temperature: Temperature, **tensors: Tensor | None) -> None:
+    """Warns once in a process if the rows of a tensor have other norms than about 1, and tau is below 1.
+
+    The first rows of each are read, if their values are free to read, in the first calls alone.
+    """
+    if torch.compiler.is_compiling() or not _calls_left[0]:
+        return
+    values = [t for t in (*tensors.values(), temperature) if isinstance(t, Tensor)]
+    if not all(map(is_readable, values)):
+        return
+    _calls_left[0] -= 1
+    if not float(temperature) < 1:
+        return
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        norm = float(t.detach().reshape(-1, t.shape[-1])[:CHECKED_ROWS].float().norm(dim=1).mean())
+        if not 0.5 < norm < 2:
+            _calls_left[0] = 0
+            tau = f"{float(temperature):.3g}"
+            mend = "enqueue normalised keys" if name == "queue" else "pass normalize=True"
+            warnings.warn(
+                f"rows of {name} have a mean norm of {norm:.3g}, and the temperature {tau} is usual for rows"
+                f" of norm 1: {mend}, unless this is intended (only the first calls are checked)",
+                stacklevel=3,
+            )
+            return
