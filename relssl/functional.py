@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal, overload
 from warnings import warn
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from relssl import backends, clusters, dispatch, grouped, in_batch, ops
+from relssl import backends, clusters, dispatch, grouped, in_batch, ops, unit_norm
 from relssl.autograd import reduce
 from relssl.backends.common import Temperature, accumulator, device_type, to_dtype
 from relssl.groups import Group
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Form = Literal["kl", "ce"]
 Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = "mean", "sum", "none"
 
 
 @overload
@@ -153,8 +155,10 @@ def relation_loss(
         RuntimeError: tensors on different devices.
     """
     rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
-    check_choice("form", form, ("kl", "ce"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if form != "kl":
+        check_choice("form", form, ("kl", "ce"))
+    if reduction != "mean":
+        check_choice("reduction", reduction, REDUCTIONS)
     k, (tau_s, tau_t) = check_pair(
         q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
@@ -162,7 +166,7 @@ def relation_loss(
         check_exclude(q, rows, exclude)
     if normalize:
         q, k = normalized(q), normalized(k)
-    else:
+    elif not is_compiling() and unit_norm.calls_left:
         warn_unless_unit(tau_t, q=q, k=k, queue=rows)
     loss, entropy = dispatch.relation(q, k, rows, tau_s, tau_t, form, reduction, backend, exclude)
     return (loss, reduce(entropy, reduction)) if return_entropy else loss
@@ -191,13 +195,14 @@ def info_nce(
     alone, never the positive: a row without negatives has the loss 0.
     """
     rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if reduction != "mean":
+        check_choice("reduction", reduction, REDUCTIONS)
     k, (tau,) = check_pair(q, k, rows, temperature=temperature)
     if exclude:
         check_exclude(q, rows, exclude)
     if normalize:
         q, k = normalized(q), normalized(k)
-    else:
+    elif not is_compiling() and unit_norm.calls_left:
         warn_unless_unit(tau, q=q, k=k, queue=rows)
     return dispatch.info_nce(q, k, rows, tau, reduction, backend, exclude)
 
@@ -253,13 +258,14 @@ def nt_xent(
     exclude: ops.Excluded = ()
     if queue is not None:
         rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if reduction != "mean":
+        check_choice("reduction", reduction, REDUCTIONS)
     z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
     if exclude:
         check_exclude(z1, rows, exclude)  # type: ignore[arg-type]
     if normalize:
         z1, z2 = normalized(z1), normalized(z2)
-    else:
+    elif not is_compiling() and unit_norm.calls_left:
         warn_unless_unit(tau, z1=z1, z2=z2, queue=rows)
     if processes := _several(group):
         return grouped.nt_xent(z1, z2, rows, tau, reduction, backend, processes, exclude)

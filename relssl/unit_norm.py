@@ -2,7 +2,6 @@
 
 import warnings
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,7 +9,8 @@ from relssl.backends.common import Temperature, accumulator
 from relssl.validation import is_readable
 
 CHECKED_ROWS = 16
-_calls_left = [3]  # The first calls of a process are checked: by the third, the queue has rows of the caller.
+# Of a process's calls, so many are checked: by the third, the queue has rows of the caller.
+calls_left = 3
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -21,14 +21,14 @@ def normalized(x: Tensor) -> Tensor:
 def warn_unless_unit(temperature: Temperature, **tensors: Tensor | None) -> None:
     """Warns once in a process if the rows of a tensor have other norms than about 1, and tau is below 1.
 
-    The first rows of each are read, if their values are free to read, in the first calls alone.
+    The first rows of each are read, if their values are free to read. To be called only while there are
+    `calls_left`, outside of torch.compile.
     """
-    if torch.compiler.is_compiling() or not _calls_left[0]:
-        return
+    global calls_left
     values = [t for t in (*tensors.values(), temperature) if isinstance(t, Tensor)]
     if not all(map(is_readable, values)):
         return
-    _calls_left[0] -= 1
+    calls_left -= 1
     if not float(temperature) < 1:
         return
     for name, t in tensors.items():
@@ -36,7 +36,7 @@ def warn_unless_unit(temperature: Temperature, **tensors: Tensor | None) -> None
             continue
         norm = float(t.detach().reshape(-1, t.shape[-1])[:CHECKED_ROWS].float().norm(dim=1).mean())
         if not 0.5 < norm < 2:
-            _calls_left[0] = 0
+            calls_left = 0
             tau = f"{float(temperature):.3g}"
             mend = "enqueue normalised keys" if name == "queue" else "pass normalize=True"
             warnings.warn(

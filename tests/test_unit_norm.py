@@ -32,7 +32,7 @@ LOSSES = {
 @pytest.fixture
 def first_call(monkeypatch):
     """Resets the count of calls that are checked."""
-    monkeypatch.setattr(unit_norm, "_calls_left", [3])
+    monkeypatch.setattr(unit_norm, "calls_left", 3)
 
 
 def raw_rows(dtype=torch.float32):
@@ -80,7 +80,7 @@ def test_keys_and_queues_are_checked_too(first_call):
     q = unit(B, D)
     with pytest.warns(UserWarning, match="rows of k have"):
         relssl.info_nce(q, x, QUEUE)
-    unit_norm._calls_left[0] = 3
+    unit_norm.calls_left = 3
     queue = relssl.FeatureQueue(K, D)
     relssl.info_nce(q, q, queue)
     queue.enqueue(x)
