@@ -14,7 +14,8 @@ PLOTS = ("features", "neighbours", "curves")
 USAGE = """usage: relssl COMMAND ...
 
 commands:
-  train ressl|sacc       train; relssl train ressl --help shows every setting, its default and source
+  train METHOD           train ressl, sacc or distill, or the baselines moco, simclr or cc;
+                         relssl train ressl --help shows every setting, its default and source
   evaluate CHECKPOINT    compute nearest-neighbour, linear and clustering scores of an encoder; --plots
   export CHECKPOINT OUT  write the encoder as a state_dict for torchvision's or timm's model
   tune                   verify and time every kernel on this machine, and keep the fastest for "auto"

@@ -6,7 +6,12 @@ from typing import Any
 # Keys of the checkpoint.
 KEYS = {"steps": "steps_per_epoch", "unjudged": "evaluation_due", "randomness": "rng_states"}
 # Settings in its config.
-SETTINGS = {"judge_every": "eval_every", "standardise": "normalize"}
+SETTINGS = {
+    "judge_every": "eval_every",
+    "standardise": "normalize",
+    "weak_jitter": "jitter",
+    "weak_blur": "blur",
+}
 # Settings that its config may lack, with the values that change nothing.
 ADDED = {"exclude_own": False, "accumulate": 1, "compile": "no"}
 # Submodules in its names of parameters and buffers.

@@ -136,7 +136,7 @@ def test_presets_are_the_published_ones():
         ("imagenet-dogs", 1.0, 1.0, True),
     ]:
         p = PRESETS[name]
-        assert (p.sigma, p.weak_jitter, p.weak_blur) == (sigma, jitter, blur)
+        assert (p.sigma, p.jitter, p.blur) == (sigma, jitter, blur)
         assert (p.arch, p.stem, p.image_size, p.batch_size, p.epochs) == (
             "resnet34",
             "imagenet",

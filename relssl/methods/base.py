@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ RANGES = {
     ),
     **dict.fromkeys(("queue_size", "warmup_epochs", "eval_every", "workers", "clusters"), (0, inf)),
     **dict.fromkeys(("predictor", "info_nce_epochs", "randaugment"), (0, inf)),
-    **dict.fromkeys(("lr", "weight_decay", "sigma", "weak_jitter"), (0, inf)),
+    **dict.fromkeys(("lr", "weight_decay", "sigma", "jitter"), (0, inf)),
     **dict.fromkeys(("sgd_momentum", "momentum", "info_nce_weight", "crop_min"), (0, 1)),
 }
 
@@ -171,6 +171,12 @@ class TrainConfig:
         return True
 
 
+def settings_of(config: TrainConfig, other: type[TrainConfig]) -> dict[str, Any]:
+    """Returns those settings of a config that another class of configs has, too."""
+    names = {field.name for field in fields(other)}
+    return {name: value for name, value in vars(config).items() if name in names}
+
+
 class Method(nn.Module):
     """A method that learns features. Its forward is one training step up to the loss.
 
@@ -181,6 +187,7 @@ class Method(nn.Module):
         compares_images: whether the loss compares the images of a batch with each other, in contrast to a
             mean of losses of single images.
         epoch: progress of training in epochs, which the loop sets before every step.
+        normalize: maps images in [0, 1] to the backbone's input, in evaluation.
         queue: past embeddings, if the method keeps any.
         temperatures: those of the softmaxes over a queue, by name; the first one is that of the targets.
     """
@@ -189,6 +196,7 @@ class Method(nn.Module):
     compares_images: bool
     default_pass = "train"
     epoch = 0.0
+    normalize: nn.Module
     queue: FeatureQueue | None
     temperatures: dict[str, float]
 
@@ -277,9 +285,9 @@ class Method(nn.Module):
         """Converts uint8 images to the encoder's input in evaluation: float, of the configured size."""
         size = self.config.image_size
         x = images.to(next(self.parameters()).device).float() / 255
-        if x.shape[-2:] == (size, size):
-            return x
-        return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        return self.normalize(x)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
