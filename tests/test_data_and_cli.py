@@ -269,7 +269,7 @@ def test_help_shows_defaults_of_the_preset_and_their_sources(command):
     ("arguments", "status", "message"),
     [
         (["fly"], 2, "usage: relssl COMMAND"),
-        (["train", "magic"], 2, "usage: relssl train {ressl,sacc}"),
+        (["train", "magic"], 2, "usage: relssl train {ressl,sacc,distill,moco,simclr,cc}"),
         (["train", "ressl", "--data", "cifar10"], 1, "relssl train: data 'cifar10' needs a data root"),
         (["evaluate", "nowhere.pt"], 1, "relssl evaluate: no file nowhere.pt"),
         (["train", "sacc", "--data", "digits", "--device", "abacus"], 1, "relssl train: no device 'abacus'"),

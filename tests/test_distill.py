@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from relssl import methods
 from relssl.checkpoint import load_method
 from relssl.evaluate import baselines, evaluate
-from relssl.methods.distill import Teacher
+from relssl.methods.teacher import Teacher
 from relssl.train import train
 
 HALF, QUARTER = torch.full((3,), 0.5), torch.full((3,), 0.25)

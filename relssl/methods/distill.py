@@ -7,26 +7,23 @@ for Visual Representation, ICLR 2021. Student and teacher see the same view, as 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from relssl.augment import Normalize, View
 from relssl.datasets import Data
 from relssl.functional import relation_loss
 from relssl.methods import ressl
 from relssl.methods.backbones import build
-from relssl.methods.base import Method, TrainConfig, settings_of
-from relssl.methods.momentum import STRONG, ProjectedEncoder, embed
-from relssl.queue import FeatureQueue
+from relssl.methods.base import settings_of
+from relssl.methods.student import STRONG, ProjectedEncoder, StudentConfig, StudentMethod, embed
+from relssl.methods.teacher import Teacher
 
 
 @dataclass
-class DistillConfig(TrainConfig):
-    """Distil a frozen encoder. In brackets: where a default comes from. The defaults shown are those of the
-    preset."""
+class DistillConfig(StudentConfig):
+    """Distil a frozen encoder. In brackets: where a default comes from. The defaults are the preset's."""
 
     teacher: str = ""
     """Encoder to distil: a checkpoint of relssl train, or timm/NAME with timm's pretrained weights."""
@@ -39,10 +36,6 @@ class DistillConfig(TrainConfig):
     form: Literal["kl", "ce"] = "kl"
     """Loss: the divergence or the cross entropy of the softmaxes, which have the same gradients.
     [CompRess: kl, SEED: ce]"""
-    crop_min: float = 0.2
-    """Smallest share of an image's area in a crop. [CompRess, SEED: 0.2; digits 0.5]"""
-    flip: bool = True
-    """Horizontal flips. [CompRess, SEED; not for digits]"""
 
     def build(self, mean: Tensor, std: Tensor) -> "Distill":
         return Distill(self, mean, std)
@@ -56,63 +49,24 @@ class DistillConfig(TrainConfig):
         return replace(self, dim=width)
 
 
-PRESETS = {
-    name: DistillConfig(**settings_of(preset, TrainConfig), crop_min=preset.crop_min, flip=preset.flip)
-    for name, preset in ressl.PRESETS.items()
-}
+PRESETS = {name: DistillConfig(**settings_of(like, StudentConfig)) for name, like in ressl.PRESETS.items()}
 
 
-class Teacher(nn.Module):
-    """Computes a frozen encoder's features [B, width] of images in [0, 1], [B, 3, H, W].
-
-    Args:
-        source: see DistillConfig.teacher.
-        size: side of the images, for models that need it.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such checkpoint or model.
-    """
-
-    def __init__(self, source: str, size: int) -> None:
-        super().__init__()
-        if source.startswith("timm/"):
-            raise NotImplementedError  # TODO
-        from relssl.checkpoint import load_method
-
-        with torch.random.fork_rng(devices=[]):  # The random weights before the loaded ones draw nothing.
-            method, _ = load_method(Path(source), "cpu")
-        self.normalize, self.backbone = method.normalize, method.backbone
-        self.eval().requires_grad_(False)
-        self.width = self(torch.zeros(1, 3, size, size)).shape[1]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone(self.normalize(images))
-
-
-class Distill(Method):
+class Distill(StudentMethod):
     """A student whose head has the teacher's width, and a queue of the teacher's features.
 
-    Args:
-        config: see DistillConfig; dim is the teacher's width.
-        mean, std: statistics of the training images in [0, 1], by channel, [3].
+    config: see DistillConfig; dim is set. mean, std: see TrainConfig.build.
     """
 
-    compares_images = False
     config: DistillConfig
-    queue: FeatureQueue
 
     def __init__(self, config: DistillConfig, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
         assert config.dim is not None
-        self.config = config
-        self.temperatures = {"teacher": config.teacher_temperature, "student": config.student_temperature}
         backbone, width = build(config.arch, config.stem)
-        projector = nn.Linear(width, config.dim)
-        self.student = ProjectedEncoder({"backbone": backbone, "projector": projector})
-        self.queue = config.build_queue(config.dim)
-        self.normalize = Normalize(mean, std)
-        scale = (config.crop_min, 1.0)
-        self.view = View(config.image_size, scale=scale, flip=0.5 * config.flip, **STRONG)
+        student = ProjectedEncoder(backbone, nn.Linear(width, config.dim))
+        super().__init__(config, student, config.dim, mean, std)
+        self.temperatures = {"teacher": config.teacher_temperature, "student": config.student_temperature}
+        self.strong = self.view(**STRONG)
         self.loaded: list[Teacher] = []  # A list: checkpoints and DDP do not need its weights.
 
     @property
@@ -125,17 +79,12 @@ class Distill(Method):
         return self.loaded[0]
 
     @property
-    def backbone(self) -> nn.Module:
-        """The student's backbone, without its head."""
-        return self.student["backbone"]
-
-    @property
     def networks(self) -> list[nn.Module]:
         return [self.student, self.teacher]
 
     @property
     def views(self) -> list[nn.Module]:
-        return [self.view]
+        return [self.strong]
 
     def encode(self, views: Sequence[Tensor], pass_name: str = "train") -> tuple[Tensor, ...]:
         """Computes unit-norm embeddings [B, D] of the view: the teacher's, and the student's."""
@@ -154,9 +103,6 @@ class Distill(Method):
             backend=config.backend,
         )  # fmt: skip
         return loss, {"teacher_entropy": entropy}
-
-    def update_queue(self, outputs: Sequence[Tensor], ids: Tensor | None = None) -> None:
-        self.queue.enqueue(outputs[0], ids)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

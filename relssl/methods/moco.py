@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from relssl.functional import info_nce
 from relssl.methods import ressl
 from relssl.methods.base import settings_of
-from relssl.methods.momentum import STRONG, MomentumConfig, MomentumMethod, embed
+from relssl.methods.momentum import MomentumConfig, MomentumMethod
+from relssl.methods.student import STRONG, embed
 
 
 @dataclass
@@ -43,7 +44,7 @@ class MoCo(MomentumMethod):
     def __init__(self, config: MoCoConfig, mean: Tensor, std: Tensor) -> None:
         super().__init__(config, mean, std)
         self.temperatures = {"student": config.temperature}
-        self.strong = self.view(**STRONG)
+        self.strong = self.view(normalize=self.normalize, **STRONG)
 
     @property
     def views(self) -> list[nn.Module]:

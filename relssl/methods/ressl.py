@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relssl.functional import info_nce, relation_loss
-from relssl.methods.momentum import STRONG, MomentumConfig, MomentumMethod, embed
+from relssl.methods.momentum import MomentumConfig, MomentumMethod
+from relssl.methods.student import STRONG, embed
 
 # Sides of the student's crops, as shares of the image's; also the largest shares of its area.
 CROPS = tuple(side / 224 for side in (224, 192, 160, 128, 96))
@@ -85,8 +86,10 @@ class ReSSL(MomentumMethod):
         super().__init__(config, mean, std)
         self.temperatures = {"teacher": config.teacher_temperature, "student": config.student_temperature}
         self.predictor = Predictor(config.dim, config.predictor) if config.predictor else nn.Identity()
-        self.weak = self.view()
-        self.strong = nn.ModuleList(self.view(side, **STRONG) for side in CROPS[: config.crops])
+        self.weak = self.view(normalize=self.normalize)
+        self.strong = nn.ModuleList(
+            self.view(side, normalize=self.normalize, **STRONG) for side in CROPS[: config.crops]
+        )
 
     @property
     def networks(self) -> list[nn.Module]:

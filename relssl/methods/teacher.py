@@ -1,0 +1,38 @@
+"""A frozen encoder to distil, of a checkpoint of relssl or a model of timm."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """Computes a frozen encoder's features [B, width] of images in [0, 1], [B, 3, H, W].
+
+    Args:
+        source: a checkpoint of relssl train, or timm/NAME for timm's model with its pretrained weights.
+        size: side H = W of the images.
+
+    Attributes:
+        width: number of features.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such checkpoint or model, or it takes no such images.
+    """
+
+    def __init__(self, source: str, size: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):  # The random weights before the loaded ones draw nothing.
+            self.normalize, self.backbone = self._load(source)
+        self.eval().requires_grad_(False)
+        self.width = self(torch.zeros(1, 3, size, size)).shape[1]
+
+    @staticmethod
+    def _load(source: str) -> tuple[nn.Module, nn.Module]:
+        from relssl.checkpoint import load_method
+
+        method, _ = load_method(Path(source), "cpu")
+        return method.normalize, method.backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone(self.normalize(images))
