@@ -4,12 +4,12 @@
     python bench/compare.py --data digits --image-size 8 --budget 12 # a trial, in minutes
 
 The budget is counted in passes of the encoder over the training images. A forward pass is one, a backward
-pass two; so an epoch of ReSSL or MoCo, whose student runs forward and backward and whose teacher runs forward,
-takes four, one of SimCLR or CC, with two views, six, and one of SACC, with three, nine. Distillation takes
-four, and its teacher is the encoder of the ReSSL of the same seed. Each method has the settings of its
+pass two; so an epoch of ReSSL or MoCo, whose student runs forward and backward and whose teacher runs
+forward, takes four, one of SimCLR or CC, with two views, six, and one of SACC, with three, nine. Distillation
+takes four, and its teacher is the encoder of the ReSSL of the same seed. Each method has the settings of its
 preset, but for the encoder and for what a short run needs; none trains on the test images. Each run is a
-process with one thread, --jobs at a time, and is continued where it was interrupted. Further options are those
-of `relssl train`. In --out are written:
+process with one thread, --jobs at a time, and is continued where it was interrupted. Further options are
+those of `relssl train`. In --out are written:
 
     methods.json      the scores of all runs, with settings, versions and commit
     METHOD-SEED/      what `relssl train` writes
