@@ -1,6 +1,6 @@
 """Trains every method with one budget on the same images, and records the scores of their encoders.
 
-    python bench/compare.py --data-root mine.npz                     # the budget of docs/results.md: hours
+    python bench/compare.py --data-root cifar10.npz                  # the budget of docs/results.md: hours
     python bench/compare.py --data digits --image-size 8 --budget 12 # a trial, in minutes
 
 The budget is counted in passes of the encoder over the training images. A forward pass is one, a backward
@@ -11,7 +11,8 @@ preset, but for the encoder and for what a short run needs; none trains on the t
 process with one thread, --jobs at a time, and is continued where it was interrupted. Further options are
 those of `relssl train`. In --out are written:
 
-    methods.json      the scores of all runs, with settings, versions and commit
+    METHOD-SEED.json  scores and settings of a run
+    methods.json      the rows of the table, with versions and commit (--record writes them elsewhere)
     METHOD-SEED/      what `relssl train` writes
 """
 
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import machine
@@ -33,6 +35,10 @@ from relssl.evaluate import baselines, evaluate
 from relssl.methods.base import TrainConfig
 from relssl.methods.cc import CCConfig
 from relssl.train import train
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+
+import tables
 
 # Passes of an epoch, and options besides those of all.
 SGD = ["--warmup-epochs", "1"]
@@ -46,6 +52,16 @@ METHODS: dict[str, tuple[int, list[str]]] = {
     "distill": (4, SGD),
 }
 BASELINES = "baselines"
+TITLES = {
+    BASELINES: "",
+    "ressl": "ReSSL",
+    "moco": "MoCo",
+    "simclr": "SimCLR",
+    "sacc": "SACC",
+    "cc": "CC",
+    "distill": "distilled from ReSSL",
+}
+SCORES = {"knn": "200-NN, %", "linear": "linear, %", "nmi": "NMI, %", "acc": "ACC, %"}
 
 
 def config(name: str, seed: int, out: Path, budget: int, options: Sequence[str]) -> TrainConfig:
@@ -87,6 +103,9 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=int, default=144, help="passes of the encoder over the training images"
     )
+    parser.add_argument(
+        "--record", type=Path, help="where to write the table's rows; default: methods.json in --out"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
         "--one", nargs=2, metavar=("METHOD", "SEED"), help="a run alone, which prints its record"
@@ -116,9 +135,32 @@ def main() -> None:
     ):  # Its teachers come first.
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(start, *zip(*((n, s) for s in range(arguments.seeds) for n in names), strict=True)))
-    records = {p.stem: json.loads(p.read_text()) for p in sorted(arguments.out.glob("*-*.json"))}
-    found = {"budget": arguments.budget, "runs": records, **machine.about("cpu")}
-    (arguments.out / "methods.json").write_text(json.dumps(found, indent=1) + "\n")
+    seeds = range(arguments.seeds)
+    found = {n: [json.loads((arguments.out / f"{n}-{s}.json").read_text()) for s in seeds] for n in TITLES}
+    about = {name: value for name, value in machine.about("cpu").items() if name in ("device", "torch")}
+    path = arguments.record or arguments.out / "methods.json"
+    table = rows(found)
+    tables.write(path, table, seeds=str(arguments.seeds), **about)
+    print(tables.table(table))
+
+
+def rows(found: dict[str, list[dict[str, Any]]]) -> list[tables.Row]:
+    """Returns a row for each method and for what is not trained, of the records of all seeds."""
+    untrained = [record["scores"] for record in found.pop(BASELINES)]
+    scores = {name: [scores[name] for scores in untrained] for name in untrained[0]}
+    scores |= {TITLES[name]: [record["scores"] for record in records] for name, records in found.items()}
+    epochs = {TITLES[name]: str(records[0]["settings"]["epochs"]) for name, records in found.items()}
+    return [
+        {"": name, "epochs": epochs.get(name, "-")}
+        | {title: cell([s[key] for s in of]) for key, title in SCORES.items()}
+        for name, of in scores.items()
+    ]
+
+
+def cell(values: list[float]) -> str:
+    """Returns mean and standard deviation in percent."""
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
 
 
 if __name__ == "__main__":

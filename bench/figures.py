@@ -72,7 +72,7 @@ def device(document: dict) -> str:
 
 
 def versions(document: dict) -> str:
-    names = ("driver", "torch", "triton", "nvcc", "commit", "date")
+    names = ("driver", "torch", "triton", "nvcc", "seeds", "commit", "date")
     return ", ".join(f"{name} {document[name]}" for name in names if name in document)
 
 

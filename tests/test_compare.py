@@ -1,0 +1,58 @@
+"""The comparison of the methods: equal budgets, and the table of the scores."""
+
+from dataclasses import replace
+
+import compare
+import pytest
+import torch
+from torch import nn
+
+from relssl.methods import PRESETS, distill
+
+
+class FrozenEncoder(nn.Module):
+    """Stands for the teacher of distillation."""
+
+    def __init__(self, source, size):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 8)).requires_grad_(False)
+
+    def forward(self, images):
+        return self.backbone(images)
+
+
+@pytest.mark.parametrize(("name", "passes"), [(name, found[0]) for name, found in compare.METHODS.items()])
+def test_passes_of_a_step(name, passes, tmp_path, monkeypatch):
+    """A forward pass of an encoder counts once, and one with a graph three times, since it has a backward."""
+    monkeypatch.setattr(distill, "Teacher", FrozenEncoder)
+    config = compare.config(name, 0, tmp_path, 144, ["--image-size", "8", "--dim", "8"])
+    assert config.epochs == 144 / passes
+    if name in ("cc", "sacc"):
+        config = replace(config, clusters=3)
+    method = config.build(torch.zeros(3), torch.ones(3)).train()
+    encoders = [method.backbone]
+    if hasattr(method, "teacher"):
+        encoders.append(method.teacher.backbone if name == "distill" else method.teacher["backbone"])
+    counts = []
+    for encoder in encoders:
+        encoder.register_forward_hook(lambda _, inputs, y: counts.append(3 if y.requires_grad else 1))
+    method(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
+    assert sum(counts) == passes
+
+
+def test_every_method_is_compared():
+    assert compare.METHODS.keys() == PRESETS.keys() and compare.TITLES.keys() == {"baselines", *PRESETS}
+
+
+def test_runs_are_scored_and_tabulated(tmp_path):
+    options = ["--data", "digits", "--image-size", "8"]
+    record = compare.run("moco", 0, tmp_path, 4, [*options, "--hidden", "16", "--queue-size", "64"])
+    assert record["settings"]["epochs"] == 1 and (tmp_path / "moco-0" / "checkpoint.pt").exists()
+    untrained = compare.run("baselines", 0, tmp_path, 4, options)
+    other = {**record, "scores": record["scores"] | {"knn": record["scores"]["knn"] + 0.02}}
+    rows = compare.rows({"baselines": [untrained, untrained], "moco": [record, other]})
+    assert [(row[""], row["epochs"]) for row in rows] == [
+        ("raw pixels", "-"), ("untrained encoder", "-"), ("MoCo", "1"),
+    ]  # fmt: skip
+    assert rows[0]["200-NN, %"] == "95.0 ± 0.0"
+    assert rows[2]["200-NN, %"] == f"{100 * record['scores']['knn'] + 1:.1f} ± 1.4"
