@@ -26,10 +26,13 @@ from relssl.old_names import replace_old_names
 # Settings that a resumed run may change without a message...
 RESUMABLE_OVERRIDES = {
     "resume", "out", "data_root", "download", "device", "workers", "backend", "eval_every", "save_every",
-    "reschedule", "skip_unreadable", "data_device",
+    "reschedule", "skip_unreadable", "data_device", "init",
 }  # fmt: skip
 # ... and those that affect only the steps to come.
-RATES = {"lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum", "accumulate", "compile"}
+RATES = {
+    "lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum", "accumulate", "compile",
+    "clip_grad",
+}  # fmt: skip
 
 
 Stateful = torch.nn.Module | torch.optim.Optimizer | torch.amp.GradScaler

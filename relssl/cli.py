@@ -202,7 +202,8 @@ def _export(arguments: list[str]) -> None:
     library = "relssl.methods.backbones" if options.library == "relssl" else options.library
     module, function = ("safetensors.torch", "load_file") if use_safetensors else ("torch", "load")
     print(f"import {module}, {library}; from torch import nn")
-    print(model_code(config.arch, config.stem, options.library))
+    sizes = config.image_size, config.patch_size
+    print(model_code(config.arch, config.stem, options.library, *sizes))
     print(f"net.load_state_dict({module}.{function}({str(options.out)!r}), strict=True)")
 
 

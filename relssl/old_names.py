@@ -13,7 +13,7 @@ SETTINGS = {
     "weak_blur": "blur",
 }
 # Settings that its config may lack, with the values that change nothing.
-ADDED = {"exclude_own": False, "accumulate": 1, "compile": "no"}
+ADDED = {"exclude_own": False, "accumulate": 1, "compile": "no", "patch_size": None, "clip_grad": 0.0}
 # Submodules in its names of parameters and buffers.
 MODULES = {"standardise": "normalize"}
 

@@ -29,6 +29,7 @@ from relssl.evaluate import evaluate_during_training
 from relssl.gradients import Encoder, Gradients
 from relssl.interruption import Stop, interruption
 from relssl.methods.base import Method, TrainConfig
+from relssl.methods.initial import initial
 from relssl.sums import Sums
 
 if TYPE_CHECKING:
@@ -99,9 +100,13 @@ class _Trainer:
                 " earlier embeddings of the images that it is compared with; --exclude-own excludes them",
                 stacklevel=3,
             )
-        torch.manual_seed(config.seed)
         self.skipped = config.skip_list()
-        method = config.build_on_device(*channel_statistics(self.data.train, self.skipped))
+        start = initial(config) if config.init and not self.path else None
+        statistics = (start and start.statistics) or channel_statistics(self.data.train, self.skipped)
+        torch.manual_seed(config.seed)
+        method = config.build_on_device(*statistics)
+        if start:
+            method.load_backbone(start.state, config.init)
         torch.manual_seed(config.seed + distributed.rank())  # The same weights, but other augmentations.
         self.optimizer = build_optimizer(method, config)
         auto = "bf16" if device.type == "cuda" else "fp32"
@@ -185,6 +190,9 @@ class _Trainer:
         ids = batch.indices.to(self.device, non_blocking=True) if self.config.exclude_own else None
         self.optimizer.zero_grad()
         loss, logs = self.gradients.add(images, pass_name, ids)
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(state.method.parameters(), self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         state.step += 1
@@ -299,19 +307,28 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return path
 
 
-def build_optimizer(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Builds SGD or Adam of the trainable parameters; biases and norms are a separate group."""
-    parameters = [p for p in method.parameters() if p.requires_grad]
+def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimizer:
+    """Builds the optimizer of the trainable parameters.
+
+    Biases and norms are a separate group, and so are the parameters that a model of timm exempts from decay.
+    """
+    named = method.backbone.named_parameters()
+    exempt: set[str] = getattr(method.backbone, "no_weight_decay", set)()
+    undecayed = {p for name, p in named if name in exempt}
+    parameters = [p for p in method.parameters() if p.requires_grad and p not in undecayed]
     norm_and_bias_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": norm_and_bias_decay},
     ]
+    if undecayed:
+        groups.append({"params": [p for p in method.parameters() if p in undecayed], "weight_decay": 0.0})
     # Fused, a group takes few launches. On a CPU this makes Adam three times as fast, and SGD slower.
-    fused = {"sgd": ("cuda",), "adam": ("cuda", "cpu")}[config.optimizer]
+    fused = {"sgd": ("cuda",), "adam": ("cuda", "cpu"), "adamw": ("cuda", "cpu")}[config.optimizer]
     use = parameters[0].device.type in fused or None
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr, fused=use)
+    if config.optimizer != "sgd":
+        adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        return adam(groups, lr=config.lr, fused=use)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=use)
 
 

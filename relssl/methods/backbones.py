@@ -1,15 +1,16 @@
-"""Encoders up to the pooled features: torchvision's models with stems for small images, and Conv-4."""
+"""Encoders up to the pooled features: torchvision's with stems for small images, timm's, and Conv-4."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 
 from relssl.datasets.torchvision_import import torchvision
+from relssl.methods import timm_models
 from relssl.methods.batch_norm import SplitBatchNorm2d
 
-Arch = Literal["conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large", "efficientnet_b0"]
+ARCHS = "conv4", "resnet18", "resnet34", "resnet50", "mobilenet_v3_large", "efficientnet_b0"
 Stem = Literal["imagenet", "small", "small-pool"]
 
 
@@ -28,15 +29,40 @@ def conv4(norm: Callable[[int], nn.Module], width: int = 32) -> tuple[nn.Module,
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), inputs
 
 
-def build(arch: Arch, stem: Stem = "imagenet", bn_splits: int = 1) -> tuple[nn.Module, int]:
+def check(arch: str) -> None:
+    """Raises ValueError unless the name is one of ARCHS or begins with timm/."""
+    if arch not in ARCHS and not arch.startswith(timm_models.PREFIX):
+        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, or timm/NAME; got {arch!r}")
+
+
+def build(
+    arch: str,
+    stem: Stem = "imagenet",
+    bn_splits: int = 1,
+    sides: Sequence[int] = (224,),
+    patch_size: int | None = None,
+) -> tuple[nn.Module, int]:
     """Builds an encoder of images [B, 3, H, W] to features [B, width]; returns it and the width.
 
     The stem "small" of a ResNet is a 3x3 convolution of stride 1 without max-pooling (CIFAR); "small-pool"
     keeps the pooling (STL-10, Tiny-ImageNet); "imagenet" is torchvision's own. MobileNetV3 and EfficientNet
-    have no pooling in the stem: both small stems are their first convolution with stride 1.
+    have no pooling in the stem: both small stems are their first convolution with stride 1. Of timm's models,
+    only ResNets have small stems; the others keep their own.
+
+    Args:
+        arch: one of ARCHS, or "timm/NAME".
+        bn_splits: parts of a batch with separate BatchNorm statistics.
+        sides: the sides H = W of the images, the largest one first, which timm's models may depend on.
+        patch_size: the side of the patches of a vision transformer of timm; None for its own.
+
+    Raises:
+        ValueError: there is no such model, or it does not take these images, patches or bn_splits.
     """
-    if arch not in get_args(Arch):
-        raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}; got {arch!r}")
+    check(arch)
+    if arch.startswith(timm_models.PREFIX):
+        return timm_models.build(arch, stem, bn_splits, sides, patch_size)
+    if patch_size is not None:
+        raise ValueError(f"patch_size is for vision transformers of timm, not for {arch}")
     options = {"norm_layer": partial(SplitBatchNorm2d, splits=bn_splits)} if bn_splits > 1 else {}
     if options and arch == "mobilenet_v3_large":  # torchvision's settings of its norms.
         options["norm_layer"] = partial(options["norm_layer"], eps=1e-3, momentum=0.01)

@@ -16,17 +16,17 @@ from relssl.datasets import Crop, Data, Images
 from relssl.datasets.images import Views
 from relssl.datasets.on_device import DataDevice
 from relssl.distributed import local_rank
-from relssl.methods.backbones import Arch, Stem
+from relssl.methods import backbones
+from relssl.methods.backbones import Stem
 from relssl.queue import FeatureQueue
 
 # Smallest and largest value of settings; those that a method lacks are skipped.
 RANGES = {
-    **dict.fromkeys(
-        ("epochs", "batch_size", "image_size", "dim", "hidden", "bn_splits", "accumulate"), (1, inf)
-    ),
+    **dict.fromkeys(("epochs", "batch_size", "image_size", "dim", "hidden", "bn_splits"), (1, inf)),
+    **dict.fromkeys(("accumulate", "patch_size"), (1, inf)),
     **dict.fromkeys(("queue_size", "warmup_epochs", "eval_every", "workers", "clusters"), (0, inf)),
     **dict.fromkeys(("predictor", "info_nce_epochs", "randaugment"), (0, inf)),
-    **dict.fromkeys(("lr", "weight_decay", "sigma", "jitter"), (0, inf)),
+    **dict.fromkeys(("lr", "weight_decay", "sigma", "jitter", "clip_grad"), (0, inf)),
     **dict.fromkeys(("sgd_momentum", "momentum", "info_nce_weight", "crop_min"), (0, 1)),
 }
 
@@ -51,10 +51,17 @@ class TrainConfig:
     """Let torchvision download cifar10, cifar100 or stl10 into --data-root."""
     classes: str = ""
     """Class folders to use of a folder: imagenet-10, imagenet-dogs, or a text file of names. Default: all."""
-    arch: Arch = "resnet18"
-    """Encoder. [ReSSL: resnet18 on small data sets, resnet50 on ImageNet; SACC: resnet34]"""
+    arch: str = "resnet18"
+    """Encoder: conv4, resnet18, resnet34, resnet50, mobilenet_v3_large, efficientnet_b0, or timm/NAME for a
+    model of timm. [ReSSL: resnet18 on small data sets, resnet50 on ImageNet; SACC: resnet34]"""
     stem: Stem = "small"
-    """First layers. [ReSSL: 3x3 without pooling at 32 px, with it at 64 px; SACC: imagenet, at 224 px]"""
+    """First layers; of timm's models, only ResNets have small ones. [ReSSL: 3x3 without pooling at 32 px,
+    with it at 64 px; SACC: imagenet, at 224 px]"""
+    patch_size: int | None = None
+    """Side of the patches of a vision transformer of timm, in pixels. Default: its own."""
+    init: str = ""
+    """Weights that the encoder starts with: a file that relssl export wrote, or another with a state_dict of
+    the model; or pretrained, for timm's, with the mean and deviation of its images. Default: random."""
     image_size: int = 32
     """Side of the encoder's square input images, in pixels. [data set]"""
     out: Path = Path("out/train")
@@ -72,7 +79,7 @@ class TrainConfig:
     accumulate: int = 1
     """Parts of a batch that are computed one after another: less memory, and the same gradients, except that
     BatchNorm normalises each part by itself. SACC runs the encoder twice. [relssl]"""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer. [ReSSL: sgd, SACC: adam]"""
     lr: float = 0.06
     """Peak learning rate. [ReSSL: 0.06 on small data sets, 0.05 on ImageNet; SACC: 3e-4]"""
@@ -83,9 +90,12 @@ class TrainConfig:
     sgd_momentum: float = 0.9
     """Momentum of SGD. [ReSSL]"""
     weight_decay: float = 5e-4
-    """L2 penalty. [ReSSL: 5e-4 on small data sets, 1e-4 on ImageNet; SACC: 0]"""
+    """L2 penalty; of adamw, decoupled. [ReSSL: 5e-4 on small data sets, 1e-4 on ImageNet; SACC: 0]"""
     decay_norm_and_bias: bool = True
-    """Whether weight decay applies to biases and normalisation layers, too. [ReSSL: not on ImageNet]"""
+    """Whether weight decay applies to biases and normalisation layers, too; never to what a model of timm
+    exempts. [ReSSL: not on ImageNet]"""
+    clip_grad: float = 0.0
+    """Largest norm of the gradients of a step, which are scaled down to it; 0 for any. [relssl]"""
     queue_size: int = 4096
     """Past embeddings K. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet; SACC: 0]"""
     queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -126,9 +136,19 @@ class TrainConfig:
             if value is not None and not smallest <= value <= largest:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
+        backbones.check(self.arch)
         for name in ("exclude_own", "shard_queue"):
             if getattr(self, name) and not self.queue_size:
                 raise ValueError(f"{name} needs a queue, got queue_size 0")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of the images that the encoder gets, the largest one first."""
+        return (self.image_size,)
+
+    def build_backbone(self, bn_splits: int = 1) -> tuple[nn.Module, int]:
+        """Builds the encoder; returns it and the width of its features. Errors: `backbones.build`."""
+        return backbones.build(self.arch, self.stem, bn_splits, self.sides, self.patch_size)
 
     def build_queue(self, dim: int) -> FeatureQueue:
         """Builds the queue of embeddings of width D."""
@@ -280,6 +300,12 @@ class Method(nn.Module):
     def backbone(self) -> nn.Module:
         """The encoder to keep, which maps images [B, 3, H, W] to features [B, width]."""
         raise NotImplementedError
+
+    def load_backbone(self, state: dict[str, Tensor], source: str) -> None:
+        """Loads an encoder's weights before training; raises ValueError if they do not fit."""
+        from relssl.methods.initial import load
+
+        load(self.backbone, state, source)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Converts uint8 images to the encoder's input in evaluation: float, of the configured size."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from relssl.datasets import Data
 from relssl.functional import relation_loss
 from relssl.methods import ressl
-from relssl.methods.backbones import build
 from relssl.methods.base import settings_of
 from relssl.methods.student import STRONG, ProjectedEncoder, StudentConfig, StudentMethod, embed
 from relssl.methods.teacher import Teacher
@@ -62,7 +61,7 @@ class Distill(StudentMethod):
 
     def __init__(self, config: DistillConfig, mean: Tensor, std: Tensor) -> None:
         assert config.dim is not None
-        backbone, width = build(config.arch, config.stem)
+        backbone, width = config.build_backbone()
         student = ProjectedEncoder(backbone, nn.Linear(width, config.dim))
         super().__init__(config, student, config.dim, mean, std)
         self.temperatures = {"teacher": config.teacher_temperature, "student": config.student_temperature}

@@ -4,7 +4,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from relssl.methods.backbones import Arch, Stem
+from relssl.methods.backbones import Stem
+from relssl.methods.timm_models import PREFIX, create_arguments, is_resnet
 
 Library = Literal["relssl", "torchvision", "timm"]
 
@@ -19,7 +20,7 @@ LAYERS = {
 }
 
 
-def encoder_state(backbone: nn.Module, arch: Arch, library: Library) -> dict[str, Tensor]:
+def encoder_state(backbone: nn.Module, arch: str, library: Library) -> dict[str, Tensor]:
     """Returns an encoder's state_dict as the library's model loads it with strict=True.
 
     Raises:
@@ -28,14 +29,16 @@ def encoder_state(backbone: nn.Module, arch: Arch, library: Library) -> dict[str
     state = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     if library != "relssl" and arch == "conv4":
         raise ValueError(f"{library} has no conv4; --for relssl writes it")
-    if library != "timm" or arch.startswith("resnet"):  # timm's ResNets have torchvision's names.
+    if library == "torchvision" and arch.startswith(PREFIX):
+        raise ValueError(f"{arch} is a model of timm: --for timm writes it")
+    if library != "timm" or arch.startswith((PREFIX, "resnet")):  # timm's ResNets have torchvision's names.
         return state
     names = _timm_names(backbone, arch)
     split = [(name.rpartition("."), tensor) for name, tensor in state.items()]
     return {f"{names[module]}.{part}": tensor for (module, _, part), tensor in split}
 
 
-def _timm_names(backbone: nn.Module, arch: Arch) -> dict[str, str]:
+def _timm_names(backbone: nn.Module, arch: str) -> dict[str, str]:
     """Maps the names of torchvision's MobileNetV3 or EfficientNet to timm's, for convolutions and norms."""
     last = len(list(backbone.get_submodule("features").children())) - 1
     names = {"features.0.0": "conv_stem", "features.0.1": "bn1"}
@@ -54,12 +57,22 @@ def _timm_names(backbone: nn.Module, arch: Arch) -> dict[str, str]:
     return names
 
 
-def model_code(arch: Arch, stem: Stem, library: Library) -> str:
+def model_code(
+    arch: str, stem: Stem, library: Library, image_size: int = 224, patch_size: int | None = None
+) -> str:
     """Returns a line of Python that builds `net`, the library's model of the encoder without a classifier."""
     if library == "relssl":
-        return f"net, _ = relssl.methods.backbones.build({arch!r}, {stem!r})"
+        sizes = f", sides=({image_size},), patch_size={patch_size}" if arch.startswith(PREFIX) else ""
+        return f"net, _ = relssl.methods.backbones.build({arch!r}, {stem!r}{sizes})"
     resnet = arch.startswith("resnet")
-    if library == "torchvision":
+    if arch.startswith(PREFIX):
+        resnet = is_resnet(arch)
+        given = create_arguments(arch, image_size, patch_size)
+        options = "".join(f", {name}={value}" for name, value in given.items())
+        lines = [f'net = timm.create_model("{arch.removeprefix(PREFIX)}", num_classes=0{options})']
+        stem = stem if resnet else "imagenet"  # the model's own
+        first = ""
+    elif library == "torchvision":
         lines = [
             f"net = torchvision.models.{arch}()",
             f"net.{'fc' if resnet else 'classifier'} = nn.Identity()",

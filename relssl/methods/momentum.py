@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from relssl.distributed import broadcast, rank, world_size
 from relssl.groups import Group, all_gather
-from relssl.methods.backbones import build
 from relssl.methods.student import ProjectedEncoder, StudentConfig, StudentMethod, embed
 
 
@@ -38,7 +37,7 @@ class MomentumMethod(StudentMethod):
     config: MomentumConfig
 
     def __init__(self, config: MomentumConfig, mean: Tensor, std: Tensor) -> None:
-        backbone, width = build(config.arch, config.stem, config.bn_splits)
+        backbone, width = config.build_backbone(config.bn_splits)
         projector = nn.Sequential(
             nn.Linear(width, config.hidden),
             nn.ReLU(inplace=True),
@@ -50,6 +49,10 @@ class MomentumMethod(StudentMethod):
     @property
     def networks(self) -> list[nn.Module]:
         return [self.student, self.teacher]
+
+    def load_backbone(self, state: dict[str, Tensor], source: str) -> None:
+        super().load_backbone(state, source)
+        self.teacher.load_state_dict(self.student.state_dict())
 
     @torch.no_grad()
     def update_teacher(self) -> None:

@@ -47,6 +47,10 @@ class ReSSLConfig(MomentumConfig):
     info_nce_temperature: float = 0.2
     """Temperature of InfoNCE. [MoCo v2]"""
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return self.image_size, *(round(self.image_size * side) for side in CROPS[1 : self.crops])
+
     def build(self, mean: Tensor, std: Tensor) -> "ReSSL":
         return ReSSL(self, mean, std)
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from relssl.augment import Normalize, View
 from relssl.groups import Group
 from relssl.methods import ressl
-from relssl.methods.backbones import build
 from relssl.methods.base import Method, TrainConfig, at_least_float32, settings_of
 from relssl.nn import NTXentLoss
 
@@ -71,7 +70,7 @@ class SimCLR(Method):
         super().__init__()
         self.config = config
         self.temperatures = {"instance": config.instance_temperature}
-        self.net, self.width = build(config.arch, config.stem)
+        self.net, self.width = config.build_backbone()
         self.instance = self.head(config.dim)
         self.nt_xent = NTXentLoss(  # over the images of all processes
             temperature=config.instance_temperature, backend=config.backend, group=Group()

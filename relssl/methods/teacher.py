@@ -5,6 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from relssl.augment import Normalize
+from relssl.methods.initial import pretrained
+from relssl.methods.timm_models import PREFIX
+
 
 class Teacher(nn.Module):
     """Computes a frozen encoder's features [B, width] of images in [0, 1], [B, 3, H, W].
@@ -23,12 +27,16 @@ class Teacher(nn.Module):
     def __init__(self, source: str, size: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):  # The random weights before the loaded ones draw nothing.
-            self.normalize, self.backbone = self._load(source)
+            self.normalize, self.backbone = self._load(source, size)
         self.eval().requires_grad_(False)
         self.width = self(torch.zeros(1, 3, size, size)).shape[1]
 
     @staticmethod
-    def _load(source: str) -> tuple[nn.Module, nn.Module]:
+    def _load(source: str, size: int) -> tuple[nn.Module, nn.Module]:
+        if source.startswith(PREFIX):
+            net, (_, statistics) = pretrained(source, size)
+            assert statistics
+            return Normalize(*statistics), net
         from relssl.checkpoint import load_method
 
         method, _ = load_method(Path(source), "cpu")
