@@ -313,7 +313,10 @@ def _describe_changes(
     now = _settings(config)
     old = contents["config"]
     changed = {k: v for k, v in old.items() if k not in RESUMABLE_OVERRIDES and now.get(k) != v}
-    fixed = [f"{name} was {value}" for name, value in changed.items() if name not in RATES | {"epochs"}]
+    free = RATES | {"epochs"}
+    if ":" in now["data"] and ":" in str(changed.get("data")):  # A function, which may have moved.
+        free = free | {"data"}
+    fixed = [f"{name} was {value}" for name, value in changed.items() if name not in free]
     if fixed:
         raise ValueError(
             f"{path} is of other settings ({', '.join(fixed)}): a resumed run cannot change them"

@@ -104,7 +104,6 @@ def _evaluate(arguments: list[str]) -> None:
 
     from relssl.checkpoint import load_method, locate, read
     from relssl.evaluate import EvalConfig, baselines, evaluate, load
-    from relssl.methods.base import DataName
 
     @dataclass(kw_only=True)
     class Options(EvalConfig):
@@ -118,9 +117,9 @@ def _evaluate(arguments: list[str]) -> None:
         checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
         """A checkpoint.pt or a folder in checkpoints/ that relssl train wrote, or the --out of a run, for
         its newest one."""
-        data: DataName | None = None
-        """Evaluate on this data set and its classes, with images resized to the checkpoint's size. Default:
-        that of training."""
+        data: str | None = None
+        """Evaluate on this data set and its classes, with images resized to the checkpoint's size: a name, or
+        FILE.py:FUNCTION, as in training. Default: that of training."""
         data_root: Path | None = None
         """Path of the data, if it is not the same as in training."""
         classes: str = ""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from relssl import datasets
 from relssl.datasets.loading import channel_statistics, load_batches, skipped_message
+from relssl.datasets.python import checked
 from relssl.methods.base import Method, TrainConfig
 from relssl.scores import Features, clustering_scores, entropy, knn_accuracy, linear_accuracy
 
@@ -38,8 +39,13 @@ def load(config: TrainConfig) -> datasets.Data:
     return datasets.load(config.data, config.data_root, config.image_size, classes=config.classes)
 
 
-def evaluate(method: Method, config: TrainConfig, options: EvalConfig = DEFAULTS) -> dict[str, float]:
-    """Scores a method's frozen features, and its clusters, on the data set of `config`.
+def evaluate(
+    method: Method,
+    config: TrainConfig,
+    options: EvalConfig = DEFAULTS,
+    data: datasets.Data | None = None,
+) -> dict[str, float]:
+    """Scores a method's frozen features, and its clusters, on `data`, or on the data set of `config`.
 
     knn and linear are accuracies on the test images; nmi, acc and ari are `clustering_scores` on training
     and test images (config.clusters_test_images). The clusters are those that the method assigns, or else
@@ -47,18 +53,20 @@ def evaluate(method: Method, config: TrainConfig, options: EvalConfig = DEFAULTS
     entropies of `softmax_entropies` need none.
     """
     method.eval()
-    data = load(config)
+    data = checked(data, "data") if data else load(config)
     with method.eager():
         scores = _score(method.features, data, config, options, method.assign)
         return scores | softmax_entropies(method, data, config.skip_list())
 
 
-def baselines(config: TrainConfig, options: EvalConfig = DEFAULTS) -> dict[str, dict[str, float]]:
+def baselines(
+    config: TrainConfig, options: EvalConfig = DEFAULTS, data: datasets.Data | None = None
+) -> dict[str, dict[str, float]]:
     """Scores the untrained encoder, and raw pixels less their mean, with clusters by k-means.
 
     Images larger than 32 x 32 are resized to that before their pixels are taken.
     """
-    data = load(config)
+    data = checked(data, "data") if data else load(config)
     mean, std = channel_statistics(data.train, config.skip_list())
     torch.manual_seed(config.seed)
     method = config.build_on_device(mean, std)

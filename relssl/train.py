@@ -25,6 +25,7 @@ from relssl import datasets, distributed, tuned
 from relssl.checkpoint import TrainState, describe_position, newest, previous_path, read, restore, save
 from relssl.datasets.loading import Batch, Loader, channel_statistics, default_workers, skipped_message
 from relssl.datasets.on_device import DeviceLoader, OnDevice, move_to_device
+from relssl.datasets.python import GIVEN, absolute, checked
 from relssl.evaluate import evaluate_during_training
 from relssl.gradients import Encoder, Gradients
 from relssl.interruption import Stop, interruption
@@ -38,11 +39,14 @@ if TYPE_CHECKING:
 READ_EVERY = 10  # Steps after which losses are read, which synchronises device and processes.
 
 
-def train(config: TrainConfig) -> Method:
+def train(config: TrainConfig, data: datasets.Data | None = None) -> Method:
     """Trains a method and returns it; checkpoints, metrics.json and TensorBoard events go to config.out.
 
     Ctrl-C saves the step and returns; SIGTERM and SIGUSR1 (which Slurm sends before a job's time is up) save
     it and end the process. A second signal ends the process at once.
+
+    data: trained on instead of what config.data names. A checkpoint does not contain them: pass them again to
+        resume, and to `evaluate`.
 
     Raises:
         ValueError: fewer training images than one batch, a batch that cannot be divided among the processes,
@@ -55,7 +59,7 @@ def train(config: TrainConfig) -> Method:
     device = config.pick_device()
     try:
         with interruption() as stop, distributed.process_group(device):
-            trainer = _Trainer(config, device, stop)
+            trainer = _Trainer(config, device, stop, data)
             with open_logs(trainer.config, trainer.state) as (trainer.writer, trainer.bar):
                 trainer.run()
             trainer.state.method.discard_compiled()
@@ -71,8 +75,11 @@ class _Trainer:
     bar: tqdm
     loaders: dict[str, Loader | DeviceLoader]
 
-    def __init__(self, config: TrainConfig, device: torch.device, stop: Stop) -> None:
+    def __init__(
+        self, config: TrainConfig, device: torch.device, stop: Stop, data: datasets.Data | None = None
+    ) -> None:
         self.device, self.stop = device, stop
+        config = replace(config, data=GIVEN if data else absolute(config.data))
         self.path = find_checkpoint(config)  # The last one.
         config.validate()
         self.save_steps, self.save_seconds = parse_save_every(config.save_every)
@@ -88,7 +95,11 @@ class _Trainer:
                 f" bn_splits (batch_size {config.batch_size}, accumulate {config.accumulate})"
             )
         source = config.data, config.data_root, config.image_size, config.download, config.classes
-        self.data = distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
+        self.data = (
+            checked(data, "data")
+            if data
+            else distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
+        )
         self.config = config = config.resolve(self.data)
         self.passes = move_to_device(config.passes(self.data), config.data_device, device)
         smallest = min(map(len, self.passes.values()))

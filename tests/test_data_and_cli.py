@@ -15,7 +15,6 @@ from PIL import Image
 
 from relssl import datasets
 from relssl.checkpoint import read
-from relssl.datasets.images import reads_files
 from relssl.datasets.loading import channel_statistics
 
 
@@ -60,7 +59,7 @@ def test_folder(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (50, 40), (value, 0, 0)).save(tmp_path / part / name / "0.png")
     data = datasets.load("folder", tmp_path, 28)
-    assert data.classes == ["cat", "dog"] and reads_files(data.train)
+    assert data.classes == ["cat", "dog"] and data.train.needs_workers
     assert data.train[[0, 1]][0].shape == (2, 3, 32, 32)  # 8/7 of the size, to be cropped
     images, labels = data.test[[1]]
     assert images.shape == (1, 3, 28, 28) and int(images[0, 0, 5, 5]) == 200 and labels.tolist() == [1]

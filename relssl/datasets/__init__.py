@@ -8,6 +8,8 @@ files are taken by the worker processes that read them.
     sources.py   `load`: data sets by name
     arrays.py    the data set of an .npz file
     folder.py    the data set of a folder of image files
+    items.py     images that a function opens one by one
+    python.py    data sets from Python
     crops.py     the random crop of a view
     decode.py    one image file, or random crops of it
     loading.py   batches, read by worker processes
@@ -17,6 +19,7 @@ files are taken by the worker processes that read them.
 from relssl.datasets.crops import Crop
 from relssl.datasets.data import Data
 from relssl.datasets.images import Arrays, ConcatImages, Images, IndexedSubset, Subset, evenly_spaced
+from relssl.datasets.items import Items
 from relssl.datasets.sources import load
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "Data",
     "Images",
     "IndexedSubset",
+    "Items",
     "Subset",
     "evenly_spaced",
     "load",

@@ -4,17 +4,22 @@
 and EXIF's orientation is applied. Colour profiles (ICC) are ignored.
 """
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.nn import functional as F
 
 from relssl.datasets.crops import Box, Crop
+
+Source = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
+"""A path, the bytes of an encoded image, a file object, an image, or an array uint8 [H, W] or [H, W, 3]."""
 
 # EXIF 2.32, table 6: what turns a stored image upright, by the value of Orientation.
 ORIENTATION = 0x0112
@@ -35,18 +40,46 @@ SWAPPED = (5, 6, 7, 8)  # Those of them that exchange width and height.
 MARGIN = 1.5
 
 
-def read_rgb(path: str | Path) -> Image.Image:
+@contextmanager
+def _open(source: Source) -> Iterator[Image.Image]:
+    """Opens an image, and closes it and a file object, but not an image of the caller's."""
+    if isinstance(source, np.ndarray):
+        source = Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        yield source
+    elif isinstance(source, (str, Path)):
+        with Image.open(source) as image:
+            yield image
+    else:
+        with io.BytesIO(source) if isinstance(source, bytes) else source as file, Image.open(file) as image:
+            yield image
+
+
+def read_rgb(source: Source) -> Image.Image:
     """Returns the first frame of an image file, in mode RGB.
 
     Raises:
         ValueError: values without a known range (float outside [0, 1], integer outside 16 bits), or mode LAB.
         OSError, or almost any other exception of PIL: a damaged file.
     """
-    with Image.open(path) as image:
+    with _open(source) as image:
         return _upright_rgb(image)
 
 
-def read_crops(path: str | Path, crops: Sequence[Crop], key: str) -> list[Tensor]:
+def read_square(source: Source, side: int, crop: int) -> Tensor:
+    """Returns the central square, uint8 [3, crop, crop], of an image whose shorter side is resized to `side`.
+
+    Raises:
+        See `read_rgb`.
+    """
+    from relssl.datasets.torchvision_import import torchvision  # noqa: F401  isort: skip
+    from torchvision.transforms import v2  # The first import makes this one possible.
+
+    image = v2.functional.resize(read_rgb(source), [side])
+    return v2.functional.pil_to_tensor(v2.functional.center_crop(image, [crop]))
+
+
+def read_crops(source: Source, crops: Sequence[Crop], key: str) -> list[Tensor]:
     """Returns a random crop, uint8 [3, S, S] (S = crop.size), of a file's first frame for each of `crops`.
 
     The file is decoded once. A box is drawn on the whole upright image, and resized with antialiasing by
@@ -64,9 +97,10 @@ def read_crops(path: str | Path, crops: Sequence[Crop], key: str) -> list[Tensor
     def draw(width: int, height: int) -> list[tuple[Box, bool]]:
         return [crop.draw(width, height, f"{key} {view}") for view, crop in enumerate(crops)]
 
-    with Image.open(path) as image:
+    with _open(source) as image:
         reduction = 1
-        if is_jpeg := image.format in ("JPEG", "MPO"):
+        # The caller's image must keep its size.
+        if is_jpeg := image.format in ("JPEG", "MPO") and image is not source:
             swapped = _orientation(image) in SWAPPED
             drawn = draw(*(image.size[::-1] if swapped else image.size))
             shrinkage = (
@@ -99,8 +133,9 @@ def _decode_reduced(image: Image.Image, shrinkage: float) -> int:
     return 1
 
 
-def _upright_rgb(image: ImageFile) -> Image.Image:
-    depth = image.tile[0][3] if image.tile else None
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    tile = getattr(image, "tile", None)  # Only an image of a file has it.
+    depth = tile[0][3] if tile else None
     if depth in ("L;2", "L;4") and "transparency" in image.info:
         # PIL scales 2 or 4 bits to 8, but not the value that is transparent.
         largest = 3 if depth == "L;2" else 15

@@ -1,5 +1,6 @@
 """The data set of a folder of image files, with or without labels."""
 
+from functools import partial
 from pathlib import Path
 
 from relssl.datasets.data import Data
@@ -41,10 +42,12 @@ def load_folder(root: Path, size: int, classes: list[str] | None) -> Data:
     `Data.train`. The random crops of `Images.crop` are taken from whole images.
     """
     from relssl.datasets.torchvision_import import torchvision  # noqa: F401  isort: skip
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-    from torchvision.transforms import v2  # The first import makes these two possible.
+    from torchvision.datasets.folder import (  # The first import makes this possible.
+        IMG_EXTENSIONS,
+        make_dataset,
+    )
 
-    from relssl.datasets.decode import read_crops, read_rgb
+    from relssl.datasets.decode import read_crops, read_square
 
     train = root / "train"
     tests = [root / n for n in ("val", "test") if classes or _class_folders(root / n)]
@@ -68,8 +71,7 @@ def load_folder(root: Path, size: int, classes: list[str] | None) -> Data:
             samples = make_dataset(str(folder), labels, IMG_EXTENSIONS)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no images in {root}: {error}") from error
-        read = v2.Compose([read_rgb, v2.Resize(side), v2.CenterCrop(crop), v2.PILToTensor()])
-        return Files(samples, read, read_crops)
+        return Files(samples, partial(read_square, side=side, crop=crop), read_crops)
 
     test_files = files(test, labels, size) if test else None
     if labelled:

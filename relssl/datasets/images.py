@@ -1,7 +1,7 @@
 """Sets of uint8 images, indexed a batch at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,19 +13,27 @@ T = TypeVar("T")
 Views = Tensor | tuple[Tensor, ...]
 
 
-class Images(Protocol):
-    """A set of images: images[indices] -> uint8 [B, 3, H, W], labels int64 [B]; the label -1 means none."""
+class Images:
+    """A set of images: images[indices] -> uint8 [B, 3, H, W], labels int64 [B]; the label -1 means none.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        needs_workers: whether worker processes should read the images, since that takes time.
+    """
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+    needs_workers: bool = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def crop(
         self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
     ) -> tuple[Views, Tensor]:
         """Returns random crops, uint8 [B, 3, crop.size, crop.size] for each of `crops`, and labels.
 
-        Only images of files are cropped: for those in memory, it returns self[indices].
+        Only images of files are cropped: for others, it returns self[indices].
 
         keys: for each index, the seed of its draws.
         """
@@ -33,7 +41,7 @@ class Images(Protocol):
 
 
 class Arrays(Images):
-    """Images in memory."""
+    """Images in memory, uint8 [N, 3, H, W], and their labels, int64 [N]."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -56,16 +64,18 @@ class Files(Images):
     """Images that are read from files one by one; indexing raises Unreadable where one cannot be read.
 
     Args:
-        samples: paths and labels.
+        samples: paths, or what else the functions below take for one, and labels.
         read: maps a path to uint8 [3, H, W], always of the same shape.
         read_crops: maps a path, crops and the seed of their draws to a uint8 [3, S, S] for each crop.
     """
 
+    needs_workers = True
+
     def __init__(
         self,
-        samples: list[tuple[str, int]],
-        read: Callable[[str], Tensor],
-        read_crops: Callable[[str, Sequence[Crop], str], list[Tensor]],
+        samples: list[tuple[Any, int]],
+        read: Callable[[Any], Tensor],
+        read_crops: Callable[[Any, Sequence[Crop], str], list[Tensor]],
     ) -> None:
         self.samples, self.read, self.read_crops = samples, read, read_crops
 
@@ -87,7 +97,7 @@ class Files(Images):
         try:
             return read(path, *arguments)
         except Exception as error:  # PIL raises almost any exception for a damaged file.
-            raise Unreadable(path, str(error) or type(error).__name__) from error
+            raise Unreadable(str(path), str(error) or type(error).__name__) from error
 
     def _labels(self, indices: Sequence[int]) -> Tensor:
         return torch.tensor([self.samples[i][1] for i in indices])
@@ -98,6 +108,7 @@ class Subset(Images):
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
+        self.needs_workers = images.needs_workers
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -124,6 +135,7 @@ class ConcatImages(Images):
 
     def __init__(self, *parts: Images) -> None:
         self.parts = parts
+        self.needs_workers = any(part.needs_workers for part in parts)
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -140,18 +152,18 @@ class ConcatImages(Images):
     def crop(
         self, indices: Sequence[int], crops: Sequence[Crop], keys: Sequence[str]
     ) -> tuple[Views, Tensor]:
-        if not all(map(reads_files, self.parts)):
-            if reads_files(self):
-                raise ValueError("images of files and images in memory cannot be cropped in one batch")
-            return self[indices]
         positions, batches = [], []
         for part, in_part, rows in self._split(indices):
             positions += in_part
-            views, labels = part.crop(rows, crops, [keys[i] for i in in_part])
-            batches.append((*views, labels))
+            batches.append(part.crop(rows, crops, [keys[i] for i in in_part]))
+        views, labels = zip(*batches, strict=True)
+        if len({isinstance(view, tuple) for view in views}) > 1:
+            raise ValueError("images of files and images in memory cannot be cropped in one batch")
         order = torch.tensor(positions).argsort()
-        *images, labels = (torch.cat(t)[order] for t in zip(*batches, strict=True))
-        return tuple(images), labels
+        if isinstance(views[0], tuple):
+            cropped = tuple(torch.cat(view)[order] for view in zip(*views, strict=True))
+            return cropped, torch.cat(labels)[order]
+        return torch.cat(views)[order], torch.cat(labels)[order]
 
     def _split(self, indices: Sequence[int]) -> Iterator[tuple[Images, list[int], list[int]]]:
         """Yields each part that contains images, their positions in `indices`, and their indices in it."""
@@ -161,15 +173,6 @@ class ConcatImages(Images):
             if len(in_part):
                 yield part, in_part.tolist(), offsets[in_part].tolist()
             offsets = offsets - len(part)
-
-
-def reads_files(images: Images) -> bool:
-    """Returns whether any of the images are read from files, which is worth worker processes."""
-    if isinstance(images, Subset):
-        return reads_files(images.images)
-    if isinstance(images, ConcatImages):
-        return any(map(reads_files, images.parts))
-    return isinstance(images, Files)
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from relssl.datasets.crops import Crop
-from relssl.datasets.images import Images, Unreadable, evenly_spaced, reads_files
+from relssl.datasets.images import Images, Unreadable, evenly_spaced
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Loader:
         first: int = 0,
     ) -> None:
         self.images, self.skipped = images, skipped
-        files = reads_files(images)
+        files = images.needs_workers
         workers = workers if files else 0
         self.requests: list[tuple[list[int], int]] = []  # Indices in the set, and epoch.
         self.loader: DataLoader | None = DataLoader(
@@ -164,7 +164,8 @@ class _Reader:
         if not items:
             return Batch(*(torch.empty(0) for _ in Batch._fields)), paths
         images, labels, shown_indices = zip(*items, strict=True)
-        views = torch.cat(images) if self.crops is None else tuple(map(torch.cat, zip(*images, strict=True)))
+        cropped = isinstance(images[0], tuple)
+        views = tuple(map(torch.cat, zip(*images, strict=True))) if cropped else torch.cat(images)
         return Batch(views, torch.cat(labels), torch.cat(shown_indices)), paths
 
 

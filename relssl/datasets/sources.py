@@ -10,6 +10,9 @@ from relssl.datasets.arrays import load_arrays, resized, resized_down
 from relssl.datasets.data import Data
 from relssl.datasets.folder import class_names, load_folder
 from relssl.datasets.images import ConcatImages
+from relssl.datasets.python import GIVEN, load_python
+
+NAMES = "digits", "cifar10", "cifar100", "cifar20", "stl10", "folder", "arrays"
 
 
 def load(name: str, root: Path | None, size: int, download: bool = False, classes: str = "") -> Data:
@@ -18,24 +21,35 @@ def load(name: str, root: Path | None, size: int, download: bool = False, classe
     Images in memory keep their size where it is below `size`; images of files are resized to it.
 
     Args:
+        name: one of NAMES, or FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION (see `load_python`).
         classes: which class folders to use of a folder (see `class_names`).
 
     Raises:
         ValueError: an unknown name, a missing root, or data of a wrong form.
         FileNotFoundError: there are no data at root.
     """
+    check_name(name)
     if name == "digits":
         return _digits(size)
+    if ":" in name:
+        return load_python(name, size)
+    if name == GIVEN:
+        raise ValueError("the data were passed to train(data=...): pass them, or --data FILE.py:FUNCTION")
     if root is None:
         raise ValueError(f"data {name!r} needs a data root (--data-root)")
     if name == "arrays":
         return load_arrays(Path(root), size)
     if name == "folder":
         return load_folder(Path(root), size, class_names(classes))
-    if name in ("cifar10", "cifar100", "cifar20", "stl10"):
-        return _torchvision(name, Path(root), size, download)
-    known = "digits, cifar10, cifar100, cifar20, stl10, folder or arrays"
-    raise ValueError(f"data must be {known}; got {name!r}")
+    return _torchvision(name, Path(root), size, download)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `load` takes the name, or may: functions are looked up later."""
+    if name.endswith(".py"):
+        raise ValueError(f"data {name!r} needs the name of a function: {name}:make, make(size) -> Data")
+    if ":" not in name and name not in (*NAMES, GIVEN):
+        raise ValueError(f"data must be {', '.join(NAMES)} or FILE.py:FUNCTION; got {name!r}")
 
 
 def _digits(size: int) -> Data:

@@ -15,6 +15,7 @@ from relssl.augment import View
 from relssl.datasets import Crop, Data, Images
 from relssl.datasets.images import Views
 from relssl.datasets.on_device import DataDevice
+from relssl.datasets.sources import check_name
 from relssl.distributed import local_rank
 from relssl.methods import backbones
 from relssl.methods.backbones import Stem
@@ -30,8 +31,6 @@ RANGES = {
     **dict.fromkeys(("sgd_momentum", "momentum", "info_nce_weight", "crop_min"), (0, 1)),
 }
 
-DataName = Literal["digits", "cifar10", "cifar100", "cifar20", "stl10", "folder", "arrays"]
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Converts what autocast must not round: the inputs of norms and softmaxes."""
@@ -42,9 +41,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 class TrainConfig:
     """Settings of the training loop, which all methods share. In brackets: where a default comes from."""
 
-    data: DataName = "cifar10"
-    """digits is bundled with scikit-learn, cifar20 is CIFAR-100 with its 20 superclasses, arrays an .npz of
-    your own, folder a tree of images, with or without labels."""
+    data: str = "cifar10"
+    """Data set: digits (bundled with scikit-learn), cifar10, cifar100, cifar20 (CIFAR-100 with its 20
+    superclasses), stl10, arrays (an .npz of your own), folder (a tree of images, with or without labels), or
+    FILE.py:FUNCTION, a function of yours, make(size) -> relssl.datasets.Data."""
     data_root: Path | None = None
     """Path of the data: a folder, or the .npz of arrays. Not needed for digits."""
     download: bool = False
@@ -137,6 +137,7 @@ class TrainConfig:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
         backbones.check(self.arch)
+        check_name(self.data)
         for name in ("exclude_own", "shard_queue"):
             if getattr(self, name) and not self.queue_size:
                 raise ValueError(f"{name} needs a queue, got queue_size 0")

@@ -1,0 +1,291 @@
+"""Data sets from Python: a module of ten lines, tar shards, objects, workers, resuming, errors."""
+
+import io
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relssl import datasets
+from relssl.checkpoint import load_method, read
+from relssl.datasets.decode import read_square
+from relssl.datasets.loading import Loader, load_batches
+from relssl.evaluate import baselines, evaluate
+from relssl.methods import PRESETS
+from relssl.train import train
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = replace(
+    PRESETS["ressl"]["digits"], image_size=8, batch_size=256, epochs=2, eval_every=1, hidden=32, dim=16,
+    queue_size=256, workers=2,
+)  # fmt: skip
+# As a user would write it for a data set that gives an image of PIL and a label for each index.
+MODULE = """
+from sklearn.datasets import load_digits
+from PIL import Image
+from relssl.datasets import Data, Items
+
+DIGITS = load_digits()
+
+def image(index):
+    return Image.fromarray((16 * DIGITS.images[index]).clip(0, 255).astype("uint8"))
+
+def make(size):
+    train, test = (Items(part, DIGITS.target[part], size, image) for part in (range(1400), range(1400, 1797)))
+    return Data(train, train, test, list("0123456789"))
+"""
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name in ("mine", "tar_shards", "hf_dataset"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(MODULE)
+    return "mine.py:make"
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    subprocess.run([sys.executable, str(EXAMPLES / "tar_shards.py"), "shards"], check=True)
+    monkeypatch.setenv("SHARDS", str(tmp_path / "shards"))
+    return f"{EXAMPLES / 'tar_shards.py'}:make"
+
+
+def interrupted(config, monkeypatch):
+    """Trains, with a signal in the middle of the second epoch, of 5 steps or a few more."""
+    from relssl.methods.ressl import ReSSL
+
+    compute, steps = ReSSL.update_queue, []
+
+    def interrupt(self, *outputs):
+        compute(self, *outputs)
+        steps.append(1)
+        if len(steps) == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReSSL, "update_queue", interrupt)
+        stopped = train(config)
+    assert 1 < stopped.epoch < 2
+
+
+@pytest.mark.parametrize("source", ["mine", "shards", "hf"])
+def test_trains_resumes_and_evaluates_from_another_folder(source, request, tmp_path, monkeypatch):
+    if source == "hf":
+        pytest.importorskip("datasets")
+        name = f"{EXAMPLES / 'hf_dataset.py'}:make"
+    else:
+        name = request.getfixturevalue(source)
+    config = replace(SMALL, data=name)
+    whole = train(replace(config, out=tmp_path / "whole"))
+    interrupted(replace(config, out=tmp_path / "part"), monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    if source == "mine":
+        assert read(tmp_path / "part")["config"]["data"] == f"{tmp_path / 'mine.py'}:make"
+    monkeypatch.chdir("elsewhere")
+    _, saved = load_method(tmp_path / "part", "cpu")
+    resumed = train(replace(saved, resume=True, out=tmp_path / "part"))
+    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+    assert evaluate(resumed, saved)["knn"] > 0.5
+
+
+def test_a_moved_module_resumes(mine, tmp_path, monkeypatch, capsys):
+    interrupted(replace(SMALL, data=mine), monkeypatch)
+    shutil.move("mine.py", "moved.py")
+    with pytest.raises(FileNotFoundError, match=r"no file .*mine\.py"):
+        train(replace(SMALL, data=mine, resume=True))
+    train(replace(SMALL, data="moved.py:make", resume=True))
+    assert "data was " in capsys.readouterr().err
+
+
+class Own:
+    """A set of a class that knows nothing of relssl."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, indices):
+        return self.images[indices]
+
+
+def test_objects_train_resume_and_evaluate(monkeypatch):
+    digits = datasets.load("digits", None, 8)
+    own = datasets.Data(Own(digits.train), Own(digits.labelled), Own(digits.test), digits.classes)
+    named = train(replace(SMALL, out=Path("named")))
+    whole = train(replace(SMALL, data="folder", out=Path("whole")), own)
+    for (key, one), other in zip(named.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+    method, saved = load_method(Path("whole"), "cpu")
+    assert saved.data == "given"
+    assert evaluate(method, saved, data=own) == evaluate(method, replace(saved, data="digits"))
+    assert baselines(saved, data=own)["raw pixels"]["knn"] > 0.9
+    with pytest.raises(ValueError, match=r"the data were passed to train\(data=...\): pass them, or --data"):
+        evaluate(method, saved)
+    train(replace(SMALL, epochs=3, reschedule=True, resume=True, out=Path("whole")), own)
+
+
+def test_workers_read_the_callers_own_class():
+    """Where its attribute asks for them; then crops stay those of the device."""
+
+    class Slow(Own):
+        needs_workers = True
+
+        def __getitem__(self, indices):
+            return torch.full((len(indices), 3, 4, 4), os.getpid() % 251, dtype=torch.uint8), torch.zeros(
+                len(indices), dtype=torch.int64
+            )
+
+    data = datasets.python.checked(datasets.Data(Slow(range(8)), None, None, []), "data")
+    assert data.train.needs_workers and datasets.Subset(data.train, [0]).needs_workers
+    assert datasets.ConcatImages(data.train, data.train).needs_workers
+    for crops in None, [datasets.Crop(2, (0.2, 1.0))]:
+        images = torch.cat([b.images for b in load_batches(data.train, [[0, 1], [2, 3]], 1, crops=crops)])
+        assert images.shape == (4, 3, 4, 4) and not (images == os.getpid() % 251).any()
+
+
+def picture(kind):
+    """Returns the same image of 12 x 9 pixels as what `open` may return."""
+    pixels = np.arange(12 * 9 * 3, dtype=np.uint8).reshape(9, 12, 3)
+    image = Image.fromarray(pixels)
+    image.save("image.png")
+    forms = {
+        "path": lambda: "image.png", "bytes": lambda: Path("image.png").read_bytes(),
+        "file": lambda: io.BytesIO(Path("image.png").read_bytes()), "PIL": lambda: image, "array": lambda: pixels,
+    }  # fmt: skip
+    return forms[kind]()
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "file", "PIL", "array"])
+def test_items_give_what_files_do(kind):
+    picture("path")
+    items = datasets.Items([kind], [1], 6, picture)
+    x, y = items[[0]]
+    assert torch.equal(x[0], read_square("image.png", 7, 6)) and y.tolist() == [1]
+    crops = [datasets.Crop(4, (0.2, 0.5)), datasets.Crop(3, (0.2, 0.5))]
+    (one, other), _ = items.crop([0], crops, ["key"])
+    files = datasets.images.Files([("image.png", 1)], None, datasets.decode.read_crops)
+    for ours, theirs in zip((one, other), files.crop([0], crops, ["key"])[0], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(pickle.loads(pickle.dumps(items))[[0]][0], x)
+    with pytest.raises(ValueError, match="there are 1 sources, but 2 labels"):
+        datasets.Items([kind], [1, 2], 6, picture)
+
+
+def test_a_callers_jpeg_keeps_its_size():
+    """A decoder that reduces an image while it reads would change it for the next epoch."""
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save("large.jpg")
+    image = Image.open("large.jpg")
+    items = datasets.Items([0], None, 6, lambda _: image)
+    items.crop([0], [datasets.Crop(4, (1.0, 1.0), (1.0, 1.0))], ["key"])
+    assert image.size == (96, 96) and items[[0]][1].tolist() == [-1]
+
+
+def test_unreadable_items_are_named_and_skipped():
+    Path("bad.png").write_text("text")
+    picture("path")
+    items = datasets.Items(["image.png", "bad.png"], None, 6, str)
+    with pytest.raises(ValueError, match=r"cannot read bad\.png: "):
+        items[[1]]
+    skipped = []
+    (batch,) = Loader(items, 0, skipped).load([[0, 1]])
+    assert skipped == ["bad.png"] and batch.indices.tolist() == [0]
+
+
+BAD = {
+    "none.py:make": (None, "no file .*none.py"),
+    "mine.py": (MODULE, r"data 'mine.py' needs the name of a function: mine.py:make"),
+    "mine.py:nothing": (MODULE, "mine.py has no function 'nothing', which returns the data"),
+    "mine.py:DIGITS": (MODULE, "mine.py has no function 'DIGITS'"),
+    "no_such_module:make": (None, "no module 'no_such_module'"),
+    "mine": (None, "data must be digits, .*, arrays or FILE.py:FUNCTION; got 'mine'"),
+    "mine.py:make": ("def make(size): return 3", "must return a relssl.datasets.Data, got int"),
+}
+HEAD = "import torch\nfrom relssl.datasets import Arrays, Data\n"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_names_are_lines(name):
+    module, message = BAD[name]
+    if module:
+        Path("mine.py").write_text(module)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        train(replace(SMALL, data=name))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "classes", "message"),
+    [
+        (
+            "torch.zeros(2, 3, 4, 4)",
+            "torch.zeros(2).long()",
+            2,
+            r"train\[\[0\]\] must be .*, got images torch.f",
+        ),
+        (
+            "torch.zeros(2, 4, 4, 3).byte()",
+            "torch.zeros(2).long()",
+            2,
+            r"got images torch.uint8 \[1, 4, 4, 3\]",
+        ),
+        ("torch.zeros(2, 3, 4, 4).byte()", "torch.zeros(2)", 2, "got labels torch.float32"),
+        ("torch.zeros(2, 3, 4, 4).byte()", "torch.full((2,), 2)", 2, "labels must be from 0 to 1, .*, got 2"),
+        ("torch.zeros(0, 3, 4, 4).byte()", "torch.zeros(0).long()", 2, "train has no images"),
+    ],
+)
+def test_bad_images_are_lines(images, labels, classes, message):
+    body = f"    x = Arrays({images}, {labels})\n    return Data(x, x, None, ['a'] * {classes})\n"
+    Path("mine.py").write_text(f"{HEAD}def make(size):\n{body}")
+    with pytest.raises(ValueError, match=message) as error:
+        train(replace(SMALL, data="mine.py:make"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"must be images .*both tensors, got Tensor"):
+        train(SMALL, datasets.Data(torch.zeros(2, 3, 4, 4), None, None, []))
+
+
+def test_command(mine):
+    """The options and errors of the commands, in one process each."""
+    run = [sys.executable, "-m", "relssl"]
+    small = [
+        "--image-size",
+        "8",
+        "--batch-size",
+        "256",
+        "--epochs",
+        "1",
+        "--arch",
+        "conv4",
+        "--bn-splits",
+        "1",
+    ]
+    found = subprocess.run(
+        [*run, "train", "ressl", "--data", mine, *small, "--out", "out"], capture_output=True, text=True
+    )
+    assert found.returncode == 0 and '"knn"' in found.stdout, found.stderr
+    found = subprocess.run(
+        [*run, "evaluate", "out", "--data", "mine.py:none"], capture_output=True, text=True
+    )
+    assert found.returncode == 1 and "mine.py has no function 'none'" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
