@@ -26,7 +26,7 @@ from relssl.old_names import replace_old_names
 # Settings that a resumed run may change without a message...
 RESUMABLE_OVERRIDES = {
     "resume", "out", "data_root", "download", "device", "workers", "backend", "eval_every", "save_every",
-    "reschedule", "skip_unreadable", "data_device", "init",
+    "reschedule", "skip_unreadable", "data_device", "init", "log",
 }  # fmt: skip
 # ... and those that affect only the steps to come.
 RATES = {
@@ -367,6 +367,7 @@ def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
     settings: dict[str, Any] = contents["config"] | {"device": device}
     for name in ("out", "data_root"):
         settings[name] = settings[name] and Path(settings[name])
+    settings["log"] = tuple(settings.get("log", ("tensorboard",)))
     try:
         config = methods.CONFIGS[contents["method"]](**settings)
     except TypeError as error:

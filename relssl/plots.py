@@ -1,5 +1,6 @@
 """Plots of a trained method: its features, its embeddings' nearest queue entries, and its training curves."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,31 +120,50 @@ def _show(axis: plt.Axes, image: Tensor, title: str, colour: str) -> None:
 
 
 def curves(state: dict[str, Any], path: Path) -> None:
-    """Plots losses, entropies and scores against epochs, of what checkpoint.read returns."""
+    """Plots losses, entropies, agreement and scores against epochs, of what checkpoint.read returns.
+
+    The effective number of neighbours is the exponential of an entropy.
+    """
     epochs = state["history"]
     if not epochs:
         raise ValueError("no epoch is complete yet: there are no curves to plot")
     names = dict.fromkeys(name for entry in epochs for name in entry)
+    entropies = [n for n in names if "entropy" in n]
     panels = {
         "loss (nats)": [n for n in names if n in ("loss", "info_nce") or n.endswith("_loss")],
-        "entropy (nats)": [n for n in names if "entropy" in n],
+        "entropy (nats)": entropies,
+        "effective number of neighbours": entropies,
         "accuracy and scores": [n for n in names if n in ("knn", "acc", "nmi", "ari")],
+        "mean cosine of student and teacher": [n for n in names if n == "agreement"],
+        "images per second": [n for n in names if n == "images_per_second"],
     }
     panels = {label: plotted for label, plotted in panels.items() if plotted}
+    rows = -(-len(panels) // 3)
+    columns = -(-len(panels) // rows)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False
+        rows, columns, figsize=(4.2 * columns, 3.3 * rows), layout="constrained", squeeze=False
     )
-    for axis, (label, plotted) in zip(axes[0], panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (label, plotted) in zip(axes.flat, panels.items(), strict=False):
         for name, colour in zip(plotted, (*COLOURS, GREY), strict=False):
             points = [(e["epoch"], e[name]) for e in epochs if name in e]
+            if label.startswith("effective"):
+                points = [(epoch, math.exp(entropy)) for epoch, entropy in points]
             marker = "o" if len(points) < len(epochs) or len(points) == 1 else None
             text = LABELS.get(name, name)
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3, label=text)
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(frameon=False, fontsize="small")
-        if label.startswith("entropy"):
+        if label.startswith("effective"):  # The legend is that of the entropies.
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+            axis.yaxis.set_minor_formatter("{x:,.0f}")
+            continue
+        if label.startswith(("entropy", "images")):
             axis.set_ylim(bottom=0)
+        if not label.startswith(("mean", "images")):  # Their only curve is named by the label.
+            axis.legend(frameon=False, fontsize="small")
     config = state["config"]
     figure.suptitle(f"{state['method']} on {config['data']}, {config['arch']}")
     _write(figure, path)

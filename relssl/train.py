@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +29,16 @@ from relssl.datasets.python import GIVEN, absolute, checked
 from relssl.evaluate import evaluate_during_training
 from relssl.gradients import Encoder, Gradients
 from relssl.interruption import Stop, interruption
+from relssl.logs import Log, open_logs
 from relssl.methods.base import Method, TrainConfig
 from relssl.methods.initial import initial
 from relssl.sums import Sums
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 READ_EVERY = 10  # Steps after which losses are read, which synchronises device and processes.
 
 
 def train(config: TrainConfig, data: datasets.Data | None = None) -> Method:
-    """Trains a method and returns it; checkpoints, metrics.json and TensorBoard events go to config.out.
+    """Trains a method and returns it; checkpoints, metrics.json and the logs go to config.out.
 
     Ctrl-C saves the step and returns; SIGTERM and SIGUSR1 (which Slurm sends before a job's time is up) save
     it and end the process. A second signal ends the process at once.
@@ -60,7 +58,7 @@ def train(config: TrainConfig, data: datasets.Data | None = None) -> Method:
     try:
         with interruption() as stop, distributed.process_group(device):
             trainer = _Trainer(config, device, stop, data)
-            with open_logs(trainer.config, trainer.state) as (trainer.writer, trainer.bar):
+            with open_outputs(trainer.config, trainer.state) as (trainer.logs, trainer.bar):
                 trainer.run()
             trainer.state.method.discard_compiled()
             return trainer.state.method.eval()
@@ -71,7 +69,7 @@ def train(config: TrainConfig, data: datasets.Data | None = None) -> Method:
 class _Trainer:
     """A training run, new or restored from its checkpoint."""
 
-    writer: "SummaryWriter | None"
+    logs: list[Log]
     bar: tqdm
     loaders: dict[str, Loader | DeviceLoader]
 
@@ -172,7 +170,10 @@ class _Trainer:
         totals = {name: distributed.all_reduce_mean(total) for name, total in self.sums.totals().items()}
         entry = {name: float(total / count) for name, (total, count) in totals.items()}
         entry["lr"] = self.optimizer.param_groups[0]["lr"]
-        entry["images_per_second"] = (self.steps - first_step) * config.batch_size / seconds
+        entry["images_per_second"] = rate = (self.steps - first_step) * config.batch_size / seconds
+        entry["hours_left"] = (config.epochs - state.epoch - 1) * self.steps * config.batch_size / rate / 3600
+        if "teacher_entropy" in entry:
+            entry["effective_neighbours"] = math.exp(entry["teacher_entropy"])
         state.epoch, state.step, self.sums = state.epoch + 1, 0, Sums()
         state.method.epoch = state.epoch
         state.history.append({"epoch": state.epoch})
@@ -264,11 +265,10 @@ class _Trainer:
         return self.state.epoch * self.steps + self.state.step
 
     def log(self, entry: dict[str, float]) -> None:
-        """Adds scalars to the last epoch's entry in metrics.json, and to TensorBoard."""
+        """Adds scalars to the last epoch's entry in metrics.json, and to the logs."""
         self.state.history[-1] |= entry
-        if self.writer:
-            for name, value in entry.items():
-                self.writer.add_scalar(name, value, self.global_step)
+        for log in self.logs:
+            log(entry, self.global_step, self.state.history)
 
     def save_state(self) -> None:
         report_skipped(self.skipped, self.bar)
@@ -421,18 +421,16 @@ def report_skipped(skipped: list[str] | None, bar: tqdm) -> None:
 
 
 @contextmanager
-def open_logs(config: TrainConfig, state: TrainState) -> Iterator[tuple["SummaryWriter | None", tqdm]]:
-    """Opens TensorBoard's writer and a progress bar in rank 0; returns None and a disabled bar in others."""
-    from torch.utils.tensorboard import SummaryWriter
-
+def open_outputs(config: TrainConfig, state: TrainState) -> Iterator[tuple[list[Log], tqdm]]:
+    """Opens the logs and a progress bar in rank 0; returns no logs and a disabled bar in others."""
     step = state.epoch * state.steps_per_epoch + state.step
     bar = tqdm(
         total=config.epochs * state.steps_per_epoch * config.batch_size, initial=step * config.batch_size,
         unit=" images", unit_scale=True, dynamic_ncols=True, disable=distributed.rank() != 0,
     )  # fmt: skip
     if distributed.rank():
-        yield None, bar
+        yield [], bar
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    with SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1) as writer, bar:
-        yield writer, bar
+    with open_logs(config, step) as logs, bar:
+        yield logs, bar

@@ -172,7 +172,8 @@ def picture(kind):
     image.save("image.png")
     forms = {
         "path": lambda: "image.png", "bytes": lambda: Path("image.png").read_bytes(),
-        "file": lambda: io.BytesIO(Path("image.png").read_bytes()), "PIL": lambda: image, "array": lambda: pixels,
+        "file": lambda: io.BytesIO(Path("image.png").read_bytes()), "PIL": lambda: image,
+        "array": lambda: pixels,
     }  # fmt: skip
     return forms[kind]()
 

@@ -65,7 +65,10 @@ class TrainConfig:
     image_size: int = 32
     """Side of the encoder's square input images, in pixels. [data set]"""
     out: Path = Path("out/train")
-    """Folder for checkpoints, metrics.json and TensorBoard events."""
+    """Folder for checkpoints, metrics.json and the logs."""
+    log: tuple[Literal["tensorboard", "wandb", "csv"], ...] = ("tensorboard",)
+    """Where losses and scores go besides metrics.json: TensorBoard's events, Weights & Biases, metrics.csv.
+    Several may be given. [relssl]"""
     resume: bool = False
     """Continue from the newest checkpoint in out, if there is one: bit for bit if no setting has changed."""
     save_every: str = ""
@@ -116,7 +119,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. [relssl]"""
     device: str = "auto"
-    """auto is the GPU if there is one. [relssl]"""
+    """auto is the GPU if there is one; Apple's (mps) only without RandAugment. [relssl]"""
     workers: int | None = None
     """Processes that load images from files; data in memory need none. Default: the number of usable CPUs,
     under torchrun divided by the processes of a machine. [relssl]"""
@@ -159,7 +162,11 @@ class TrainConfig:
     def pick_device(self) -> torch.device:
         """Returns the device, under torchrun the GPU of the local rank; ValueError if there is none such."""
         if self.device == "auto":
-            return torch.device(*("cuda", local_rank()) if torch.cuda.is_available() else ("cpu",))
+            if torch.cuda.is_available():
+                return torch.device("cuda", local_rank())
+            # RandAugment computes in float64, which MPS lacks.
+            mps = torch.backends.mps.is_available() and not getattr(self, "randaugment", 0)
+            return torch.device("mps" if mps else "cpu")
         try:
             return torch.empty(0, device=self.device).device
         except (RuntimeError, AssertionError) as error:  # The latter comes from builds without CUDA.

@@ -16,7 +16,7 @@ from relssl.datasets import Data
 from relssl.functional import relation_loss
 from relssl.methods import ressl
 from relssl.methods.base import settings_of
-from relssl.methods.student import STRONG, ProjectedEncoder, StudentConfig, StudentMethod, embed
+from relssl.methods.student import STRONG, ProjectedEncoder, StudentConfig, StudentMethod, agreement, embed
 from relssl.methods.teacher import Teacher
 
 
@@ -94,14 +94,14 @@ class Distill(StudentMethod):
     def loss(
         self, outputs: Sequence[Tensor], pass_name: str = "train", ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the relation loss with the queue, and the teacher's entropy."""
+        """Computes the relation loss with the queue, the teacher's entropy and the agreement."""
         config, (k, q) = self.config, outputs
         loss, entropy = relation_loss(
             q, k, self.queue, student_temperature=config.student_temperature,
             teacher_temperature=config.teacher_temperature, form=config.form, return_entropy=True, ids=ids,
             backend=config.backend,
         )  # fmt: skip
-        return loss, {"teacher_entropy": entropy}
+        return loss, {"teacher_entropy": entropy, "agreement": agreement(q, k)}
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

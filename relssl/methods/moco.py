@@ -14,7 +14,7 @@ from relssl.functional import info_nce
 from relssl.methods import ressl
 from relssl.methods.base import settings_of
 from relssl.methods.momentum import MomentumConfig, MomentumMethod
-from relssl.methods.student import STRONG, embed
+from relssl.methods.student import STRONG, agreement, embed
 
 
 @dataclass
@@ -57,7 +57,7 @@ class MoCo(MomentumMethod):
     def loss(
         self, outputs: Sequence[Tensor], pass_name: str = "train", ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes InfoNCE over the queue; there is nothing else to log."""
-        k, q = outputs
-        backend = self.config.backend
-        return info_nce(q, k, self.queue, temperature=self.config.temperature, ids=ids, backend=backend), {}
+        """Computes InfoNCE over the queue, and the agreement of student and teacher."""
+        (k, q), config = outputs, self.config
+        loss = info_nce(q, k, self.queue, temperature=config.temperature, ids=ids, backend=config.backend)
+        return loss, {"agreement": agreement(q, k)}

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from relssl.functional import info_nce, relation_loss
 from relssl.methods.momentum import MomentumConfig, MomentumMethod
-from relssl.methods.student import STRONG, embed
+from relssl.methods.student import STRONG, agreement, embed
 
 # Sides of the student's crops, as shares of the image's; also the largest shares of its area.
 CROPS = tuple(side / 224 for side in (224, 192, 160, 128, 96))
@@ -112,7 +112,7 @@ class ReSSL(MomentumMethod):
     def loss(
         self, outputs: Sequence[Tensor], pass_name: str = "train", ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss with the queue, the teacher's entropy and, in the warm-up, InfoNCE.
+        """Computes the loss with the queue, teacher entropy, agreement and, in the warm-up, InfoNCE.
 
         The teacher's softmax is computed once for all crops.
         """
@@ -129,7 +129,7 @@ class ReSSL(MomentumMethod):
             ids=ids,
             backend=backend,
         )
-        logs = {"teacher_entropy": entropy}
+        logs = {"teacher_entropy": entropy, "agreement": agreement(q, k)}
         if weight := self.info_nce_weight():
             tau = config.info_nce_temperature
             warm_up = info_nce(q, k, self.queue, temperature=tau, ids=ids, backend=backend)

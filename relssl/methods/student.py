@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,6 +72,12 @@ class ProjectedEncoder(nn.ModuleDict):
 
     def forward(self, images: Tensor) -> Tensor:
         return self["projector"](self["backbone"](images))
+
+
+@torch.no_grad()
+def agreement(q: Tensor, k: Tensor) -> Tensor:
+    """Computes the mean cosine of queries [B, D] or [V, B, D] and their keys [B, D], all of norm 1."""
+    return torch.dot(q.flatten(), k.expand_as(q).flatten()) / (q.numel() // k.shape[1])
 
 
 def embed(encoder: nn.Module, images: Tensor, predictor: nn.Module | None = None) -> Tensor:
