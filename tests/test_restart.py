@@ -61,7 +61,9 @@ def model(checkpoint, folder):
 def history(out):
     """Returns the epochs' entries in metrics.json, without the speed."""
     entries = json.loads((out / "metrics.json").read_text())["epochs"]
-    return [{k: v for k, v in entry.items() if k not in ("images_per_second", "hours_left")} for entry in entries]
+    return [
+        {k: v for k, v in entry.items() if k not in ("images_per_second", "hours_left")} for entry in entries
+    ]
 
 
 @pytest.fixture(scope="module")
