@@ -4,8 +4,8 @@
     pip install --no-deps solo-learn
     python examples/adopters/solo_learn_queue.py [CHECKPOINT]
 
-solo-learn asks for torch 1.9 and lightning-bolts, which does not import beside a later Lightning; its ReSSL needs
-a name of it alone. Without a path, a checkpoint of its ReSSL is written first.
+solo-learn asks for torch 1.9 and lightning-bolts, which cannot be imported beside a later Lightning; its
+ReSSL needs one name of it, which it does not use. Without a path, a checkpoint of its ReSSL is written first.
 """
 
 import sys
@@ -79,7 +79,9 @@ def main(path: str | None = None) -> float:
     theirs = ressl_loss_func(q, k, queue.rows, 0.1, 0.04)
     ours = relssl.relation_loss(q, k, queue, form="ce", student_temperature=0.1, teacher_temperature=0.04)
     difference = abs(float(theirs - ours))
-    print(f"{queue.size} rows, the next is written at {int(queue.pointer)}: losses differ by {difference:.1e}")
+    print(
+        f"{queue.size} rows, the next is written at {int(queue.pointer)}: losses differ by {difference:.1e}"
+    )
     if difference > 1e-5:
         raise SystemExit("the losses differ")
     return difference

@@ -1,7 +1,7 @@
 """ReSSL, which stable-pretraining lacks, with its Module, momentum teacher and online probe.
 
-    pip install relssl stable-pretraining scikit-learn
-    python examples/adopters/stable_pretraining_ressl.py
+pip install relssl stable-pretraining scikit-learn
+python examples/adopters/stable_pretraining_ressl.py
 """
 
 import lightning
@@ -63,17 +63,18 @@ def main(epochs: int = 4) -> float:
         optimizer={"type": "AdamW", "lr": 1e-2},
         metrics=torchmetrics.classification.MulticlassAccuracy(10),
     )
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         callbacks=[probe, spt.TeacherStudentCallback()],
         num_sanity_val_steps=0,
-        **quiet,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
     )
     train = DataLoader(rows[:1500], batch_size=100, shuffle=True, drop_last=True)
     trainer.fit(module, train, DataLoader(rows[1500:], batch_size=100))
-    (accuracy,) = (float(v) for k, v in trainer.callback_metrics.items() if k.startswith("eval/probe"))
+    accuracy = float(trainer.callback_metrics["eval/probe_MulticlassAccuracy"])
     print(f"accuracy of the probe {accuracy:.3f}")
     return accuracy
 
