@@ -244,8 +244,8 @@ def adopters_table(document: dict) -> str:
             [
                 f"{e['package']} {e['version']}",
                 f"{e['title']}, {e['shape']}",
-                f"{e['loss_difference']:.0e}",
-                f"{e['gradient_difference']:.0e} of {e['gradient']:.0e}",
+                f"{e['loss_difference']:.1e}",
+                f"{e['gradient_difference']:.1e} of {e['gradient']:.1e}",
                 *(number(ms[side]) for side in ("theirs", "ours")),
                 f"{e['slowdown'][0]:.2f} ({low:.2f} to {high:.2f})",
                 *(mebibytes(needed[side]) if needed else "-" for side in ("theirs", "ours")),

@@ -37,9 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "adopters"
 ROUNDS = 5
 SECONDS = 120  # An example takes 10.
-# torchvision is imported first, as relssl does, since its operators may not suit torch's build.
+# torchvision, by relssl's import of it: its operators may not suit torch's build.
+IMPORTED_FIRST = "relssl.datasets.torchvision_import"
 START = """
-import relssl.datasets.torchvision_import, runpy, sys
+import importlib, runpy, sys
+importlib.import_module(sys.argv.pop(1))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -48,7 +50,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def run_example(path: Path, seconds: float = SECONDS) -> dict:
     """Runs a file in an empty folder, and returns its seconds and its last line, or its error."""
     began = time.perf_counter()
-    command = [sys.executable, "-c", START, str(path.resolve())]
+    command = [sys.executable, "-c", START, IMPORTED_FIRST, str(path.resolve())]
     found: dict = {"example": path.name}
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -10,6 +10,7 @@ downloaded; without the line of get_teacher it is the DINO that `teacher` names.
 """
 
 import logging
+from typing import Any
 
 import torch
 from lightly_train._methods.distillation import distillation
@@ -59,7 +60,7 @@ def trained(criterion: type[nn.Module], steps: int) -> list[float]:
     torch.manual_seed(0)
     images = torch.from_numpy(load_digits().images).float()[:, None] / 16  # [1797, 1, 8, 8]
     images = F.interpolate(images, size=32).expand(-1, 3, -1, -1)
-    rows = [{"views": [image], "filename": ""} for image in images]
+    rows: Any = [{"views": [image], "filename": ""} for image in images]
     distillation.DistillationLoss = criterion  # type: ignore
     distillation.get_teacher = lambda *args, **options: Pixels()  # type: ignore
     student = package_helpers.get_wrapped_model("torchvision/resnet18", 3, load_weights=False)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -31,7 +32,7 @@ def ressl_class() -> type:
 
 def write_checkpoint(path: Path) -> None:
     """Saves solo-learn's ReSSL in Lightning's layout, with some keys enqueued."""
-    options = dict.fromkeys(("accumulate_grad_batches", "num_large_crops"), 1)
+    options: dict[str, Any] = dict.fromkeys(("accumulate_grad_batches", "num_large_crops"), 1)
     options |= dict.fromkeys(("lr", "weight_decay", "classifier_lr", "min_lr", "warmup_start_lr"), 0.0)
     options |= dict.fromkeys(("warmup_epochs", "num_small_crops"), 0)
     options |= dict.fromkeys(("lars", "exclude_bias_n_norm", "momentum_classifier"), False)

@@ -4,6 +4,8 @@ pip install relssl stable-pretraining scikit-learn
 python examples/adopters/stable_pretraining_ressl.py
 """
 
+from typing import Any
+
 import lightning
 import stable_pretraining as spt
 import torch
@@ -43,7 +45,7 @@ def main(epochs: int = 4) -> float:
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.from_numpy(digits.data).float() / 16  # [1797, 64]
-    rows = [{"image": x, "label": int(y)} for x, y in zip(images, digits.target, strict=True)]
+    rows: Any = [{"image": x, "label": int(y)} for x, y in zip(images, digits.target, strict=True)]
     backbone = nn.Sequential(nn.Linear(64, 256), nn.ReLU())
     teacher = {"base_ema_coefficient": 0.99, "final_ema_coefficient": 1.0}
     module = spt.Module(
