@@ -28,7 +28,7 @@ def example(tmp_path, monkeypatch):
 
 def test_an_example_that_runs(example):
     found = adopters.run_example(example("import sys\nprint('first')\nprint(len(sys.argv), __name__)\n"))
-    assert found["last_line"] == "1 __main__" and found["seconds"] > 0 and "error" not in found
+    assert found["last_line"] == "1 __main__" and 0 <= found["seconds"] < 60 and "error" not in found
 
 
 @pytest.mark.parametrize(
