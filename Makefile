@@ -5,6 +5,8 @@
 # make figures   draw the plots, and write the tables of README.md and docs/, from bench/results/*.json
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
+# make adopters  run the examples with other packages, and compare their losses with relssl's: four minutes;
+#                RECORD=bench/results writes the table of docs/adopting.md
 # make docs      build the documentation into out/docs; any warning or dead link is an error
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan: ten minutes
@@ -21,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 SOURCES := setup.py pyproject.toml constraints.txt README.md MANIFEST.in \
 	$(shell find relssl kernels csrc -type f -not -name '*.pyc' -not -name '* *')
 
-.PHONY: demo test test-slow check bench figures docs fuzz matrix sanitize wheel clean
+.PHONY: demo test test-slow check bench adopters figures docs fuzz matrix sanitize wheel clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py --out out/demo
@@ -53,6 +55,9 @@ check: .venv/installed
 RECORD ?= out/bench
 bench: .venv/peers
 	$(BIN)/pytest bench --record $(RECORD) $(ARGS)
+
+adopters: .venv-adopters/installed
+	.venv-adopters/bin/python tools/adopters.py $(if $(filter command line,$(origin RECORD)),--record $(RECORD)) $(ARGS)
 
 figures: .venv/installed
 	$(BIN)/python bench/figures.py
@@ -90,7 +95,7 @@ wheel: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libcuda.so*' --wheel-dir dist build/wheel/*.whl
 
 clean:
-	rm -rf .venv build dist out *.egg-info
+	rm -rf .venv .venv-adopters build dist out *.egg-info
 
 # torch first and by its exact version: anything else may choose a build of several gigabytes.
 .venv/installed: $(SOURCES)
@@ -108,4 +113,14 @@ clean:
 # Without what they would bring along: all need torch, and their losses nothing more.
 .venv/peers: .venv/installed bench/peers.txt
 	$(PIP) --no-deps -r bench/peers.txt
+	touch $@
+
+# Other packages lie over .venv, whose torch and relssl they import, and leave it as it is.
+ADOPTERS := .venv-adopters/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+.venv-adopters/installed: .venv/installed examples/adopters/packages.txt examples/adopters/imports.txt
+	$(BIN)/python -m venv .venv-adopters
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(.venv-adopters/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(ADOPTERS) -r examples/adopters/imports.txt
+	$(ADOPTERS) --no-deps -r examples/adopters/packages.txt
 	touch $@

@@ -227,6 +227,48 @@ def report(name: str, folder: Path) -> str:
     return f"By {versions(document)}:\n\n{tables.table(document['rows'])}"
 
 
+def adopters(folder: Path) -> str:
+    """Returns the comparison with other packages that `make adopters` has recorded."""
+    return adopters_table(json.loads((RESULTS / "adopters.json").read_text()))
+
+
+def adopters_table(document: dict) -> str:
+    rows = []
+    for e in document["comparisons"]:
+        if "error" in e:
+            rows.append([e["package"], e["title"], e["error"], *[""] * 6])
+            continue
+        ms, needed = e["ms"], e.get("bytes")
+        low, high = e["slowdown"][1:]
+        rows.append(
+            [
+                f"{e['package']} {e['version']}",
+                f"{e['title']}, {e['shape']}",
+                f"{e['loss_difference']:.1e}",
+                f"{e['gradient_difference']:.1e} of {e['gradient']:.1e}",
+                *(number(ms[side]) for side in ("theirs", "ours")),
+                f"{e['slowdown'][0]:.2f} ({low:.2f} to {high:.2f})",
+                *(mebibytes(needed[side]) if needed else "-" for side in ("theirs", "ours")),
+            ]
+        )
+    columns = [
+        "package",
+        "its loss",
+        "loss differs by",
+        "gradient differs by",
+        "its ms",
+        "relssl's ms",
+        "slowdown",
+    ]
+    table = markdown([*columns, "its MiB", "relssl's MiB"], rows)
+    return f"**{document['device']}** ({versions(document)}):\n\n{table}"
+
+
+def mebibytes(value: int) -> str:
+    """Less than one is not told from nothing: Linux counts resident pages in batches."""
+    return number(value / 2**20) if value >= 2**20 else "< 1"
+
+
 def model(write: Callable[[], list[tables.Row]], folder: Path) -> str:
     """Returns a table of the model of many GPUs, which reads no results."""
     return tables.table(write())
@@ -234,6 +276,7 @@ def model(write: Callable[[], list[tables.Row]], folder: Path) -> str:
 
 REPORTS = ("triton-resources", "triton-predictions", "cuda-resources", "cuda-predictions")
 PARTS: dict[str, Callable[[Path], str]] = {
+    "adopters": adopters,
     "benchmark": benchmark,
     **{write.__name__: each_device(write) for write in (summary, limits, step, growth, parts, views)},
     **{name: partial(report, name) for name in REPORTS},

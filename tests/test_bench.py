@@ -50,7 +50,7 @@ def test_every_result_is_on_a_page():
     assert devices and all(f"**{name}**" in text["README.md"] for name in devices)
     table = text["README.md"].split("<!-- figures: summary -->")[1].split("<!-- end -->")[0]
     assert 0 < table.count("float32 |") + table.count("bfloat16 |") <= 8 * len(devices)
-    reports = {f"{name}.json" for name in figures.REPORTS}
+    reports = {f"{name}.json" for name in (*figures.REPORTS, "adopters")}
     assert reports | {path.name for path in RESULTS} == {p.name for p in figures.RESULTS.glob("*.json")}
 
 
