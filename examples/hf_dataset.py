@@ -24,14 +24,18 @@ def load() -> datasets.DatasetDict:
     return datasets.Dataset.from_dict(columns, features=features).train_test_split(0.2, seed=0)
 
 
-def image(split: datasets.Dataset, index: int) -> Image.Image:
+def read(split: datasets.Dataset, index: int) -> Image.Image:
     return split[index]["image"]
 
 
 def make(size: int) -> Data:
     splits = load()
     train, test = (
-        Items(range(len(split)), split["label"], size, partial(image, split))
+        Items(range(len(split)), split["label"], size, partial(read, split))
         for split in (splits["train"], splits["test"])
     )
     return Data(train, train, test, splits["train"].features["label"].names)
+
+
+if __name__ == "__main__":
+    print(f"{len(make(16).train)} training images")

@@ -1,15 +1,14 @@
 """Trains on images in tar files of WebDataset's layout, read at random by their offsets.
 
-    python examples/tar_shards.py out/shards                    # writes shards of scikit-learn's digits
-    SHARDS=out/shards relssl train ressl --data examples/tar_shards.py:make --arch conv4 --bn-splits 1
+    python examples/tar_shards.py              # writes shards of scikit-learn's digits to out/shards
+    relssl train ressl --data examples/tar_shards.py:make --arch conv4 --bn-splits 1
 
-A shard has KEY.png (or .jpg) and KEY.cls, the label in digits, side by side. The folder has train-*.tar and
-test-*.tar.
+A shard has KEY.png (or .jpg) and KEY.cls, the label in digits, side by side. The folder, out/shards or what
+the environment variable SHARDS names, has train-*.tar and test-*.tar.
 """
 
 import io
 import os
-import sys
 import tarfile
 from pathlib import Path
 
@@ -65,4 +64,5 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(FOLDER)
+    print(f"{FOLDER}: {len(shards('train-*.tar', 16))} training images in shards")

@@ -64,8 +64,8 @@ def mine(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    subprocess.run([sys.executable, str(EXAMPLES / "tar_shards.py"), "shards"], check=True)
     monkeypatch.setenv("SHARDS", str(tmp_path / "shards"))
+    subprocess.run([sys.executable, str(EXAMPLES / "tar_shards.py")], check=True)
     return f"{EXAMPLES / 'tar_shards.py'}:make"
 
 

@@ -35,6 +35,8 @@ from timing import interleave, slowdown
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "adopters"
+# Those that need another package, or none.
+OTHERS = [ROOT / "examples" / f"{n}.py" for n in ("hf_dataset", "lightning_module", "own_loop", "tar_shards")]
 ROUNDS = 5
 SECONDS = 120  # An example takes 10.
 # torchvision, by relssl's import of it: its operators may not suit torch's build.
@@ -138,13 +140,15 @@ def compare_all(comparisons: Iterable[Comparison], rounds: int = ROUNDS) -> list
 def main(arguments: Sequence[str] | None = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("examples", nargs="*", type=Path, help="default: all of examples/adopters")
+    parser.add_argument(
+        "examples", nargs="*", type=Path, help="default: all of examples/adopters, and OTHERS"
+    )
     parser.add_argument("--record", type=Path, default=ROOT / "out/adopters", help="folder of adopters.json")
     options = parser.parse_args(arguments)
     os.environ.setdefault("LOGURU_LEVEL", "ERROR")  # stable-pretraining's
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         examples = []
-        for found in threads.map(run_example, options.examples or sorted(EXAMPLES.glob("*.py"))):
+        for found in threads.map(run_example, options.examples or [*sorted(EXAMPLES.glob("*.py")), *OTHERS]):
             print(*found.values(), sep=": ", flush=True)
             examples.append(found)
     comparisons = compare_all(other_packages.COMPARISONS)
