@@ -60,7 +60,7 @@ class ReSSL(lightning.LightningModule):
         data = TensorDataset(images)
         # Only the epoch, which Lightning sets, determines the order of this sampler.
         processes = self.trainer.world_size
-        sampler = DistributedSampler(data, processes, self.global_rank, drop_last=True)
+        sampler: DistributedSampler = DistributedSampler(data, processes, self.global_rank, drop_last=True)
         # With a generator of its own it draws nothing from the one that the views use.
         own = torch.Generator()
         return DataLoader(data, 128 // processes, sampler=sampler, generator=own, drop_last=True)

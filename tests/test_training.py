@@ -295,7 +295,7 @@ def test_evaluation_cut_off_by_a_signal_is_made_up_for(few, monkeypatch, capsys)
             train(replace(config, resume=resume))
         assert stop.value.code == 143
         assert [sorted(entry) for entry in history(config.out)] == [
-            ["epoch", "loss", "lr", "teacher_entropy"]
+            ["agreement", "effective_neighbours", "epoch", "loss", "lr", "teacher_entropy"]
         ]
         assert "stopped by SIGTERM and saved" in capsys.readouterr().out
     train(replace(config, resume=True))

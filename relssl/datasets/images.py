@@ -157,12 +157,13 @@ class ConcatImages(Images):
             positions += in_part
             batches.append(part.crop(rows, crops, [keys[i] for i in in_part]))
         views, labels = zip(*batches, strict=True)
-        if len({isinstance(view, tuple) for view in views}) > 1:
+        cropped = {isinstance(view, tuple) for view in views}
+        if len(cropped) > 1 or len({part.needs_workers for part in self.parts}) > 1:
             raise ValueError("images of files and images in memory cannot be cropped in one batch")
         order = torch.tensor(positions).argsort()
-        if isinstance(views[0], tuple):
-            cropped = tuple(torch.cat(view)[order] for view in zip(*views, strict=True))
-            return cropped, torch.cat(labels)[order]
+        if True in cropped:
+            crop_by_crop = tuple(torch.cat(view)[order] for view in zip(*views, strict=True))
+            return crop_by_crop, torch.cat(labels)[order]
         return torch.cat(views)[order], torch.cat(labels)[order]
 
     def _split(self, indices: Sequence[int]) -> Iterator[tuple[Images, list[int], list[int]]]:
