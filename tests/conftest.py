@@ -42,6 +42,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_check_of_norms():
+    """The first calls of a process also check the norms of rows, which are operations, and may warn."""
+    from relssl import unit_norm
+
+    unit_norm.calls_left = 0
+
+
 @pytest.fixture
 def one_thread():
     """For many tiny problems, on which OpenMP's threads would take ten times as long."""
