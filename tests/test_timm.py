@@ -117,6 +117,13 @@ def test_patches_and_crops_of_any_size():
     assert net.training
 
 
+def test_patch_size_that_is_a_number():
+    """XCiT's and EfficientViT's, where other models have a pair."""
+    assert backbones.build("timm/xcit_nano_12_p16_224", sides=(32,))[1] == 128
+    with pytest.raises(ValueError, match="cannot create xcit_nano_12_p16_224 for 8 pixels"):
+        backbones.build("timm/xcit_nano_12_p16_224", sides=(8,))
+
+
 def test_batch_norm_in_parts():
     net, _ = backbones.build(RESNET, "small", 4, (32,))
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -224,6 +231,8 @@ def test_pretrained_models_are_teachers(monkeypatch):
         ({"arch": "timm/convnext_atto"}, "timm/convnext_atto takes no images of 27 pixels: Calculated"),
         ({"arch": RESNET, "patch_size": 4}, "timm/resnet18 takes no patch size"),
         ({"arch": "conv4", "patch_size": 4}, "patch_size is for vision transformers of timm, not for conv4"),
+        ({"arch": "timm/resnet18.nonsense"}, r"cannot create resnet18.nonsense .*Invalid pretrained tag"),
+        ({"arch": "timm/nest_tiny", "image_size": 30}, "cannot create nest_tiny for 30 pixels: .*patch_size"),
         ({"arch": "timm/resnet18d"}, "timm/resnet18d has several convolutions as its stem: --stem imagenet"),
         ({"arch": "resnet19"}, "arch must be one of conv4, .*, or timm/NAME; got 'resnet19'"),
         ({"init": "pretrained"}, "pretrained weights are timm's: set --arch to timm/conv4"),
@@ -234,7 +243,10 @@ def test_pretrained_models_are_teachers(monkeypatch):
             {"init": "other.pt"},
             r"other.pt are of another encoder: it lacks .* and \d+ more, also has a$",
         ),
-        ({"init": "shape.pt"}, "shape.pt are of another encoder: it has in other shapes 0.weight"),
+        (
+            {"init": "shape.pt"},
+            r"shape.pt are of another encoder: it has in other shapes \(--stem, .*\) 0.weight$",
+        ),
     ],
 )
 def test_errors_are_lines(settings, message):

@@ -68,7 +68,9 @@ def load(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
     found = {
         "lacks": own.keys() - shared,
         "also has": state.keys() - shared,
-        "has in other shapes": {name for name in shared if own[name].shape != state[name].shape},
+        "has in other shapes (--stem, --image-size, --patch-size)": {
+            name for name in shared if own[name].shape != state[name].shape
+        },
     }
     if any(found.values()):
         wrong = [f"{what} {_some(names)}" for what, names in found.items() if names]

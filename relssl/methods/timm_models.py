@@ -26,7 +26,8 @@ def build(
         net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
         if stem == "small":
             net.maxpool = nn.Identity()
-    patch = max(getattr(getattr(net, "patch_embed", None), "patch_size", None) or (0,))
+    patch = getattr(getattr(net, "patch_embed", None), "patch_size", None) or 0
+    patch = patch if isinstance(patch, int) else max(patch)
     if patch > sides[0]:
         raise ValueError(f"{arch} has patches of {patch} pixels, images of {sides[0]}: set --patch-size")
     net.eval()
@@ -35,8 +36,7 @@ def build(
             with torch.no_grad():
                 features = net(torch.zeros(1, 3, side, side))
         except Exception as error:  # Each model raises its own.
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{arch} takes no images of {side} pixels: {reason}") from error
+            raise ValueError(f"{arch} takes no images of {side} pixels: {_first_line(error)}") from error
     return net.train(), features.shape[1]
 
 
@@ -58,8 +58,7 @@ def create(arch: str, arguments: dict[str, Any], bn_splits: int = 1, pretrained:
     except Exception as error:  # Of a download, almost any.
         if not pretrained:
             raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot load the pretrained weights of {arch}: {reason}") from error
+        raise ValueError(f"cannot load the pretrained weights of {arch}: {_first_line(error)}") from error
 
 
 def is_resnet(arch: str) -> bool:
@@ -76,7 +75,7 @@ def create_arguments(arch: str, image_size: int, patch_size: int | None = None) 
     multi-crop, whose sides it pads to multiples of the patches.
 
     Raises:
-        ValueError: timm is not installed or has no such model, or the model takes no patch size.
+        ValueError: timm is not installed or has no such model, or the model takes no such size or patches.
     """
     try:
         import timm
@@ -95,4 +94,11 @@ def create_arguments(arch: str, image_size: int, patch_size: int | None = None) 
             return arguments
         except TypeError as error:  # of an argument that the model does not have
             refused = error
+        except Exception as error:  # Of a size or a tag of weights, each model raises its own.
+            line = _first_line(error)
+            raise ValueError(f"timm cannot create {name} for {image_size} pixels: {line}") from error
     raise ValueError(f"{arch} takes no patch size") from refused
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
