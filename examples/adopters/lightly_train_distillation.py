@@ -4,9 +4,9 @@
     python examples/adopters/lightly_train_distillation.py
 
 Its DistillationLoss is the relation loss with one temperature for both. For lightly_train.pretrain(...,
-method="distillationv1"), too, assign the class below to `distillation.DistillationLoss` beforehand. The student
-is trained with either criterion, and its losses compared. The teacher here returns pixels, so that nothing is
-downloaded; without the line of get_teacher it is the DINO that `teacher` names.
+method="distillationv1"), too, assign the class below to `distillation.DistillationLoss` beforehand. The
+student is trained with either criterion, and its losses compared. The teacher here returns pixels, so that
+nothing is downloaded; without the line of get_teacher it is the DINO that `teacher` names.
 """
 
 import logging
