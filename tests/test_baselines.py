@@ -1,12 +1,12 @@
 """The baselines MoCo, SimCLR and CC: their losses against float64, what they share, and runs that resume."""
 
-import signal
 from dataclasses import replace
 
 import oracle
 import pytest
 import torch
 from oracle import unit
+from resuming import assert_same, train_until
 from torch.nn import functional as F
 
 from relssl import methods
@@ -105,24 +105,12 @@ def test_presets_share_what_they_compare():
 
 
 @pytest.mark.parametrize("name", DIGITS)
-def test_run_resumes_in_the_middle_of_an_epoch(name, monkeypatch):
+def test_run_resumes_in_the_middle_of_an_epoch(name):
     config = replace(methods.PRESETS[name]["digits"], image_size=8, batch_size=256, epochs=2, eval_every=1)
     whole = train(replace(config, out=config.out / "whole"))
-    compute, steps = type(whole).update_queue, []
-
-    def interrupt(self, *outputs):
-        compute(self, *outputs)
-        steps.append(1)
-        if len(steps) == 9:  # Of 5 or 7 an epoch.
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(whole), "update_queue", interrupt)
-        stopped = train(config)
-    assert 1 < stopped.epoch < 2
+    assert 1 < train_until(9, type(whole), config).epoch < 2  # Of 5 or 7 steps an epoch.
     resumed = train(replace(config, resume=True))
-    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
+    assert_same(whole, resumed)
     method, saved = load_method(config.out, "cpu")
     scores = evaluate(method, saved)
     assert scores["knn"] > 0.5 and (name != "cc" or scores["acc"] > 0.2)

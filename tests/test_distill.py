@@ -1,7 +1,6 @@
 """Relational distillation: loss, frozen teacher, one view, runs that resume, and errors of one line."""
 
 import json
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ import oracle
 import pytest
 import torch
 from oracle import unit
+from resuming import assert_same, train_until
 from torch.nn import functional as F
 
 from relssl import methods
@@ -75,23 +75,12 @@ def test_teacher_is_frozen_and_sees_the_students_view(teacher):
     assert not any("teacher" in name for name in method.state_dict())
 
 
-def test_run_resumes_in_the_middle_of_an_epoch_and_evaluates_without_its_teacher(teacher, monkeypatch):
+def test_run_resumes_in_the_middle_of_an_epoch_and_evaluates_without_its_teacher(teacher):
     config = replace(SMALL, teacher=teacher)
     whole = train(replace(config, out=config.out / "whole"))
-    compute, steps = type(whole).update_queue, []
-
-    def interrupt(self, *outputs):
-        compute(self, *outputs)
-        steps.append(1)
-        if len(steps) == 7:  # Of 5 an epoch.
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(whole), "update_queue", interrupt)
-        assert 1 < train(config).epoch < 2
+    assert 1 < train_until(7, type(whole), config).epoch < 2  # Of 5 steps an epoch.
     resumed = train(replace(config, resume=True))
-    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same(whole, resumed)
     Path(teacher).rename("moved")
     try:
         method, saved = load_method(config.out, "cpu")

@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from resuming import assert_same, train_until
 
 from relssl import datasets
 from relssl.checkpoint import load_method, read
@@ -21,6 +21,7 @@ from relssl.datasets.decode import read_square
 from relssl.datasets.loading import Loader, load_batches
 from relssl.evaluate import baselines, evaluate
 from relssl.methods import PRESETS
+from relssl.methods.ressl import ReSSL
 from relssl.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -69,22 +70,9 @@ def shards(tmp_path, monkeypatch):
     return f"{EXAMPLES / 'tar_shards.py'}:make"
 
 
-def interrupted(config, monkeypatch):
-    """Trains, with a signal in the middle of the second epoch, of 5 steps or a few more."""
-    from relssl.methods.ressl import ReSSL
-
-    compute, steps = ReSSL.update_queue, []
-
-    def interrupt(self, *outputs):
-        compute(self, *outputs)
-        steps.append(1)
-        if len(steps) == 8:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ReSSL, "update_queue", interrupt)
-        stopped = train(config)
-    assert 1 < stopped.epoch < 2
+def interrupted(config):
+    """Trains into the second epoch, of 5 steps or a few more."""
+    assert 1 < train_until(8, ReSSL, config).epoch < 2
 
 
 @pytest.mark.parametrize("source", ["mine", "shards", "hf"])
@@ -96,20 +84,19 @@ def test_trains_resumes_and_evaluates_from_another_folder(source, request, tmp_p
         name = request.getfixturevalue(source)
     config = replace(SMALL, data=name)
     whole = train(replace(config, out=tmp_path / "whole"))
-    interrupted(replace(config, out=tmp_path / "part"), monkeypatch)
+    interrupted(replace(config, out=tmp_path / "part"))
     (tmp_path / "elsewhere").mkdir()
     if source == "mine":
         assert read(tmp_path / "part")["config"]["data"] == f"{tmp_path / 'mine.py'}:make"
     monkeypatch.chdir("elsewhere")
     _, saved = load_method(tmp_path / "part", "cpu")
     resumed = train(replace(saved, resume=True, out=tmp_path / "part"))
-    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
+    assert_same(whole, resumed)
     assert evaluate(resumed, saved)["knn"] > 0.5
 
 
-def test_a_moved_module_resumes(mine, tmp_path, monkeypatch, capsys):
-    interrupted(replace(SMALL, data=mine), monkeypatch)
+def test_a_moved_module_resumes(mine, capsys):
+    interrupted(replace(SMALL, data=mine))
     shutil.move("mine.py", "moved.py")
     with pytest.raises(FileNotFoundError, match=r"no file .*mine\.py"):
         train(replace(SMALL, data=mine, resume=True))
@@ -130,13 +117,12 @@ class Own:
         return self.images[indices]
 
 
-def test_objects_train_resume_and_evaluate(monkeypatch):
+def test_objects_train_resume_and_evaluate():
     digits = datasets.load("digits", None, 8)
     own = datasets.Data(Own(digits.train), Own(digits.labelled), Own(digits.test), digits.classes)
     named = train(replace(SMALL, out=Path("named")))
     whole = train(replace(SMALL, data="folder", out=Path("whole")), own)
-    for (key, one), other in zip(named.state_dict().items(), whole.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
+    assert_same(named, whole)
     method, saved = load_method(Path("whole"), "cpu")
     assert saved.data == "given"
     assert evaluate(method, saved, data=own) == evaluate(method, replace(saved, data="digits"))

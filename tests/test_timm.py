@@ -1,13 +1,13 @@
 """Encoders of timm: training, resuming, multi-crop, weights to begin with, export, and errors of one line."""
 
 import json
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from resuming import assert_same, train_until
 from torch import nn
 
 import relssl
@@ -61,23 +61,12 @@ def scratch(tmp_path, monkeypatch, digits):
 
 
 @pytest.mark.parametrize("arch", [VIT, RESNET])
-def test_trains_and_resumes_in_the_middle_of_an_epoch(arch, trained, monkeypatch):
+def test_trains_and_resumes_in_the_middle_of_an_epoch(arch, trained):
     whole, _ = load_method(trained(arch), "cpu")
     config = replace(SMALL, arch=arch)
-    compute, steps = type(whole).update_queue, []
-
-    def interrupt(self, *outputs):
-        compute(self, *outputs)
-        steps.append(1)
-        if len(steps) == 5:  # Of 3 an epoch.
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(whole), "update_queue", interrupt)
-        assert 1 < train(config).epoch < 2
+    assert 1 < train_until(5, type(whole), config).epoch < 2  # Of 3 steps an epoch.
     resumed = train(replace(config, resume=True))
-    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same(whole, resumed)
     losses = [entry["loss"] for entry in json.loads(Path("out/train/metrics.json").read_text())["epochs"]]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
     assert 0 < evaluate(resumed, config)["knn"] <= 1
@@ -143,7 +132,7 @@ def test_decay_exempts_what_the_model_does():
 
 
 @pytest.mark.parametrize("largest", [1e-3, 1e3])
-def test_gradients_are_clipped(largest, monkeypatch):
+def test_gradients_are_clipped(largest):
     """With SGD and without momentum, the norm of the first step is the rate times that of the gradients."""
     config = replace(
         SMALL, arch="conv4", epochs=1, batch_size=48, crops=1, optimizer="sgd", sgd_momentum=0.0, lr=0.1,

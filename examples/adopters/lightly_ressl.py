@@ -1,7 +1,7 @@
 """ReSSL, which lightly lacks, with lightly's head, momentum encoder and schedule.
 
-    pip install relssl lightly scikit-learn
-    python examples/adopters/lightly_ressl.py
+pip install relssl lightly scikit-learn
+python examples/adopters/lightly_ressl.py
 """
 
 import copy

@@ -1,7 +1,7 @@
 """ReSSL, which stable-pretraining lacks, with its Module, momentum teacher and online probe.
 
-    pip install relssl stable-pretraining scikit-learn
-    python examples/adopters/stable_pretraining_ressl.py
+pip install relssl stable-pretraining scikit-learn
+python examples/adopters/stable_pretraining_ressl.py
 """
 
 from typing import Any
