@@ -5,7 +5,7 @@
 # make figures   draw the plots, and write the tables of README.md and docs/, from bench/results/*.json
 # make fuzz      10,000 random calls of the C++ kernels against the oracle, and 1,000 of the CUDA kernels,
 #                emulated: ten minutes
-# make adopters  run the examples with other packages, and compare their losses with relssl's: four minutes;
+# make adopters  run the examples with other packages, and compare their losses with relssl's: three minutes;
 #                RECORD=bench/results writes the table of docs/adopting.md
 # make docs      build the documentation into out/docs; any warning or dead link is an error
 # make matrix    the tests of ops and kernels with every torch from 2.9 on: downloads gigabytes, takes an hour
