@@ -31,7 +31,7 @@ RESUMABLE_OVERRIDES = {
 # ... and those that affect only the steps to come.
 RATES = {
     "lr", "weight_decay", "decay_norm_and_bias", "sgd_momentum", "momentum", "accumulate", "compile",
-    "clip_grad",
+    "clip_grad", "teacher",
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_teacher_is_frozen_and_sees_the_students_view(teacher):
     assert not any("teacher" in name for name in method.state_dict())
 
 
-def test_run_resumes_in_the_middle_of_an_epoch_and_evaluates_without_its_teacher(teacher):
+def test_run_resumes_in_the_middle_of_an_epoch_and_evaluates_without_its_teacher(teacher, capsys):
     config = replace(SMALL, teacher=teacher)
     whole = train(replace(config, out=config.out / "whole"))
     assert 1 < train_until(7, type(whole), config).epoch < 2  # Of 5 steps an epoch.
@@ -88,8 +88,11 @@ def test_run_resumes_in_the_middle_of_an_epoch_and_evaluates_without_its_teacher
         scores = evaluate(method, saved)
         assert scores["knn"] > 0.5 and scores["entropy_at_teacher_temperature"] > 0
         assert baselines(saved)["untrained encoder"]["knn"] > 0.1
+        longer = replace(config, resume=True, epochs=3, reschedule=True)
         with pytest.raises(FileNotFoundError, match=r"no file .*checkpoint\.pt"):
-            train(replace(config, resume=True, epochs=3, reschedule=True))
+            train(longer)
+        assert train(replace(longer, teacher="moved")).epoch == 3
+        assert f"teacher was {teacher}, is {Path('moved').absolute()}" in capsys.readouterr().err
     finally:
         Path("moved").rename(teacher)
 

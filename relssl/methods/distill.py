@@ -17,7 +17,7 @@ from relssl.functional import relation_loss
 from relssl.methods import ressl
 from relssl.methods.base import settings_of
 from relssl.methods.student import STRONG, ProjectedEncoder, StudentConfig, StudentMethod, agreement, embed
-from relssl.methods.teacher import Teacher
+from relssl.methods.teacher import Teacher, absolute
 
 
 @dataclass
@@ -45,7 +45,7 @@ class DistillConfig(StudentConfig):
         width = Teacher(self.teacher, self.image_size).width
         if self.dim not in (None, width):
             raise ValueError(f"teacher {self.teacher} has features of width {width}, but dim is {self.dim}")
-        return replace(self, dim=width)
+        return replace(self, dim=width, teacher=absolute(self.teacher))
 
 
 PRESETS = {name: DistillConfig(**settings_of(like, StudentConfig)) for name, like in ressl.PRESETS.items()}

@@ -10,6 +10,11 @@ from relssl.methods.initial import pretrained
 from relssl.methods.timm_models import PREFIX
 
 
+def absolute(source: str) -> str:
+    """Returns the absolute path of a checkpoint, so that a run resumes from any folder."""
+    return source if source.startswith(PREFIX) else str(Path(source).absolute())
+
+
 class Teacher(nn.Module):
     """Computes a frozen encoder's features [B, width] of images in [0, 1], [B, 3, H, W].
 
