@@ -67,7 +67,19 @@ SCORES = {"knn": "200-NN, %", "linear": "linear, %", "nmi": "NMI, %", "acc": "AC
 def config(name: str, seed: int, out: Path, budget: int, options: Sequence[str]) -> TrainConfig:
     """Returns the config of a run; options are those of `relssl train`."""
     passes, own = METHODS[name]
-    common = ["--arch", "conv4", "--batch-size", "256", "--eval-every", "0", "--device", "cpu", "--resume"]
+    common = [
+        "--arch",
+        "conv4",
+        "--image-size",
+        "32",
+        "--batch-size",
+        "256",
+        "--eval-every",
+        "0",
+        "--device",
+        "cpu",
+        "--resume",
+    ]
     own = [
         *own,
         "--epochs",

@@ -25,8 +25,8 @@ class FrozenEncoder(nn.Module):
 def test_passes_of_a_step(name, passes, tmp_path, monkeypatch):
     """A forward pass of an encoder counts once, and one with a graph three times, since it has a backward."""
     monkeypatch.setattr(distill, "Teacher", FrozenEncoder)
-    config = compare.config(name, 0, tmp_path, 144, ["--image-size", "8", "--dim", "8"])
-    assert config.epochs == 144 / passes
+    config = compare.config(name, 0, tmp_path, 144, ["--dim", "8"])
+    assert config.epochs == 144 / passes and (config.image_size, config.stem) == (32, "small")
     if name in ("cc", "sacc"):
         config = replace(config, clusters=3)
     method = config.build(torch.zeros(3), torch.ones(3)).train()
@@ -36,7 +36,7 @@ def test_passes_of_a_step(name, passes, tmp_path, monkeypatch):
     counts = []
     for encoder in encoders:
         encoder.register_forward_hook(lambda _, inputs, y: counts.append(3 if y.requires_grad else 1))
-    method(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
+    method(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
     assert sum(counts) == passes
 
 
