@@ -100,6 +100,8 @@ def run(name: str, seed: int, out: Path, budget: int, options: Sequence[str]) ->
     if name == BASELINES:
         return {"scores": baselines(settings)}
     method = train(settings)
+    if method.epoch < settings.epochs:
+        raise KeyboardInterrupt  # It has saved the step, and is continued by the next call.
     scored = method.config
     if isinstance(scored, CCConfig):  # Clusters are scored on training and test images, as the others' are.
         scored = replace(scored, test_images=True)
