@@ -40,12 +40,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
 import tables
 
-# Passes of an epoch, and options besides those of all.
-SGD = ["--warmup-epochs", "1"]
-ADAM = ["--lr", "1e-3", "--schedule", "cosine", "--normalize", "all", "--no-test-images", "--stem", "small"]
-METHODS: dict[str, tuple[int, list[str]]] = {
-    "ressl": (4, [*SGD, "--bn-splits", "1"]),
-    "moco": (4, [*SGD, "--bn-splits", "1"]),
+COMMON = "--preset arrays --arch conv4 --image-size 32 --batch-size 256 --eval-every 0 --device cpu --resume"
+SGD = "--warmup-epochs 1"
+ADAM = "--lr 1e-3 --schedule cosine --normalize all --no-test-images --stem small"
+# Passes of an epoch, and a method's own options.
+METHODS = {
+    "ressl": (4, f"{SGD} --bn-splits 1"),
+    "moco": (4, f"{SGD} --bn-splits 1"),
     "simclr": (6, SGD),
     "sacc": (9, ADAM),
     "cc": (6, ADAM),
@@ -67,31 +68,11 @@ SCORES = {"knn": "200-NN, %", "linear": "linear, %", "nmi": "NMI, %", "acc": "AC
 def config(name: str, seed: int, out: Path, budget: int, options: Sequence[str]) -> TrainConfig:
     """Returns the config of a run; options are those of `relssl train`."""
     passes, own = METHODS[name]
-    common = [
-        "--arch",
-        "conv4",
-        "--image-size",
-        "32",
-        "--batch-size",
-        "256",
-        "--eval-every",
-        "0",
-        "--device",
-        "cpu",
-        "--resume",
-    ]
-    own = [
-        *own,
-        "--epochs",
-        str(max(1, round(budget / passes))),
-        "--seed",
-        str(seed),
-        "--out",
-        str(out / f"{name}-{seed}"),
-    ]
+    run = ["--epochs", str(max(1, round(budget / passes))), "--seed", str(seed)]
+    run += ["--out", str(out / f"{name}-{seed}")]
     if name == "distill":
-        own += ["--teacher", str(out / f"ressl-{seed}")]
-    return train_config(name, ["--preset", "arrays", *common, *own, *options])
+        run += ["--teacher", str(out / f"ressl-{seed}")]
+    return train_config(name, [*COMMON.split(), *own.split(), *run, *options])
 
 
 def run(name: str, seed: int, out: Path, budget: int, options: Sequence[str]) -> dict[str, Any]:
@@ -143,13 +124,11 @@ def main() -> None:
         path.write_text(found.stdout.splitlines()[-1])
         print(name, seed, json.loads(path.read_text())["scores"], flush=True)
 
-    for names in (
-        (BASELINES, *(n for n in METHODS if n != "distill")),
-        ("distill",),
-    ):  # Its teachers come first.
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(start, *zip(*((n, s) for s in range(arguments.seeds) for n in names), strict=True)))
     seeds = range(arguments.seeds)
+    first = [BASELINES, *(name for name in METHODS if name != "distill")]
+    for names in first, ["distill"]:  # whose teachers are among the first
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda run: start(*run), [(name, seed) for seed in seeds for name in names]))
     found = {n: [json.loads((arguments.out / f"{n}-{s}.json").read_text()) for s in seeds] for n in TITLES}
     about = {name: value for name, value in machine.about("cpu").items() if name in ("device", "torch")}
     path = arguments.record or arguments.out / "methods.json"

@@ -60,7 +60,7 @@ class Run:
     def __init__(self, name: str, config: TrainConfig) -> None:
         self.name, self.config = name, config
         self.path = config.out / "result.json"
-        settings = json.loads(json.dumps(vars(config), default=str))
+        settings = config.as_json()
         published = vars(PRESETS[name]["cifar10"])
         self.result: dict[str, Any] = dict(zip(("published", "source"), PUBLISHED[name], strict=True))
         self.result |= {"method": name, "settings": settings, "pieces": [], "scores": {}}

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,11 +74,6 @@ FILE, FOLDERS, STATE = "checkpoint.pt", "checkpoints", "state.pt"
 PROGRESS = "steps_per_epoch", "epoch", "step", "sums", "history", "evaluation_due"
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings as in JSON: paths are strings."""
-    return json.loads(json.dumps(asdict(config), default=str))
-
-
 def save(out: Path, state: TrainState, *, replaced: Path | None = None) -> Path:
     """Writes checkpoint and metrics so that a complete one of each exists at any time; returns the former.
 
@@ -91,7 +86,7 @@ def save(out: Path, state: TrainState, *, replaced: Path | None = None) -> Path:
         OSError: it cannot be written.
     """
     rng_states = distributed.all_gather_object(random_state.get())
-    settings = _settings(state.method.config)
+    settings = state.method.config.as_json()
     name = next(n for n, c in methods.CONFIGS.items() if type(state.method.config) is c)
     device = next(state.method.parameters()).device.type
     parts = {key: part for key, part in state.parts().items() if key != "model"}
@@ -310,7 +305,7 @@ def _describe_changes(
     """Returns a line for each change of the resumed run; raises ValueError if one is not well defined."""
     if methods.CONFIGS[contents["method"]] is not type(config):
         raise ValueError(f"{path} is of method {contents['method']}: give --out another folder")
-    now = _settings(config)
+    now = config.as_json()
     old = contents["config"]
     changed = {k: v for k, v in old.items() if k not in RESUMABLE_OVERRIDES and now.get(k) != v}
     free = RATES | {"epochs"}

@@ -34,8 +34,10 @@ class EvalConfig:
 DEFAULTS = EvalConfig()
 
 
-def load(config: TrainConfig) -> datasets.Data:
-    """Loads the data set of a config, without downloading it."""
+def load(config: TrainConfig, data: datasets.Data | None = None) -> datasets.Data:
+    """Returns `data`, checked, or loads the data set of a config, without downloading it."""
+    if data:
+        return checked(data, "data")
     return datasets.load(config.data, config.data_root, config.image_size, classes=config.classes)
 
 
@@ -53,7 +55,7 @@ def evaluate(
     entropies of `softmax_entropies` need none.
     """
     method.eval()
-    data = checked(data, "data") if data else load(config)
+    data = load(config, data)
     with method.eager():
         scores = _score(method.features, data, config, options, method.assign)
         return scores | softmax_entropies(method, data, config.skip_list())
@@ -66,7 +68,7 @@ def baselines(
 
     Images larger than 32 x 32 are resized to that before their pixels are taken.
     """
-    data = checked(data, "data") if data else load(config)
+    data = load(config, data)
     mean, std = channel_statistics(data.train, config.skip_list())
     torch.manual_seed(config.seed)
     method = config.build_on_device(mean, std)

@@ -1,15 +1,13 @@
 """Where a run's scalars go, besides metrics.json: TensorBoard, Weights & Biases, or a CSV file."""
 
 import csv
-import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from relssl.methods.base import TrainConfig
+if TYPE_CHECKING:
+    from relssl.methods.base import TrainConfig
 
 LogName = Literal["tensorboard", "wandb", "csv"]
 Entry = dict[str, float]
@@ -18,7 +16,7 @@ Log = Callable[[Entry, int, list[Entry]], None]
 
 
 @contextmanager
-def open_logs(config: TrainConfig, step: int) -> Iterator[list[Log]]:
+def open_logs(config: "TrainConfig", step: int) -> Iterator[list[Log]]:
     """Opens the logs of config.log, which continue those of a run that is resumed at a step.
 
     Raises:
@@ -33,7 +31,7 @@ def _missing(name: str, package: str) -> ValueError:
 
 
 @contextmanager
-def _tensorboard(config: TrainConfig, step: int) -> Iterator[Log]:
+def _tensorboard(config: "TrainConfig", step: int) -> Iterator[Log]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -49,7 +47,7 @@ def _tensorboard(config: TrainConfig, step: int) -> Iterator[Log]:
 
 
 @contextmanager
-def _wandb(config: TrainConfig, step: int) -> Iterator[Log]:
+def _wandb(config: "TrainConfig", step: int) -> Iterator[Log]:
     try:
         import wandb
     except ImportError as error:
@@ -57,10 +55,9 @@ def _wandb(config: TrainConfig, step: int) -> Iterator[Log]:
     path = config.out / "wandb-id.txt"
     if not (step and path.exists()):
         path.write_text(secrets.token_hex(4))
-    settings = json.loads(json.dumps(asdict(config), default=str))
     run = wandb.init(
-        project="relssl", name=config.out.name, dir=str(config.out), config=settings, id=path.read_text(),
-        resume="allow",
+        project="relssl", name=config.out.name, dir=str(config.out), config=config.as_json(),
+        id=path.read_text(), resume="allow",
     )  # fmt: skip
     run.define_metric("*", step_metric="step")
     with run:
@@ -68,22 +65,20 @@ def _wandb(config: TrainConfig, step: int) -> Iterator[Log]:
 
 
 @contextmanager
-def _csv(config: TrainConfig, step: int) -> Iterator[Log]:
-    """Writes all epochs each time, since an epoch's scores, which come later, may be new columns."""
+def _csv(config: "TrainConfig", step: int) -> Iterator[Log]:
+    """Has a row for each epoch, and a column for each scalar that any epoch has.
+
+    All rows are written each time, since an epoch's scores, which come later, may be new columns.
+    """
 
     def log(entry: Entry, step: int, history: list[Entry]) -> None:
-        write_csv(config.out / "metrics.csv", history)
+        columns = dict.fromkeys(name for epoch in history for name in epoch)
+        with (config.out / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns))
+            writer.writeheader()
+            writer.writerows(history)
 
     yield log
-
-
-def write_csv(path: Path, history: Sequence[Entry]) -> None:
-    """Writes a row for each epoch, and a column for each scalar that any epoch has."""
-    columns = dict.fromkeys(name for entry in history for name in entry)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(history)
 
 
 LOGS = {"tensorboard": _tensorboard, "wandb": _wandb, "csv": _csv}

@@ -1,8 +1,9 @@
 """The interface between training loop and methods: a config that builds a module that computes a loss."""
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from relssl.datasets.images import Views
 from relssl.datasets.on_device import DataDevice
 from relssl.datasets.sources import check_name
 from relssl.distributed import local_rank
-from relssl.methods import backbones
+from relssl.logs import LogName
+from relssl.methods import backbones, initial
 from relssl.methods.backbones import Stem
 from relssl.queue import FeatureQueue
 
@@ -66,7 +68,7 @@ class TrainConfig:
     """Side of the encoder's square input images, in pixels. [data set]"""
     out: Path = Path("out/train")
     """Folder for checkpoints, metrics.json and the logs."""
-    log: tuple[Literal["tensorboard", "wandb", "csv"], ...] = ("tensorboard",)
+    log: tuple[LogName, ...] = ("tensorboard",)
     """Where losses and scores go besides metrics.json: TensorBoard's events, Weights & Biases, metrics.csv.
     Several may be given. [relssl]"""
     resume: bool = False
@@ -144,6 +146,10 @@ class TrainConfig:
         for name in ("exclude_own", "shard_queue"):
             if getattr(self, name) and not self.queue_size:
                 raise ValueError(f"{name} needs a queue, got queue_size 0")
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the settings as JSON has them: paths are strings, tuples are lists."""
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -311,9 +317,7 @@ class Method(nn.Module):
 
     def load_backbone(self, state: dict[str, Tensor], source: str) -> None:
         """Loads an encoder's weights before training; raises ValueError if they do not fit."""
-        from relssl.methods.initial import load
-
-        load(self.backbone, state, source)
+        initial.load(self.backbone, state, source)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Converts uint8 images to the encoder's input in evaluation: float, of the configured size."""

@@ -1,13 +1,15 @@
 """The weights that an encoder starts with, of a file or pretrained by timm."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from relssl.methods import timm_models
-from relssl.methods.base import TrainConfig
+
+if TYPE_CHECKING:
+    from relssl.methods.base import TrainConfig
 
 # The first part of the names of a classifier's weights, which an encoder does not have.
 CLASSIFIERS = {"fc", "head", "head_dist", "classifier"}
@@ -20,7 +22,7 @@ class Initial(NamedTuple):
     statistics: tuple[Tensor, Tensor] | None
 
 
-def initial(config: TrainConfig) -> Initial:
+def initial(config: "TrainConfig") -> Initial:
     """Returns what config.init refers to. It may draw from the global generator.
 
     Raises:
