@@ -24,7 +24,7 @@ class EvalConfig:
     """Settings of an evaluation. In brackets: where a default comes from."""
 
     k: int = 200
-    """Neighbours that vote. [ReSSL, small data sets]"""
+    """Neighbours that vote; take fewer than a class has training images. [ReSSL, small data sets]"""
     temperature: float = 0.1
     """Temperature of the votes. [ReSSL, small data sets]"""
     epochs: int = 100

@@ -95,14 +95,14 @@ class TrainConfig:
     sgd_momentum: float = 0.9
     """Momentum of SGD. [ReSSL]"""
     weight_decay: float = 5e-4
-    """L2 penalty; of adamw, decoupled. [ReSSL: 5e-4 on small data sets, 1e-4 on ImageNet; SACC: 0]"""
+    """L2 penalty; decoupled with adamw. [ReSSL: 5e-4 on small data sets, 1e-4 on ImageNet; SACC: 0]"""
     decay_norm_and_bias: bool = True
     """Whether weight decay applies to biases and normalisation layers, too; never to what a model of timm
     exempts. [ReSSL: not on ImageNet]"""
     clip_grad: float = 0.0
-    """Largest norm of the gradients of a step, which are scaled down to it; 0 for any. [relssl]"""
+    """Largest norm of the gradients of a step, which are scaled down to it; 0 for no limit. [relssl]"""
     queue_size: int = 4096
-    """Past embeddings K. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet; SACC: 0]"""
+    """Size K of the queue of past embeddings. [ReSSL: 4096 CIFAR, 16384 STL-10, 131072 ImageNet; SACC: 0]"""
     queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the queue; losses are computed in it if it has 16 bits. [relssl]"""
     shard_queue: bool = False

@@ -23,7 +23,8 @@ class MomentumConfig(StudentConfig):
     """Momentum m of the teacher's moving average. [ReSSL: 0.99 CIFAR, 0.996 STL-10, 0.999 ImageNet; MoCo:
     0.999 ImageNet]"""
     bn_splits: int = 8
-    """Parts of a batch with separate BatchNorm statistics, on one GPU. [ReSSL: 8 on small data sets]"""
+    """Parts of a batch with separate BatchNorm statistics, on one GPU; timm's models need 1, except
+    ResNets. [ReSSL: 8 on small data sets]"""
 
 
 class MomentumMethod(StudentMethod):
