@@ -360,8 +360,6 @@ def load_method(path: Path, device: str) -> tuple[Method, TrainConfig]:
     path = locate(path)
     contents = read(path)
     settings: dict[str, Any] = contents["config"] | {"device": device}
-    for name in ("out", "data_root"):
-        settings[name] = settings[name] and Path(settings[name])
     settings["log"] = tuple(settings.get("log", ("tensorboard",)))
     try:
         config = methods.CONFIGS[contents["method"]](**settings)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if TYPE_CHECKING:
     from relssl.methods.base import TrainConfig
 
+from relssl.version import __version__
+
 PLOTS = ("features", "neighbours", "curves")
 USAGE = """usage: relssl COMMAND ...
 
@@ -19,7 +21,9 @@ commands:
   evaluate CHECKPOINT    compute nearest-neighbour, linear and clustering scores of an encoder; --plots
   export CHECKPOINT OUT  write the encoder as a state_dict for torchvision's or timm's model
   tune                   verify and time every kernel on this machine, and keep the fastest for "auto"
-  info                   print versions and backends, and which backends would be chosen"""
+  info                   print versions and backends, and which backends would be chosen
+
+options: --help, --version"""
 
 
 def main() -> None:
@@ -28,6 +32,8 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
+    elif command == "--version":
+        print(f"relssl {__version__}")
     elif command == "info":
         from relssl.info import report
 
@@ -89,10 +95,14 @@ def _train(arguments: list[str]) -> None:
     from relssl.evaluate import evaluate
     from relssl.train import train
 
-    name, *arguments = arguments or [""]
+    name, *arguments = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: relssl train {{{','.join(methods.PRESETS)}}} ...\n")
+        print("relssl train ressl --help shows every setting, its default and source; so for each method.")
+        return
     if name not in methods.PRESETS:
-        print(f"usage: relssl train {{{','.join(methods.PRESETS)}}} ...", file=sys.stderr)
-        sys.exit(0 if name in ("-h", "--help") else 2)
+        print(f"relssl train: no method {name!r}, only {', '.join(methods.PRESETS)}", file=sys.stderr)
+        sys.exit(2)
     config = train_config(name, arguments)
     method = train(config)
     if distributed.is_main_process() and method.epoch == config.epochs:
@@ -197,12 +207,12 @@ def _export(arguments: list[str]) -> None:
         else:
             torch.save(state, file)
     size = sum(t.numel() for t in state.values())
-    print(f"{options.out}: {config.arch}, stem {config.stem}, {len(state)} tensors, {size:,} numbers")
+    print(f"{options.out}: {config.arch}, {len(state)} tensors, {size:,} numbers")
     library = "relssl.methods.backbones" if options.library == "relssl" else options.library
     module, function = ("safetensors.torch", "load_file") if use_safetensors else ("torch", "load")
-    print(f"import {module}, {library}; from torch import nn")
-    sizes = config.image_size, config.patch_size
-    print(model_code(config.arch, config.stem, options.library, *sizes))
+    code = model_code(config.arch, config.stem, options.library, config.image_size, config.patch_size)
+    print(f"import {module}, {library}" + "; from torch import nn" * ("nn." in code))
+    print(code)
     print(f"net.load_state_dict({module}.{function}({str(options.out)!r}), strict=True)")
 
 

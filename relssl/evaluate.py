@@ -13,6 +13,7 @@ from relssl import datasets
 from relssl.datasets.loading import channel_statistics, load_batches, skipped_message
 from relssl.datasets.python import checked
 from relssl.methods.base import Method, TrainConfig
+from relssl.methods.initial import untrained
 from relssl.scores import Features, clustering_scores, entropy, knn_accuracy, linear_accuracy
 
 Encoder = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] to features [B, D]
@@ -64,15 +65,13 @@ def evaluate(
 def baselines(
     config: TrainConfig, options: EvalConfig = DEFAULTS, data: datasets.Data | None = None
 ) -> dict[str, dict[str, float]]:
-    """Scores the untrained encoder, and raw pixels less their mean, with clusters by k-means.
+    """Scores the encoder before training, and raw pixels less their mean, with clusters by k-means.
 
     Images larger than 32 x 32 are resized to that before their pixels are taken.
     """
     data = load(config, data)
-    mean, std = channel_statistics(data.train, config.skip_list())
-    torch.manual_seed(config.seed)
-    method = config.build_on_device(mean, std)
-    method.eval()
+    mean, _ = channel_statistics(data.train, config.skip_list())
+    method = untrained(config, data.train).eval()
 
     def pixels(images: Tensor) -> Tensor:
         return (_shrink(images) - mean.view(3, 1, 1)).flatten(1)
@@ -137,7 +136,10 @@ def _labelled_features(
     """
     missing = [n for n, images in (("training", data.labelled), ("test", data.test)) if images is None]
     if missing:
-        where = "a folder has them as train/CLASS/... and val/CLASS/..., arrays as train_y and test_y"
+        where = (
+            "a folder has them as train/CLASS/... and val/CLASS/..., arrays as train_y and test_y, a function"
+            " returns them as labelled and test"
+        )
         lost = "knn, linear, nmi, acc or ari"
         if len(missing) == 1:
             lost = "knn or linear; clusters are scored on the other images alone"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from relssl import datasets, distributed, tuned
 from relssl.checkpoint import TrainState, describe_position, newest, previous_path, read, restore, save
-from relssl.datasets.loading import Batch, Loader, channel_statistics, default_workers, skipped_message
+from relssl.datasets.loading import Batch, Loader, default_workers, skipped_message
 from relssl.datasets.on_device import DeviceLoader, OnDevice, move_to_device
 from relssl.datasets.python import GIVEN, absolute, checked
 from relssl.evaluate import evaluate_during_training
@@ -31,7 +31,7 @@ from relssl.gradients import Encoder, Gradients
 from relssl.interruption import Stop, interruption
 from relssl.logs import Log, open_logs
 from relssl.methods.base import Method, TrainConfig
-from relssl.methods.initial import initial
+from relssl.methods.initial import untrained
 from relssl.sums import Sums
 
 READ_EVERY = 10  # Steps after which losses are read, which synchronises device and processes.
@@ -109,13 +109,19 @@ class _Trainer:
                 " earlier embeddings of the images that it is compared with; --exclude-own excludes them",
                 stacklevel=3,
             )
+        if 0 < config.epochs < config.warmup_epochs and distributed.rank() == 0:
+            warnings.warn(
+                f"the warm-up of {config.warmup_epochs} epochs does not end in a run of {config.epochs}:"
+                " set --warmup-epochs",
+                stacklevel=3,
+            )
         self.skipped = config.skip_list()
-        start = initial(config) if config.init and not self.path else None
-        statistics = (start and start.statistics) or channel_statistics(self.data.train, self.skipped)
-        torch.manual_seed(config.seed)
-        method = config.build_on_device(*statistics)
-        if start:
-            method.load_backbone(start.state, config.init)
+        placeholder = torch.ones(3)  # The statistics are buffers, which a checkpoint has.
+        method = (
+            config.build_on_device(placeholder, placeholder)
+            if self.path
+            else untrained(config, self.data.train, self.skipped)
+        )
         torch.manual_seed(config.seed + distributed.rank())  # The same weights, but other augmentations.
         self.optimizer = build_optimizer(method, config)
         auto = "bf16" if device.type == "cuda" else "fp32"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import relssl
 from relssl import datasets
 from relssl.checkpoint import read
 from relssl.datasets.loading import channel_statistics
@@ -162,7 +163,8 @@ def test_an_unreadable_image_is_named_before_training(command, folder, damage):
 
 def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
     """In a large data set it is found during training, of which nothing is lost."""
-    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: (torch.zeros(3), torch.ones(3)))
+    statistics = torch.zeros(3), torch.ones(3)
+    monkeypatch.setattr("relssl.methods.initial.channel_statistics", lambda *_: statistics)
     assert train_on(command, folder, "--eval-every", 0).returncode == 0
     path = folder / "train/dog/13.png"
     path.write_bytes(b"no image")
@@ -268,7 +270,7 @@ def test_help_shows_defaults_of_the_preset_and_their_sources(command):
     ("arguments", "status", "message"),
     [
         (["fly"], 2, "usage: relssl COMMAND"),
-        (["train", "magic"], 2, "usage: relssl train {ressl,sacc,distill,moco,simclr,cc}"),
+        (["train", "magic"], 2, "no method 'magic', only ressl, sacc, distill, moco, simclr, cc"),
         (["train", "ressl", "--data", "cifar10"], 1, "relssl train: data 'cifar10' needs a data root"),
         (["evaluate", "nowhere.pt"], 1, "relssl evaluate: no file nowhere.pt"),
         (["train", "sacc", "--data", "digits", "--device", "abacus"], 1, "relssl train: no device 'abacus'"),
@@ -278,6 +280,20 @@ def test_help_shows_defaults_of_the_preset_and_their_sources(command):
 def test_bad_usage(command, arguments, status, message):
     run = command(*arguments)
     assert run.returncode == status and message in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ([], "usage: relssl COMMAND"),
+        (["--version"], f"relssl {relssl.__version__}\n"),
+        (["train"], "usage: relssl train {ressl,sacc,distill,moco,simclr,cc}"),
+        (["train", "--help"], "relssl train ressl --help shows every setting"),
+    ],
+)
+def test_what_is_asked_for_is_printed_to_stdout(command, arguments, printed):
+    run = command(*arguments)
+    assert (run.returncode, run.stderr) == (0, "") and printed in run.stdout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 import relssl
 from relssl import datasets
 from relssl.checkpoint import load_method
-from relssl.evaluate import evaluate
+from relssl.evaluate import baselines, evaluate
 from relssl.methods import PRESETS, backbones, timm_models
 from relssl.methods.batch_norm import SplitBatchNorm2d
 from relssl.methods.export import encoder_state, model_code
@@ -92,6 +92,18 @@ def test_exported_weights_load_in_timm_and_give_the_same_features(arch, stem, tr
             torch.testing.assert_close(net.eval()(images), backbone(images))
     with pytest.raises(ValueError, match="is a model of timm: --for timm writes it"):
         encoder_state(backbone, arch, "torchvision")
+
+
+@pytest.mark.parametrize(("arch", "uses_nn"), [(VIT, False), (RESNET, True)])
+def test_printed_code_loads_what_is_exported(arch, uses_nn, command, trained):
+    run = command("export", trained(arch), "encoder.pt", "--for", "timm")
+    written, *code = run.stdout.splitlines()
+    assert written.startswith(f"encoder.pt: {arch}, ") and ("nn" in code[0]) == uses_nn
+    names = {}
+    exec("\n".join(code), names)
+    state = torch.load("encoder.pt")
+    assert f"{len(state)} tensors, {sum(t.numel() for t in state.values()):,} numbers" in written
+    assert names["net"].state_dict().keys() == state.keys()
 
 
 def test_width_is_the_models_own():
@@ -196,6 +208,10 @@ def test_pretrained_weights_bring_their_statistics(monkeypatch):
     images = torch.full((1, 3, 2, 2), 0.5)
     expected = (0.5 - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.4, 0.5, 0.6])
     torch.testing.assert_close(method.normalize(images)[0, :, 0, 0], expected)
+    noise = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    monkeypatch.setattr("relssl.evaluate._score", lambda encode, *_: {"features": encode(noise)})
+    untrained = baselines(method.config)["untrained encoder"]["features"]
+    torch.testing.assert_close(untrained, method.features(noise))
 
 
 def test_pretrained_models_are_teachers(monkeypatch):
@@ -209,6 +225,13 @@ def test_pretrained_models_are_teachers(monkeypatch):
     assert method.queue.rows.shape == (32, 192)
     with pytest.raises(ValueError, match="features of width 192, but dim is 512"):
         train(replace(config, teacher=VIT, dim=512, out=Path("other")))
+
+
+@pytest.mark.parametrize("settings", [{"arch": "timm/nothing"}, {"arch": VIT, "image_size": 8}])
+def test_encoders_are_checked_before_data_are_read(settings, monkeypatch):
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("data are read"))
+    with pytest.raises(ValueError, match=settings["arch"].removeprefix("timm/")):
+        train(replace(SMALL, **settings))
 
 
 @pytest.mark.parametrize(

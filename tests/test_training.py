@@ -274,7 +274,7 @@ def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
 
 @ENDING
 def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, number):
-    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("relssl.methods.initial.channel_statistics", lambda *_: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stop:
         train(FEW)
     assert stop.value.code == 143 and not FEW.out.exists()
@@ -677,6 +677,14 @@ def test_backends_agree_along_a_whole_run(monkeypatch, epochs):
     assert len(reference) == 11 * epochs and min(reference) > 0.01  # nothing collapsed
     for found in losses.values():
         torch.testing.assert_close(torch.tensor(found), reference, rtol=1e-4, atol=0)
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of():
+    """Paths may be strings."""
+    config = replace(TINY, epochs=1, warmup_epochs=2, out="elsewhere")
+    with pytest.warns(UserWarning, match="the warm-up of 2 epochs does not end in a run of 1: set --warmup"):
+        train(config)
+    assert (config.out / "checkpoint.pt").exists() and config.out.name == "elsewhere"
 
 
 def test_load_method_restores_features():

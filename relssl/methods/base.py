@@ -134,18 +134,23 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, batches and augmentations. [relssl]"""
 
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
+        self.data_root = None if self.data_root is None else Path(self.data_root)
+
     def validate(self) -> None:
-        """Raises ValueError if a number is out of its range, or an option has no effect."""
+        """Raises ValueError for a number out of its range, an option without effect, or no such encoder."""
         for name, (smallest, largest) in RANGES.items():
             value = getattr(self, name, smallest)
             if value is not None and not smallest <= value <= largest:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
-        backbones.check(self.arch)
         check_name(self.data)
         for name in ("exclude_own", "shard_queue"):
             if getattr(self, name) and not self.queue_size:
                 raise ValueError(f"{name} needs a queue, got queue_size 0")
+        with torch.device("meta"):  # where building takes no time
+            self.build_backbone()
 
     def as_json(self) -> dict[str, Any]:
         """Returns the settings as JSON has them: paths are strings, tuples are lists."""
@@ -156,8 +161,9 @@ class TrainConfig:
         """The sides of the images that the encoder gets, the largest one first."""
         return (self.image_size,)
 
-    def build_backbone(self, bn_splits: int = 1) -> tuple[nn.Module, int]:
+    def build_backbone(self) -> tuple[nn.Module, int]:
         """Builds the encoder; returns it and the width of its features. Errors: `backbones.build`."""
+        bn_splits = getattr(self, "bn_splits", 1)
         return backbones.build(self.arch, self.stem, bn_splits, self.sides, self.patch_size)
 
     def build_queue(self, dim: int) -> FeatureQueue:

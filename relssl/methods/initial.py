@@ -6,13 +6,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from relssl.datasets import Images
+from relssl.datasets.loading import channel_statistics
 from relssl.methods import timm_models
 
 if TYPE_CHECKING:
-    from relssl.methods.base import TrainConfig
+    from relssl.methods.base import Method, TrainConfig
 
 # The first part of the names of a classifier's weights, which an encoder does not have.
 CLASSIFIERS = {"fc", "head", "head_dist", "classifier"}
+
+
+def untrained(config: "TrainConfig", images: Images, skipped: list[str] | None = None) -> "Method":
+    """Builds a method as training begins with it, on the device: config.init, config.seed.
+
+    It normalises with the statistics of the images, or of those that the encoder was pretrained on.
+
+    skipped: see `load_batches`. Errors: those of `initial`, and ValueError for weights that do not fit.
+    """
+    start = initial(config) if config.init else None
+    statistics = (start and start.statistics) or channel_statistics(images, skipped)
+    torch.manual_seed(config.seed)
+    method = config.build_on_device(*statistics)
+    if start:
+        method.load_backbone(start.state, config.init)
+    return method
 
 
 class Initial(NamedTuple):

@@ -38,7 +38,7 @@ class MomentumMethod(StudentMethod):
     config: MomentumConfig
 
     def __init__(self, config: MomentumConfig, mean: Tensor, std: Tensor) -> None:
-        backbone, width = config.build_backbone(config.bn_splits)
+        backbone, width = config.build_backbone()
         projector = nn.Sequential(
             nn.Linear(width, config.hidden),
             nn.ReLU(inplace=True),
