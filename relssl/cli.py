@@ -78,9 +78,12 @@ def train_config(name: str, arguments: list[str]) -> "TrainConfig":
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", choices=presets)
     early.add_argument("--data")
+    early.add_argument("--loggers", nargs="+")  # torchrun takes --log for its own --log-dir.
     known, arguments = early.parse_known_args(arguments)
     if known.data:
         arguments += ["--data", known.data]
+    if known.loggers:
+        arguments += ["--log", *known.loggers]
     preset = presets.get(known.preset or known.data, next(iter(presets.values())))
     return tyro.cli(
         type(preset),

@@ -151,7 +151,12 @@ def _labelled_features(
         if images is None:
             return None
         subset = datasets.Subset(images, datasets.evenly_spaced(len(images), limit))
-        return extract_features(encode, subset, skipped=skipped)
+        features, labels = extract_features(encode, subset, skipped=skipped)
+        wrong = labels[(labels < 0) | (labels >= len(data.classes))]
+        if len(wrong):
+            expected = f"from 0 to {len(data.classes) - 1}"
+            raise ValueError(f"labels of labelled and test images must be {expected}, got {int(wrong[0])}")
+        return features, labels
 
     train, test = extract(data.labelled), extract(data.test)
     if skipped:

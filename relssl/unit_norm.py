@@ -21,8 +21,8 @@ def normalized(x: Tensor) -> Tensor:
 def warn_unless_unit(temperature: Temperature, **tensors: Tensor | None) -> None:
     """Warns once in a process if the rows of a tensor have other norms than about 1, and tau is below 1.
 
-    The first rows of each are read, if their values are free to read. To be called only while there are
-    `calls_left`, outside of torch.compile.
+    The first rows of each are read, if their values are free to read; rows of zeros, such as a queue can
+    start with, do not count. To be called only while there are `calls_left`, outside of torch.compile.
     """
     global calls_left
     values = [t for t in (*tensors.values(), temperature) if isinstance(t, Tensor)]
@@ -34,7 +34,8 @@ def warn_unless_unit(temperature: Temperature, **tensors: Tensor | None) -> None
     for name, t in tensors.items():
         if t is None:
             continue
-        norm = float(t.detach().reshape(-1, t.shape[-1])[:CHECKED_ROWS].float().norm(dim=1).mean())
+        norms = t.detach().reshape(-1, t.shape[-1])[:CHECKED_ROWS].float().norm(dim=1)
+        norm = float(norms[norms != 0].mean()) if norms.any() else 1.0
         if not 0.5 < norm < 2:
             calls_left = 0
             tau = f"{float(temperature):.3g}"

@@ -175,6 +175,7 @@ def test_torchrun(tmp_path):
     The launcher forwards to its processes the signal that they have received already.
     """
     settings = "train sacc --data digits --queue-size 64 --epochs 1 --eval-every 0 --out run --resume"
+    settings += " --loggers csv"
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m relssl"
     launcher = [sys.executable, *launch.split()]
     how = {"cwd": tmp_path, "text": True}
@@ -198,6 +199,7 @@ def test_torchrun(tmp_path):
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 1 and json.loads(run.stdout)["trained encoder"]["knn"] > 0.8
     assert len(json.loads((tmp_path / "run/metrics.json").read_text())["epochs"]) == 1
+    assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 2
     state = read(tmp_path / "run")
     first, second = (r["cpu"] for r in state["rng_states"])
     assert not torch.equal(first, second)  # The processes augment differently.

@@ -252,6 +252,45 @@ def test_bad_images_are_lines(images, labels, classes, message):
         train(SMALL, datasets.Data(torch.zeros(2, 3, 4, 4), None, None, []))
 
 
+def test_labels_are_checked_where_they_are_used():
+    """The first at once, with the names of the classes, and all of them in evaluation."""
+    x = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    images = datasets.Arrays(x, torch.arange(64) % 2)
+    with pytest.raises(ValueError, match="data: classes must name the labels of labelled, got none"):
+        train(SMALL, datasets.Data(images, images, None, []))
+    for label in -1, 2:
+        images.labels[7] = label
+        data = datasets.Data(images, images, images, ["a", "b"])
+        config = replace(SMALL, batch_size=32, queue_size=32, epochs=1, eval_every=0, out=Path(f"of{label}"))
+        method = train(config, data)
+        with pytest.raises(ValueError, match=f"labels of labelled and test .* from 0 to 1, got {label}"):
+            evaluate(method, config, data=data)
+
+
+def test_numbers_of_images_and_labels_are_those_of_indices():
+    x = torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="there are 64 images, but 2 labels"):
+        datasets.Arrays(x, torch.zeros(2).long())
+
+    class One(Own):
+        def __getitem__(self, indices):
+            return self.images[indices[:1]], torch.zeros(len(indices), dtype=torch.int64)
+
+    with pytest.raises(ValueError, match="returned 1 images or labels for 64 indices"):
+        train(replace(SMALL, batch_size=32, queue_size=32), datasets.Data(One(x), None, None, []))
+
+
+def test_first_image_that_cannot_be_read_is_skipped():
+    """Or an error where it is used."""
+    picture("path")
+    Path("bad.png").write_text("text")
+    items = datasets.Items(["bad.png", *["image.png"] * 8], None, 8, str)
+    config = replace(SMALL, batch_size=4, queue_size=8, epochs=1, eval_every=0, workers=0)
+    with pytest.raises(ValueError, match=r"cannot read bad\.png: "):
+        train(config, datasets.Data(items, None, None, []))
+    train(replace(config, skip_unreadable=True), datasets.Data(items, None, None, []))
+
+
 def test_command(mine):
     """The options and errors of the commands, in one process each."""
     run = [sys.executable, "-m", "relssl"]

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,7 @@ def pretrain(monkeypatch):
         return net
 
     monkeypatch.setattr(timm, "create_model", created)
+    return partial(created, num_classes=0, pretrained=True)
 
 
 def test_pretrained_weights_bring_their_statistics(monkeypatch):
@@ -212,10 +214,12 @@ def test_pretrained_weights_bring_their_statistics(monkeypatch):
     monkeypatch.setattr("relssl.evaluate._score", lambda encode, *_: {"features": encode(noise)})
     untrained = baselines(method.config)["untrained encoder"]["features"]
     torch.testing.assert_close(untrained, method.features(noise))
+    with pytest.raises(ValueError, match=r"pretrained weights .* they need --normalize all"):
+        train(replace(PRESETS["cc"]["digits"], normalize="none", arch=VIT, init="pretrained", out=Path("cc")))
 
 
 def test_pretrained_models_are_teachers(monkeypatch):
-    pretrain(monkeypatch)
+    created = pretrain(monkeypatch)
     before = torch.get_rng_state()
     teacher = Teacher(VIT, 32)
     assert torch.equal(before, torch.get_rng_state())
@@ -225,6 +229,9 @@ def test_pretrained_models_are_teachers(monkeypatch):
     assert method.queue.rows.shape == (32, 192)
     with pytest.raises(ValueError, match="features of width 192, but dim is 512"):
         train(replace(config, teacher=VIT, dim=512, out=Path("other")))
+    monkeypatch.setattr(timm_models, "create", lambda *_, **__: created("gmlp_ti16_224", img_size=32))
+    with pytest.raises(ValueError, match=r"teacher timm/vit.* takes no images of 64 pixels: Input height"):
+        Teacher(VIT, 64)
 
 
 @pytest.mark.parametrize("settings", [{"arch": "timm/nothing"}, {"arch": VIT, "image_size": 8}])
@@ -239,7 +246,8 @@ def test_encoders_are_checked_before_data_are_read(settings, monkeypatch):
     [
         ({"arch": "timm/vit_tinny_patch16"}, "timm has no model 'vit_tinny_patch16'; similar: vit_tiny"),
         ({"arch": VIT, "image_size": 8}, "has patches of 16 pixels, images of 8: set --patch-size"),
-        ({"arch": VIT, "bn_splits": 8}, "in 8 parts needs a ResNet, timm/vit.* is none: --bn-splits 1"),
+        ({"arch": VIT, "bn_splits": 8}, "8 parts needs a ResNet with BatchNorm, which timm/vit.* is not: "),
+        ({"arch": "timm/resnet50_gn", "bn_splits": 8}, "which timm/resnet50_gn is not: --bn-splits 1"),
         ({"arch": "timm/convnext_atto"}, "timm/convnext_atto takes no images of 27 pixels: Calculated"),
         ({"arch": RESNET, "patch_size": 4}, "timm/resnet18 takes no patch size"),
         ({"arch": "conv4", "patch_size": 4}, "patch_size is for vision transformers of timm, not for conv4"),

@@ -89,10 +89,10 @@ def test_keys_and_queues_are_checked_too(first_call):
 
 
 @pytest.mark.parametrize(
-    "case", ["unit", "temperature", "temperature tensor", "normalize", "later", "compiled"]
+    "case", ["unit", "temperature", "temperature tensor", "normalize", "later", "compiled", "zeros", "empty"]
 )
 def test_no_warning(case, first_call):
-    """Rows of norm 1, even in bfloat16, temperatures of 1, normalize=True, later calls, compiled code."""
+    """Rows of norm 1, even in bfloat16, or 0, temperatures of 1, normalize=True, later or compiled calls."""
     x, y = raw_rows()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "rows of")
@@ -106,8 +106,13 @@ def test_no_warning(case, first_call):
         elif case == "later":
             for rows in (unit(B, D), unit(B, D), unit(B, D), x):
                 relssl.info_nce(rows, rows, QUEUE)
-        else:
+        elif case == "compiled":
             torch.compile(LOSSES["info_nce"], fullgraph=True)(x, y)
+        else:
+            queue = relssl.FeatureQueue(K, D, start=case)
+            for _ in range(2):
+                relssl.info_nce(unit(B, D), unit(B, D), queue)
+                queue.enqueue(unit(B, D))
 
 
 @pytest.mark.parametrize("loss", ["relation", "info_nce", "nt_xent"])

@@ -41,9 +41,11 @@ class Images:
 
 
 class Arrays(Images):
-    """Images in memory, uint8 [N, 3, H, W], and their labels, int64 [N]."""
+    """Images in memory, uint8 [N, 3, H, W], and their labels, int64 [N]; else ValueError."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"there are {len(images)} images, but {len(labels)} labels")
         self.images, self.labels = images, labels
 
     def __len__(self) -> int:

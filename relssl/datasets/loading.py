@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from relssl.datasets.crops import Crop
-from relssl.datasets.images import Images, Unreadable, evenly_spaced
+from relssl.datasets.images import Images, Unreadable, Views, evenly_spaced
 
 T = TypeVar("T")
 
@@ -139,11 +139,17 @@ class _Reader:
 
     def _read(self, indices: list[int], drawn_for: list[int], epoch: int) -> Batch:
         """Reads images, with the draws of the images `drawn_for`."""
-        shown = torch.tensor(indices) + self.first
+        images: Views
         if self.crops is None:
-            return Batch(*self.images[indices], shown)
-        keys = [f"{self.seed} {epoch} {self.first + index}" for index in drawn_for]
-        return Batch(*self.images.crop(indices, self.crops, keys), shown)
+            images, labels = self.images[indices]
+        else:
+            keys = [f"{self.seed} {epoch} {self.first + index}" for index in drawn_for]
+            images, labels = self.images.crop(indices, self.crops, keys)
+        for read in (*images, labels) if isinstance(images, tuple) else (images, labels):
+            if len(read) != len(indices):
+                found = f"{len(read)} images or labels for {len(indices)} indices"
+                raise ValueError(f"a set of images returned {found}")
+        return Batch(images, labels, torch.tensor(indices) + self.first)
 
     def _one_by_one(self, indices: list[int], epoch: int) -> tuple[Batch, list[str]] | Unreadable:
         items, paths = [], []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relssl.datasets.crops import Crop
 from relssl.datasets.data import Data
-from relssl.datasets.images import Images, Views
+from relssl.datasets.images import Images, Unreadable, Views
 
 GIVEN = "given"  # The name of data that were passed to train(config, data=...).
 
@@ -82,6 +82,8 @@ def checked(data: Any, source: str) -> Data:
             if id(images) not in adapted:
                 adapted[id(images)] = images if isinstance(images, Images) else _Adapted(images)
                 _check(adapted[id(images)], f"{source}: {name}", len(data.classes))
+            if name in ("labelled", "test") and not data.classes:
+                raise ValueError(f"{source}: classes must name the labels of {name}, got none")
             sets[name] = adapted[id(images)]
     return replace(data, **sets)
 
@@ -89,7 +91,10 @@ def checked(data: Any, source: str) -> Data:
 def _check(images: Images, name: str, classes: int) -> None:
     if not len(images):
         raise ValueError(f"{name} has no images")
-    found = images[[0]]
+    try:
+        found = images[[0]]
+    except Unreadable:  # An error, or skipped, where it is used.
+        return
     expected = f"{name}[[0]] must be images uint8 [1, 3, H, W] and labels int64 [1]"
     if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(t, Tensor) for t in found):
         raise ValueError(f"{expected}, both tensors, got {type(found).__name__}")

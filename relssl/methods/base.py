@@ -149,6 +149,8 @@ class TrainConfig:
         for name in ("exclude_own", "shard_queue"):
             if getattr(self, name) and not self.queue_size:
                 raise ValueError(f"{name} needs a queue, got queue_size 0")
+        if self.init == "pretrained" and getattr(self, "normalize", "all") != "all":
+            raise ValueError("pretrained weights are of normalised images: they need --normalize all")
         with torch.device("meta"):  # where building takes no time
             self.build_backbone()
 

@@ -25,6 +25,11 @@ class StudentConfig(TrainConfig):
     flip: bool = True
     """Horizontal flips in all views. [ReSSL, MoCo, CompRess; not for digits]"""
 
+    def validate(self) -> None:
+        super().validate()
+        if not self.queue_size:
+            raise ValueError("queue_size must be at least 1 with a teacher, got 0")
+
 
 class StudentMethod(Method):
     """A student, and a queue of the teacher's embeddings, which `encode` returns first.

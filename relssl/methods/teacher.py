@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from relssl.augment import Normalize
 from relssl.methods.initial import pretrained
-from relssl.methods.timm_models import PREFIX
+from relssl.methods.timm_models import PREFIX, first_line
 
 
 def absolute(source: str) -> str:
@@ -34,7 +34,11 @@ class Teacher(nn.Module):
         with torch.random.fork_rng(devices=[]):  # The random weights before the loaded ones draw nothing.
             self.normalize, self.backbone = self._load(source, size)
         self.eval().requires_grad_(False)
-        self.width = self(torch.zeros(1, 3, size, size)).shape[1]
+        try:
+            self.width = self(torch.zeros(1, 3, size, size)).shape[1]
+        except Exception as error:  # Each model raises its own.
+            line = first_line(error)
+            raise ValueError(f"teacher {source} takes no images of {size} pixels: {line}") from error
 
     @staticmethod
     def _load(source: str, size: int) -> tuple[nn.Module, nn.Module]:

@@ -36,7 +36,7 @@ def build(
             with torch.no_grad():
                 features = net(torch.zeros(1, 3, side, side))
         except Exception as error:  # Each model raises its own.
-            raise ValueError(f"{arch} takes no images of {side} pixels: {_first_line(error)}") from error
+            raise ValueError(f"{arch} takes no images of {side} pixels: {first_line(error)}") from error
     return net.train(), features.shape[1]
 
 
@@ -44,21 +44,24 @@ def create(arch: str, arguments: dict[str, Any], bn_splits: int = 1, pretrained:
     """Creates timm's model. arguments: those of `create_arguments`.
 
     Raises:
-        ValueError: bn_splits > 1 for a model that is not a ResNet, or no pretrained weights.
+        ValueError: bn_splits > 1 for a model that is no ResNet with BatchNorm, or no pretrained weights.
     """
     import timm
 
     options = dict(arguments)
     if bn_splits > 1:
-        if not is_resnet(arch):
-            raise ValueError(f"BatchNorm in {bn_splits} parts needs a ResNet, {arch} is none: --bn-splits 1")
+        with torch.device("meta"):
+            plain = create(arch, arguments)
+        if not (is_resnet(arch) and isinstance(plain.bn1, nn.BatchNorm2d)):
+            needs = f"BatchNorm in {bn_splits} parts needs a ResNet with BatchNorm"
+            raise ValueError(f"{needs}, which {arch} is not: --bn-splits 1")
         options["norm_layer"] = partial(SplitBatchNorm2d, splits=bn_splits)
     try:
         return timm.create_model(arch.removeprefix(PREFIX), num_classes=0, pretrained=pretrained, **options)
     except Exception as error:  # Of a download, almost any.
         if not pretrained:
             raise
-        raise ValueError(f"cannot load the pretrained weights of {arch}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the pretrained weights of {arch}: {first_line(error)}") from error
 
 
 def is_resnet(arch: str) -> bool:
@@ -95,10 +98,11 @@ def create_arguments(arch: str, image_size: int, patch_size: int | None = None) 
         except TypeError as error:  # of an argument that the model does not have
             refused = error
         except Exception as error:  # Of a size or a tag of weights, each model raises its own.
-            line = _first_line(error)
+            line = first_line(error)
             raise ValueError(f"timm cannot create {name} for {image_size} pixels: {line}") from error
     raise ValueError(f"{arch} takes no patch size") from refused
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
