@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -113,7 +113,11 @@ def main() -> None:
         print(json.dumps(record, default=str))
         return
 
+    runs: dict[tuple[str, int], Future[None]] = {}
+
     def start(name: str, seed: int) -> None:
+        if name == "distill":
+            runs["ressl", seed].result()  # Its teacher, which has been started before it.
         path = arguments.out / f"{name}-{seed}.json"
         if path.exists():
             return
@@ -125,10 +129,12 @@ def main() -> None:
         print(name, seed, json.loads(path.read_text())["scores"], flush=True)
 
     seeds = range(arguments.seeds)
-    first = [BASELINES, *(name for name in METHODS if name != "distill")]
-    for names in first, ["distill"]:  # whose teachers are among the first
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda run: start(*run), [(name, seed) for seed in seeds for name in names]))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for seed in seeds:
+            for name in (BASELINES, *METHODS):
+                runs[name, seed] = pool.submit(start, name, seed)
+    for future in runs.values():
+        future.result()
     found = {n: [json.loads((arguments.out / f"{n}-{s}.json").read_text()) for s in seeds] for n in TITLES}
     about = {name: value for name, value in machine.about("cpu").items() if name in ("device", "torch")}
     path = arguments.record or arguments.out / "methods.json"

@@ -1,6 +1,10 @@
 """The comparison of the methods: equal budgets, and the table of the scores."""
 
+import json
+import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import compare
 import pytest
@@ -56,3 +60,33 @@ def test_runs_are_scored_and_tabulated(tmp_path):
     ]  # fmt: skip
     assert rows[0]["200-NN, %"] == "95.0 ± 0.0"
     assert rows[2]["200-NN, %"] == f"{100 * record['scores']['knn'] + 1:.1f} ± 1.4"
+
+
+def test_each_run_is_a_process_after_that_of_its_teacher(tmp_path, monkeypatch, capsys):
+    """Even with a job for each run; those that are recorded are not computed again."""
+    events = []
+
+    def process(command, **options):
+        assert options["env"]["OMP_NUM_THREADS"] == "1"
+        name, seed = command[3:5]
+        events.append(("begun", name, seed))
+        time.sleep(0.2 if name == "ressl" else 0)
+        events.append(("ended", name, seed))
+        scores = dict.fromkeys(compare.SCORES, 0.5)
+        record = {"scores": {"raw": scores} if name == "baselines" else scores, "settings": {"epochs": 1}}
+        return SimpleNamespace(stdout=f"a line before it\n{json.dumps(record)}\n")
+
+    monkeypatch.setattr(compare.subprocess, "run", process)
+    monkeypatch.setattr(compare.machine, "about", lambda _: {"device": "CPU", "torch": "2"})
+    monkeypatch.setattr(compare.tables, "write", lambda path, rows, **about: events.append((path, rows)))
+    monkeypatch.setattr(sys, "argv", f"compare.py --out {tmp_path} --seeds 2 --jobs 16".split())
+    compare.main()
+    for seed in "01":
+        assert events.index(("ended", "ressl", seed)) < events.index(("begun", "distill", seed))
+    path, rows = events.pop()
+    assert path == tmp_path / "methods.json" and len(rows) == 1 + len(PRESETS)
+    assert len(events) == 2 * 2 * (1 + len(PRESETS))
+    events.clear()
+    compare.main()
+    assert events == [(path, rows)]
+    assert capsys.readouterr().out.count("| ReSSL | 1 | 50.0 ± 0.0 |") == 2
