@@ -22,6 +22,9 @@ CASES = {
     ),
     "sacc": replace(PRESETS["sacc"]["digits"], dim=16, clusters=10),
     "sacc with a queue": replace(PRESETS["sacc"]["digits"], dim=16, clusters=10, queue_size=40, sigma=0.5),
+    "moco": replace(PRESETS["moco"]["digits"], dim=16, hidden=32, queue_size=40),
+    "simclr": replace(PRESETS["simclr"]["digits"], dim=16, queue_size=40),
+    "cc": replace(PRESETS["cc"]["digits"], dim=16, clusters=10),
 }
 for case in ("ressl", "sacc with a queue"):
     CASES[f"{case} without own"] = replace(CASES[case], exclude_own=True)

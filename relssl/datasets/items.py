@@ -21,8 +21,8 @@ class Items(Files):
         sources: what `open` needs of each image, such as range(N), or paths; error messages name it.
         labels: an integer for each image, -1 for none; None for no labels.
         size: side of the images, which `make` gets.
-        open: maps a source to a path, a file object, the bytes of an encoded image, an image of PIL, or an
-            array uint8 [H, W] or [H, W, 3].
+        open: maps a source to a path, a file object, which is closed after reading, the bytes of an encoded
+            image, an image of PIL, or an array uint8 [H, W] or [H, W, 3].
     """
 
     def __init__(

@@ -83,7 +83,7 @@ class TrainConfig:
     """Images per step of all processes; the rest of an epoch is dropped. [ReSSL: 256, SACC: 200]"""
     accumulate: int = 1
     """Parts of a batch that are computed one after another: less memory, and the same gradients, except that
-    BatchNorm normalises each part by itself. SACC runs the encoder twice. [relssl]"""
+    BatchNorm normalises each part by itself. SACC, CC and SimCLR run the encoder forward twice. [relssl]"""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer. [ReSSL: sgd, SACC: adam]"""
     lr: float = 0.06

@@ -105,4 +105,5 @@ class Distill(StudentMethod):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
+        """Computes the student's unit-norm embeddings [B, D]; the queue holds the teacher's features."""
         return embed(self.student, self.prepare(images))

@@ -34,7 +34,7 @@ class StudentConfig(TrainConfig):
 class StudentMethod(Method):
     """A student, and a queue of the teacher's embeddings, which `encode` returns first.
 
-    The loss is computed with the old queue; the embeddings are enqueued before backward.
+    The loss is computed with the old queue; then the embeddings are enqueued.
 
     Args:
         config: see StudentConfig.
