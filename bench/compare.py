@@ -12,6 +12,7 @@ process with one thread, --jobs at a time, and is continued where it was interru
 those of `relssl train`. In --out are written:
 
     METHOD-SEED.json  scores and settings of a run
+    options.json      the budget and the further options, which cannot change
     methods.json      the rows of the table, with versions and commit (--record writes them elsewhere)
     METHOD-SEED/      what `relssl train` writes
 """
@@ -107,6 +108,10 @@ def main() -> None:
     )
     arguments, options = parser.parse_known_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    given, kept = [str(arguments.budget), *options], arguments.out / "options.json"
+    if kept.exists() and (found := json.loads(kept.read_text())) != given:
+        parser.error(f"{arguments.out} has runs of {' '.join(found)}, not {' '.join(given)}: another --out")
+    kept.write_text(json.dumps(given))
     if arguments.one:
         name, seed = arguments.one
         record = run(name, int(seed), arguments.out, arguments.budget, options)

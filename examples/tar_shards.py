@@ -30,12 +30,14 @@ def shards(pattern: str, size: int) -> Items:
     for path in sorted(FOLDER.glob(pattern)):
         with tarfile.open(path) as tar:
             for member in tar:
-                key, _, suffix = member.name.partition(".")
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = f"{path} {folder} {stem}"
                 place = (str(path), member.offset_data, member.size)
                 if suffix == "cls":
-                    labels[f"{path} {key}"] = int(read(place))
+                    labels[key] = int(read(place))
                 elif suffix in ("png", "jpg", "jpeg"):
-                    sources[f"{path} {key}"] = place
+                    sources[key] = place
     return Items(list(sources.values()), [labels[key] for key in sources], size, read)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from relssl import backends, distributed, methods, random_state, tuned
+from relssl.datasets.python import GIVEN, is_python
 from relssl.methods.base import Method, TrainConfig
 from relssl.old_names import replace_old_names
 
@@ -43,7 +44,7 @@ class TrainState:
     """All that a training step changes, besides random number generators.
 
     Attributes:
-        steps_per_epoch: 0 if unknown.
+        steps_per_epoch, images_per_epoch: 0 if unknown.
         epoch: number of completed epochs.
         step: number of completed steps of the epoch after these.
         sums: for each logged scalar, its sum over these steps and the number of its terms, [2].
@@ -55,6 +56,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     steps_per_epoch: int = 0
+    images_per_epoch: int = 0
     epoch: int = 0
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -71,7 +73,8 @@ class TrainState:
 FILE, FOLDERS, STATE = "checkpoint.pt", "checkpoints", "state.pt"
 
 # The other attributes, which a checkpoint holds as they are.
-PROGRESS = "steps_per_epoch", "epoch", "step", "sums", "history", "evaluation_due"
+EXTENT = "steps_per_epoch", "images_per_epoch"
+PROGRESS = *EXTENT, "epoch", "step", "sums", "history", "evaluation_due"
 
 
 def save(out: Path, state: TrainState, *, replaced: Path | None = None) -> Path:
@@ -244,13 +247,17 @@ def restore(path: Path, state: TrainState, device: torch.device) -> None:
     """
     contents, config = read(path), state.method.config
     epoch, step = contents["epoch"], contents["step"]
-    lines = _describe_changes(path, contents, config, device, state.steps_per_epoch)
+    lines = _describe_changes(path, contents, state, device)
     if distributed.rank() == 0:
         for line in lines:
             print(f"{line} from {describe_position(epoch + 1, step)} on", file=sys.stderr)
     assert state.optimizer
     # Rates, and how a step is computed (fused), are those of this run. Loading depends on the latter.
-    for group, own in zip(contents["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
+    groups, own_groups = contents["optimizer"]["param_groups"], state.optimizer.param_groups
+    if len(groups) != len(own_groups):
+        counts = f"has {len(groups)} groups of parameters, this run {len(own_groups)}"
+        raise ValueError(f"{path} is of another optimizer, or another version of timm: it {counts}")
+    for group, own in zip(groups, own_groups, strict=True):
         group |= {name: value for name, value in own.items() if name != "params"}
     for key, part in state.parts().items():
         if key != "model":
@@ -300,24 +307,29 @@ def fresh_seed(seed: int, rank: int, epoch: int, step: int) -> int:
 
 
 def _describe_changes(
-    path: Path, contents: dict[str, Any], config: TrainConfig, device: torch.device, steps_per_epoch: int
+    path: Path, contents: dict[str, Any], state: TrainState, device: torch.device
 ) -> list[str]:
     """Returns a line for each change of the resumed run; raises ValueError if one is not well defined."""
-    if methods.CONFIGS[contents["method"]] is not type(config):
+    if methods.CONFIGS[contents["method"]] is not type(state.method.config):
         raise ValueError(f"{path} is of method {contents['method']}: give --out another folder")
+    config = state.method.config
     now = config.as_json()
     old = contents["config"]
     changed = {k: v for k, v in old.items() if k not in RESUMABLE_OVERRIDES and now.get(k) != v}
     free = RATES | {"epochs"}
-    if ":" in now["data"] and ":" in str(changed.get("data")):  # A function, which may have moved.
+    if is_python(now["data"]) and is_python(str(changed.get("data"))):  # The same data in another way.
         free = free | {"data"}
+    if changed.get("data") == GIVEN and "data" not in free:
+        raise ValueError(f"{path} is of data that were passed to train(config, data): pass them again")
     fixed = [f"{name} was {value}" for name, value in changed.items() if name not in free]
     if fixed:
         raise ValueError(
             f"{path} is of other settings ({', '.join(fixed)}): a resumed run cannot change them"
         )
-    if (steps := contents.get("steps_per_epoch") or steps_per_epoch) != steps_per_epoch:
-        raise ValueError(f"{path} has {steps} steps an epoch, these data make {steps_per_epoch}: they differ")
+    for name in EXTENT:
+        if (was := contents.get(name)) and was != (found := getattr(state, name)):
+            what = name.partition("_")[0]
+            raise ValueError(f"{path} has {was} {what} an epoch, these data make {found}: they differ")
     begun = contents["epoch"] + (contents["step"] > 0)
     if config.epochs < begun:
         raise ValueError(f"{path} is in epoch {begun}, past the end of {config.epochs} epochs")

@@ -37,7 +37,7 @@ DEFAULTS = EvalConfig()
 
 def load(config: TrainConfig, data: datasets.Data | None = None) -> datasets.Data:
     """Returns `data`, checked, or loads the data set of a config, without downloading it."""
-    if data:
+    if data is not None:
         return checked(data, "data")
     return datasets.load(config.data, config.data_root, config.image_size, classes=config.classes)
 

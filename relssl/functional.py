@@ -159,14 +159,15 @@ def relation_loss(
         check_choice("form", form, ("kl", "ce"))
     if reduction != "mean":
         check_choice("reduction", reduction, REDUCTIONS)
-    k, (tau_s, tau_t) = check_pair(
+    tau_s, tau_t = check_pair(
         q, k, rows, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
     if exclude:
         check_exclude(q, rows, exclude)
     if normalize:
         q, k = normalized(q), normalized(k)
-    elif not is_compiling() and unit_norm.calls_left:
+    k = to_dtype(k, q.dtype)
+    if not is_compiling() and unit_norm.calls_left:
         warn_unless_unit(tau_t, q=q, k=k, queue=rows)
     loss, entropy = dispatch.relation(q, k, rows, tau_s, tau_t, form, reduction, backend, exclude)
     return (loss, reduce(entropy, reduction)) if return_entropy else loss
@@ -197,12 +198,13 @@ def info_nce(
     rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
     if reduction != "mean":
         check_choice("reduction", reduction, REDUCTIONS)
-    k, (tau,) = check_pair(q, k, rows, temperature=temperature)
+    (tau,) = check_pair(q, k, rows, temperature=temperature)
     if exclude:
         check_exclude(q, rows, exclude)
     if normalize:
         q, k = normalized(q), normalized(k)
-    elif not is_compiling() and unit_norm.calls_left:
+    k = to_dtype(k, q.dtype)
+    if not is_compiling() and unit_norm.calls_left:
         warn_unless_unit(tau, q=q, k=k, queue=rows)
     return dispatch.info_nce(q, k, rows, tau, reduction, backend, exclude)
 
@@ -260,12 +262,13 @@ def nt_xent(
         rows, exclude, backend = queue_rows(queue, ids, queue_ids, backend)
     if reduction != "mean":
         check_choice("reduction", reduction, REDUCTIONS)
-    z2, (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
+    (tau,) = check_views(z1, z2, rows, ("z1", "z2"), "[N, D]", temperature=temperature)
     if exclude:
         check_exclude(z1, rows, exclude)  # type: ignore[arg-type]
     if normalize:
         z1, z2 = normalized(z1), normalized(z2)
-    elif not is_compiling() and unit_norm.calls_left:
+    z2 = to_dtype(z2, z1.dtype)
+    if not is_compiling() and unit_norm.calls_left:
         warn_unless_unit(tau, z1=z1, z2=z2, queue=rows)
     if processes := _several(group):
         return grouped.nt_xent(z1, z2, rows, tau, reduction, backend, processes, exclude)
@@ -296,7 +299,7 @@ def cluster_contrast(
     dtypes and errors are those of `relation_loss`. A column shorter than 1e-8 is that of an
     empty cluster, and has the cosine 0.
     """
-    p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
+    (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
     return _cluster_loss(p1, p2, tau, False, backend, group)
 
 
@@ -313,13 +316,14 @@ def cluster_loss(
     It is `cluster_contrast` plus `cluster_entropy_penalty` of each view, and takes the arguments of
     `cluster_contrast`. (Li et al., Contrastive Clustering, AAAI 2021, eq. 6.)
     """
-    p2, (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
+    (tau,) = check_views(p1, p2, None, ("p1", "p2"), "[N, M]", temperature=temperature)
     return _cluster_loss(p1, p2, tau, True, backend, group)
 
 
 def _cluster_loss(
     p1: Tensor, p2: Tensor, tau: Temperature, penalize: bool, backend: str, group: ProcessGroup | Group | None
 ) -> Tensor:
+    p2 = to_dtype(p2, p1.dtype)
     processes = _several(group)
     if processes is None:
         return clusters.cluster_loss(p1, p2, tau, penalize, backend)

@@ -15,6 +15,14 @@ Entry = dict[str, float]
 Log = Callable[[Entry, int, list[Entry]], None]
 
 
+def check(names: tuple[LogName, ...]) -> None:
+    """Raises ValueError unless it is a tuple of names of logs."""
+    unknown = [name for name in names if name not in LOGS]
+    if isinstance(names, str) or unknown:
+        expected = f"names among {', '.join(LOGS)}"
+        raise ValueError(f"log must be {expected}, got {names!r}")
+
+
 @contextmanager
 def open_logs(config: "TrainConfig", step: int) -> Iterator[list[Log]]:
     """Opens the logs of config.log, which continue those of a run that is resumed at a step.

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,7 +78,7 @@ class _Trainer:
         self, config: TrainConfig, device: torch.device, stop: Stop, data: datasets.Data | None = None
     ) -> None:
         self.device, self.stop = device, stop
-        config = replace(config, data=GIVEN if data else absolute(config.data))
+        config = replace(config, data=absolute(config.data) if data is None else GIVEN)
         self.path = find_checkpoint(config)  # The last one.
         config.validate()
         self.save_steps, self.save_seconds = parse_save_every(config.save_every)
@@ -94,9 +95,9 @@ class _Trainer:
             )
         source = config.data, config.data_root, config.image_size, config.download, config.classes
         self.data = (
-            checked(data, "data")
-            if data
-            else distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
+            distributed.main_process_first(lambda: datasets.load(*source))  # It may download.
+            if data is None
+            else checked(data, "data")
         )
         self.config = config = config.resolve(self.data)
         self.passes = move_to_device(config.passes(self.data), config.data_device, device)
@@ -129,7 +130,8 @@ class _Trainer:
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.steps = sum(len(images) // config.batch_size for images in self.passes.values())
-        self.state = TrainState(method, self.optimizer, self.scaler, self.steps)
+        images = sum(map(len, self.passes.values()))
+        self.state = TrainState(method, self.optimizer, self.scaler, self.steps, images)
         self.saved: tuple[int, int] | None = None  # Epoch and step of the checkpoint.
         if self.path:
             restore(self.path, self.state, device)
@@ -182,11 +184,11 @@ class _Trainer:
             entry["effective_neighbours"] = math.exp(entry["teacher_entropy"])
         state.epoch, state.step, self.sums = state.epoch + 1, 0, Sums()
         state.method.epoch = state.epoch
-        state.history.append({"epoch": state.epoch})
-        self.log(entry)
+        state.history.append({"epoch": state.epoch, **entry})
         last = state.epoch == config.epochs
         state.evaluation_due = bool(config.eval_every) and (last or state.epoch % config.eval_every == 0)
         self.save_state()
+        self.log(entry)
         if state.evaluation_due:
             return self.evaluate_and_save()
         return self.stop.any_rank_received(self.device)
@@ -261,9 +263,10 @@ class _Trainer:
             method, data = self.state.method, self.data
             with method.eager():
                 scores = self.stop.run_unless_stopped(lambda: evaluate_during_training(method, data))
-        self.log(scores or {})
+        self.state.history[-1] |= scores or {}
         self.state.evaluation_due = scores is None
         self.save_state()
+        self.log(scores or {})
         return self.stop.any_rank_received(self.device)
 
     @property
@@ -271,8 +274,7 @@ class _Trainer:
         return self.state.epoch * self.steps + self.state.step
 
     def log(self, entry: dict[str, float]) -> None:
-        """Adds scalars to the last epoch's entry in metrics.json, and to the logs."""
-        self.state.history[-1] |= entry
+        """Passes scalars of the last epoch, which are saved already, to the logs."""
         for log in self.logs:
             log(entry, self.global_step, self.state.history)
 
@@ -331,15 +333,16 @@ def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimize
     """
     named = method.backbone.named_parameters()
     exempt: set[str] = getattr(method.backbone, "no_weight_decay", set)()
-    undecayed = {p for name, p in named if name in exempt}
-    parameters = [p for p in method.parameters() if p.requires_grad and p not in undecayed]
+    undecayed = [p for name, p in named if p.requires_grad and any(fnmatch(name, e) for e in exempt)]
+    others = set(method.parameters()) - set(undecayed)
+    parameters = [p for p in method.parameters() if p.requires_grad and p in others]
     norm_and_bias_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": norm_and_bias_decay},
     ]
     if undecayed:
-        groups.append({"params": [p for p in method.parameters() if p in undecayed], "weight_decay": 0.0})
+        groups.append({"params": undecayed, "weight_decay": 0.0})
     # Fused, a group takes few launches. On a CPU this makes Adam three times as fast, and SGD slower.
     fused = {"sgd": ("cuda",), "adam": ("cuda", "cpu"), "adamw": ("cuda", "cpu")}[config.optimizer]
     use = parameters[0].device.type in fused or None

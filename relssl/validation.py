@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, int64, nn, strided
 
 from relssl._compat import in_functorch_transform
-from relssl.backends.common import Temperature, autocasts, device_type, to_dtype
+from relssl.backends.common import Temperature, autocasts, device_type
 from relssl.queue import FLOATS, FeatureQueue, refuse_dtensor
 
 T = TypeVar("T")
@@ -135,11 +135,8 @@ def check_queue(name: str, x: Tensor, queue: Tensor, shapes: dict[int, str]) -> 
         raise ValueError(f"queue has rows of width {queue.shape[1]}, but {name} of width {x.shape[-1]}")
 
 
-def check_pair(
-    q: Tensor, k: Tensor, queue: Tensor, **temperatures: Temperature
-) -> tuple[Tensor, list[Temperature]]:
-    """Checks a query batch q, its keys k and a queue; returns k in q's dtype, and the temperatures as
-    scalars.
+def check_pair(q: Tensor, k: Tensor, queue: Tensor, **temperatures: Temperature) -> list[Temperature]:
+    """Checks a query batch q, its keys k and a queue; returns the temperatures as scalars.
 
     Raises TypeError, ValueError or RuntimeError.
     """
@@ -151,7 +148,7 @@ def check_pair(
         raise ValueError(
             f"k must have the last two dimensions of q {tuple(q.shape)}, got {tuple(k.shape)}{tokens}"
         )
-    return to_dtype(k, q.dtype), [_temperature(name, t, q.device) for name, t in temperatures.items()]
+    return [_temperature(name, t, q.device) for name, t in temperatures.items()]
 
 
 def check_views(
@@ -161,9 +158,9 @@ def check_views(
     names: tuple[str, str],
     shape: str,
     **temperatures: Temperature,
-) -> tuple[Tensor, list[Temperature]]:
-    """Checks two views of a batch, which errors name so, and a queue unless it is None; returns z2 in z1's
-    dtype, and the temperatures as scalars.
+) -> list[Temperature]:
+    """Checks two views of a batch, which errors name so, and a queue unless it is None; returns the
+    temperatures as scalars.
 
     Raises TypeError, ValueError or RuntimeError.
     """
@@ -175,7 +172,7 @@ def check_views(
         raise ValueError(f"{second} must have the shape of {first} {tuple(z1.shape)}, got {tuple(z2.shape)}")
     if queue is not None:
         check_queue(first, z1, queue, {2: shape})
-    return to_dtype(z2, z1.dtype), [_temperature(name, t, z1.device) for name, t in temperatures.items()]
+    return [_temperature(name, t, z1.device) for name, t in temperatures.items()]
 
 
 def check_logsumexp(

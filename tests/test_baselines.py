@@ -101,7 +101,10 @@ def test_presets_share_what_they_compare():
     assert (of["moco"].queue_size, of["moco"].bn_splits, of["moco"].temperature) == (4096, 8, 0.2)
     assert (of["simclr"].queue_size, of["simclr"].crop_min, of["simclr"].jitter) == (0, 0.08, 0.5)
     assert (of["cc"].normalize, of["cc"].batch_size, of["sacc"].batch_size) == ("none", 256, 200)
-    assert methods.PRESETS["simclr"]["imagenet"].blur and methods.PRESETS["cc"]["imagenet-dogs"].blur
+    simclr = methods.PRESETS["simclr"]
+    for name, jitter, blur in ("tiny-imagenet", 1.0, False), ("stl10", 1.0, False), ("imagenet", 1.0, True):
+        assert (simclr[name].jitter, simclr[name].blur) == (jitter, blur), name
+    assert methods.PRESETS["cc"]["imagenet-dogs"].blur
 
 
 @pytest.mark.parametrize("name", DIGITS)

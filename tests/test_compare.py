@@ -90,3 +90,7 @@ def test_each_run_is_a_process_after_that_of_its_teacher(tmp_path, monkeypatch, 
     compare.main()
     assert events == [(path, rows)]
     assert capsys.readouterr().out.count("| ReSSL | 1 | 50.0 ± 0.0 |") == 2
+    sys.argv += ["--budget", "12"]
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "has runs of 144, not 12: another --out" in capsys.readouterr().err

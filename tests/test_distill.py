@@ -73,6 +73,9 @@ def test_teacher_is_frozen_and_sees_the_students_view(teacher):
     for old, new in zip(before, (*method.teacher.parameters(), *method.teacher.buffers()), strict=True):
         assert torch.equal(old, new) and new.grad is None
     assert not any("teacher" in name for name in method.state_dict())
+    method.teacher.forward = method.student.forward = torch.nn.Identity()  # As torch.compile's stand there.
+    method.discard_compiled()
+    assert "forward" not in vars(method.teacher) and "forward" not in vars(method.student)
 
 
 def test_run_resumes_in_the_middle_of_an_epoch_and_evaluates_without_its_teacher(teacher, capsys):

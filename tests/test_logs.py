@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from relssl.checkpoint import read
 from relssl.methods import PRESETS
 from relssl.methods.student import agreement
 from relssl.train import train
@@ -126,3 +127,18 @@ def test_auto_takes_apples_gpu_except_for_randaugment(monkeypatch):
     assert PRESETS["cc"]["digits"].pick_device() == torch.device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert SMALL.pick_device() == torch.device("cpu")
+
+
+def test_a_log_that_cannot_be_written_loses_no_epoch(tmp_path):
+    out = tmp_path / "run"
+    (out / "metrics.csv").mkdir(parents=True)
+    config = replace(PRESETS["moco"]["digits"], image_size=8, epochs=1, eval_every=0, log=("csv",), out=out)
+    with pytest.raises(IsADirectoryError):
+        train(config)
+    assert read(out)["epoch"] == 1 and len(read(out)["history"]) == 1
+
+
+@pytest.mark.parametrize("names", ["csv", ("tensorbord",)])
+def test_unknown_logs_are_refused(names):
+    with pytest.raises(ValueError, match=f"log must be names among tensorboard, .*, got .*{names[0]}"):
+        train(replace(PRESETS["moco"]["digits"], log=names))

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,21 @@ def test_trains_resumes_and_evaluates_from_another_folder(source, request, tmp_p
     assert evaluate(resumed, saved)["knn"] > 0.5
 
 
+def test_keys_of_shards_end_at_the_first_dot_of_the_name(shards):
+    """Not at one of the folder."""
+    make = datasets.python.load_python
+    flat = make(shards, 16).train[list(range(20))]
+    for path in Path(os.environ["SHARDS"]).glob("train-0.tar"):
+        with tarfile.open(path) as old, tarfile.open("new.tar", "w") as new:
+            for member in old.getmembers():
+                content = old.extractfile(member)
+                member.name = f"v1.0/{member.name}"
+                new.addfile(member, content)
+        shutil.move("new.tar", path)
+    for found, expected in zip(make(shards, 16).train[list(range(20))], flat, strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_a_moved_module_resumes(mine, capsys):
     interrupted(replace(SMALL, data=mine))
     shutil.move("mine.py", "moved.py")
@@ -132,23 +148,47 @@ def test_objects_train_resume_and_evaluate():
     train(replace(SMALL, epochs=3, reschedule=True, resume=True, out=Path("whole")), own)
 
 
+def test_what_a_function_returns_can_be_passed_on_resuming(mine, capsys):
+    config = replace(SMALL, data=mine, workers=0, eval_every=0)
+    train(config)
+    data = datasets.load(mine, None, 8)
+    train(replace(config, epochs=3, reschedule=True, resume=True), data)
+    assert f"data was {Path('mine.py').absolute()}:make, is given" in capsys.readouterr().err
+    train(replace(config, epochs=4, reschedule=True, resume=True))
+    assert "data was given, is " in capsys.readouterr().err
+
+
+def test_images_that_were_added_are_noticed_on_resuming():
+    """Where the steps of an epoch remain as many, the rest of the epoch would be other images."""
+    digits = datasets.load("digits", None, 8)
+    config = replace(SMALL, eval_every=0, workers=0)
+    train(config, datasets.Data(datasets.Subset(digits.train, range(1300)), None, None, []))
+    more = datasets.Data(datasets.Subset(digits.train, range(1301)), None, None, [])
+    with pytest.raises(ValueError, match="has 1300 images an epoch, these data make 1301: they differ"):
+        train(replace(config, epochs=3, reschedule=True, resume=True), more)
+    with pytest.raises(ValueError, match=r"of data that were passed to train\(config, data\): pass them"):
+        train(replace(config, epochs=3, reschedule=True, resume=True))
+
+
 def test_workers_read_the_callers_own_class():
     """Where its attribute asks for them; then crops stay those of the device."""
+
+    def colour():
+        """The number of this process."""
+        return torch.tensor([*os.getpid().to_bytes(3, "big")], dtype=torch.uint8).view(3, 1, 1)
 
     class Slow(Own):
         needs_workers = True
 
         def __getitem__(self, indices):
-            return torch.full((len(indices), 3, 4, 4), os.getpid() % 251, dtype=torch.uint8), torch.zeros(
-                len(indices), dtype=torch.int64
-            )
+            return colour().expand(len(indices), 3, 4, 4), torch.zeros(len(indices), dtype=torch.int64)
 
     data = datasets.python.checked(datasets.Data(Slow(range(8)), None, None, []), "data")
     assert data.train.needs_workers and datasets.Subset(data.train, [0]).needs_workers
     assert datasets.ConcatImages(data.train, data.train).needs_workers
     for crops in None, [datasets.Crop(2, (0.2, 1.0))]:
         images = torch.cat([b.images for b in load_batches(data.train, [[0, 1], [2, 3]], 1, crops=crops)])
-        assert images.shape == (4, 3, 4, 4) and not (images == os.getpid() % 251).any()
+        assert images.shape == (4, 3, 4, 4) and not (images == colour()).all(1).any()
 
 
 def picture(kind):
@@ -189,6 +229,22 @@ def test_a_callers_jpeg_keeps_its_size():
     assert image.size == (96, 96) and items[[0]][1].tolist() == [-1]
 
 
+@pytest.mark.parametrize(
+    ("image", "got"),
+    [
+        (np.zeros((4, 4, 3)), r"an array must be uint8 .*, got float64 \[4, 4, 3\]"),
+        (np.zeros((3, 4, 4), np.uint8), r"got uint8 \[3, 4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"got uint8 \[0, 4, 3\]"),
+        (torch.zeros(4, 4, 3), "an image must be a path, .* or an array, got Tensor"),
+        ({"bytes": b""}, "got dict"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_open_must_return_is_said(image, got):
+    with pytest.raises(ValueError, match=f"cannot read 7: .*{got}"):
+        datasets.Items([7], None, 4, lambda _: image)[[0]]
+
+
 def test_unreadable_items_are_named_and_skipped():
     Path("bad.png").write_text("text")
     picture("path")
@@ -207,7 +263,10 @@ BAD = {
     "mine.py:DIGITS": (MODULE, "mine.py has no function 'DIGITS'"),
     "no_such_module:make": (None, "no module 'no_such_module'"),
     "mine": (None, "data must be digits, .*, arrays or FILE.py:FUNCTION; got 'mine'"),
-    "mine.py:make": ("def make(size): return 3", "must return a relssl.datasets.Data, got int"),
+    "mine.py:make": (
+        "def make(size): return 3",
+        r"data of .*mine\.py:make must be a relssl\.datasets\.Data, got int",
+    ),
 }
 HEAD = "import torch\nfrom relssl.datasets import Arrays, Data\n"
 
@@ -267,6 +326,30 @@ def test_labels_are_checked_where_they_are_used():
             evaluate(method, config, data=data)
 
 
+def test_what_is_passed_must_be_data():
+    images = datasets.Arrays(torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long())
+    with pytest.raises(ValueError, match=r"^data must be a relssl\.datasets\.Data, got list"):
+        train(SMALL, [])
+    with pytest.raises(ValueError, match=r"^data: classes must be a list of names, got 2"):
+        train(SMALL, datasets.Data(images, None, None, 2))
+
+
+def test_sets_of_one_pass_have_images_of_one_shape():
+    sets = (datasets.Arrays(torch.zeros(8, 3, n, n).byte(), torch.zeros(8).long()) for n in (8, 9))
+    with pytest.raises(ValueError, match=r"images of one batch have shapes \[3, 8, 8\], \[3, 9, 9\]"):
+        datasets.ConcatImages(*sets)[[0, 9]]
+
+
+def test_modules_have_names_of_their_own():
+    Path("json.py").write_text(MODULE)
+    with pytest.raises(ValueError, match=r"a module 'json' is imported already: rename .*json\.py"):
+        train(replace(SMALL, data="json.py:make"))
+    Path("mine.py").write_text("raise ValueError('of its own')")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="of its own"):
+            train(replace(SMALL, data="mine.py:make"))
+
+
 def test_numbers_of_images_and_labels_are_those_of_indices():
     x = torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="there are 64 images, but 2 labels"):
@@ -294,21 +377,8 @@ def test_first_image_that_cannot_be_read_is_skipped():
 def test_command(mine):
     """The options and errors of the commands, in one process each."""
     run = [sys.executable, "-m", "relssl"]
-    small = [
-        "--image-size",
-        "8",
-        "--batch-size",
-        "256",
-        "--epochs",
-        "1",
-        "--arch",
-        "conv4",
-        "--bn-splits",
-        "1",
-    ]
-    found = subprocess.run(
-        [*run, "train", "ressl", "--data", mine, *small, "--out", "out"], capture_output=True, text=True
-    )
+    small = "train ressl --image-size 8 --batch-size 256 --epochs 1 --arch conv4 --bn-splits 1 --out out"
+    found = subprocess.run([*run, *small.split(), "--data", mine], capture_output=True, text=True)
     assert found.returncode == 0 and '"knn"' in found.stdout, found.stderr
     found = subprocess.run(
         [*run, "evaluate", "out", "--data", "mine.py:none"], capture_output=True, text=True

@@ -144,6 +144,15 @@ def test_decay_exempts_what_the_model_does():
     assert sum(len(group["params"]) for group in groups) == len([*method.student.parameters()])
 
 
+def test_decay_exempts_names_that_fit_a_pattern():
+    """XCiT's pos_embed.*; the teacher has such parameters, too, which have no gradient."""
+    method = replace(SMALL, arch="timm/xcit_nano_12_p16_224").build(ZEROS, ONES)
+    exempt = {id(p) for p in build_optimizer(method, method.config).param_groups[2]["params"]}
+    own = method.backbone.named_parameters()
+    assert exempt == {id(p) for name, p in own if name.startswith(("pos_embed.", "cls_token"))}
+    assert len(exempt) == 3
+
+
 @pytest.mark.parametrize("largest", [1e-3, 1e3])
 def test_gradients_are_clipped(largest):
     """With SGD and without momentum, the norm of the first step is the rate times that of the gradients."""
@@ -259,6 +268,8 @@ def test_encoders_are_checked_before_data_are_read(settings, monkeypatch):
         ({"init": "nowhere.pt"}, "no file nowhere.pt with weights to begin with"),
         ({"init": "text.pt"}, "text.pt has no weights that can be read"),
         ({"init": "list.pt"}, "list.pt is no state_dict of an encoder"),
+        ({"init": "numbers.pt"}, "numbers.pt is no state_dict of an encoder"),
+        ({"init": "nan.pt"}, r"the weights of nan.pt are not finite: 0.weight$"),
         (
             {"init": "other.pt"},
             r"other.pt are of another encoder: it lacks .* and \d+ more, also has a$",
@@ -272,9 +283,11 @@ def test_encoders_are_checked_before_data_are_read(settings, monkeypatch):
 def test_errors_are_lines(settings, message):
     Path("text.pt").write_text("text")
     torch.save([1], "list.pt")
+    torch.save({1: torch.zeros(1)}, "numbers.pt")
     torch.save({"a": torch.zeros(1)}, "other.pt")
     state = backbones.build("conv4")[0].state_dict()
     torch.save(state | {"0.weight": torch.zeros(3)}, "shape.pt")
+    torch.save(state | {"0.weight": state["0.weight"] / 0}, "nan.pt")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         train(replace(SMALL, **settings))
     assert "\n" not in str(error.value)

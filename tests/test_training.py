@@ -615,6 +615,12 @@ def test_checkpoints_that_do_not_fit_are_refused():
     torch.save(state | {"steps_per_epoch": 7}, path)  # Other images in the same data root.
     with pytest.raises(ValueError, match="has 7 steps an epoch, these data make 5"):
         train(replace(TINY, epochs=1, resume=True))
+    optimizer = state["optimizer"] | {"param_groups": state["optimizer"]["param_groups"][:1]}
+    torch.save(state | {"optimizer": optimizer}, path)
+    with pytest.raises(
+        ValueError, match="another version of timm: it has 1 groups of parameters, this run 2"
+    ):
+        train(replace(TINY, epochs=1, resume=True))
     torch.save(state | {"config": state["config"] | {"warp": 9}}, path)
     with pytest.raises(ValueError, match=r"another version of relssl: .*warp"):
         load_method(path, "cpu")

@@ -63,6 +63,16 @@ def test_normalize_in_float16():
     assert float(found) == pytest.approx(float(relssl.relation_loss(*wide, QUEUE.double())), rel=2e-2)
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1e5])
+@pytest.mark.parametrize("loss", ["relation", "info_nce", "nt_xent"])
+def test_normalize_divides_before_it_casts(loss, factor):
+    """Keys outside of float16's range, beside queries in float16."""
+    x, y = raw_rows()
+    found = LOSSES[loss](x.half(), factor * y, normalize=True)
+    expected = LOSSES[loss](F.normalize(x.half().double(), dim=1), F.normalize(y.double(), dim=1))
+    assert float(found) == pytest.approx(float(expected), rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("loss", "name"), [("relation", "q"), ("relation of views", "q"), ("info_nce", "q"), ("nt_xent", "z1")]
 )
@@ -84,8 +94,10 @@ def test_keys_and_queues_are_checked_too(first_call):
     queue = relssl.FeatureQueue(K, D)
     relssl.info_nce(q, q, queue)
     queue.enqueue(x)
-    with pytest.warns(UserWarning, match="rows of queue have .*enqueue normalised keys"):
-        relssl.info_nce(q, q, queue)
+    for normalize in True, False:
+        unit_norm.calls_left = 3
+        with pytest.warns(UserWarning, match="rows of queue have .*enqueue normalised keys"):
+            relssl.info_nce(q, q, queue, normalize=normalize)
 
 
 @pytest.mark.parametrize(

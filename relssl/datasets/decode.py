@@ -44,12 +44,19 @@ MARGIN = 1.5
 def _open(source: Source) -> Iterator[Image.Image]:
     """Opens an image, and closes it and a file object, but not an image of the caller's."""
     if isinstance(source, np.ndarray):
+        shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
+        if source.dtype != np.uint8 or not source.size or not shaped:
+            got = f"{source.dtype} {list(source.shape)}"
+            raise ValueError(f"an array must be uint8 [H, W] or [H, W, 3], got {got}")
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):
         yield source
     elif isinstance(source, (str, Path)):
         with Image.open(source) as image:
             yield image
+    elif not (isinstance(source, bytes) or hasattr(source, "read")):
+        forms = "a path, a file object, bytes, an image of PIL or an array"
+        raise ValueError(f"an image must be {forms}, got {type(source).__name__}")
     else:
         with io.BytesIO(source) if isinstance(source, bytes) else source as file, Image.open(file) as image:
             yield image

@@ -147,6 +147,9 @@ class ConcatImages(Images):
         for part, in_part, rows in self._split(indices):
             positions += in_part
             batches.append(part[rows])
+        shapes = {images.shape[1:]: None for images, _ in batches}
+        if len(shapes) > 1:
+            raise ValueError(f"images of one batch have shapes {', '.join(str(list(s)) for s in shapes)}")
         order = torch.tensor(positions).argsort()
         images, labels = (torch.cat(t)[order] for t in zip(*batches, strict=True))
         return images, labels

@@ -24,6 +24,11 @@ def absolute(name: str) -> str:
     return f"{Path(file).absolute()}:{function}" if colon and file.endswith(".py") else name
 
 
+def is_python(name: str) -> bool:
+    """Whether a name of data refers to a function, or to data that were passed."""
+    return ":" in name or name == GIVEN
+
+
 def load_python(name: str, size: int) -> Data:
     """Calls a function, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, with the size of the images.
 
@@ -35,7 +40,7 @@ def load_python(name: str, size: int) -> Data:
     make = getattr(_module(file), function, None)
     if not callable(make):
         raise ValueError(f"{file} has no function {function!r}, which returns the data: make(size) -> Data")
-    return checked(make(size), name)
+    return checked(make(size), f"data of {name}")
 
 
 def _module(name: str) -> Any:
@@ -51,14 +56,18 @@ def _module(name: str) -> Any:
     # By its own name, so that worker processes that do not fork can import it, too.
     _search(path.parent.absolute())
     known = sys.modules.get(path.stem)
-    if known is not None and Path(getattr(known, "__file__", None) or "").absolute() == path.absolute():
+    if known is not None:
+        if Path(getattr(known, "__file__", None) or "").absolute() != path.absolute():
+            raise ValueError(f"a module {path.stem!r} is imported already: rename {path}")
         return known
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    if known is None:
-        sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
     return module
 
 
@@ -74,7 +83,9 @@ def checked(data: Any, source: str) -> Data:
         ValueError: it is no `Data`, or an image or label is not of the form that `Images` describes.
     """
     if not isinstance(data, Data):
-        raise ValueError(f"{source} must return a relssl.datasets.Data, got {type(data).__name__}")
+        raise ValueError(f"{source} must be a relssl.datasets.Data, got {type(data).__name__}")
+    if not isinstance(data.classes, (list, tuple)):
+        raise ValueError(f"{source}: classes must be a list of names, got {data.classes!r}")
     sets = {f.name: getattr(data, f.name) for f in fields(data) if f.name != "classes"}
     adapted: dict[int, Images] = {}  # A set that is given twice remains one.
     for name, images in sets.items():
@@ -103,7 +114,7 @@ def _check(images: Images, name: str, classes: int) -> None:
         raise ValueError(f"{expected}, got images {x.dtype} {list(x.shape)}")
     if y.dtype != torch.int64 or y.shape != (1,):
         raise ValueError(f"{expected}, got labels {y.dtype} {list(y.shape)}")
-    if not -1 <= int(y) < max(classes, 1):
+    if classes and not -1 <= int(y) < classes:
         raise ValueError(f"{name}: labels must be from 0 to {classes - 1}, or -1 for none, got {int(y)}")
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relssl import logs
 from relssl.augment import View
 from relssl.datasets import Crop, Data, Images
 from relssl.datasets.images import Views
 from relssl.datasets.on_device import DataDevice
 from relssl.datasets.sources import check_name
 from relssl.distributed import local_rank
-from relssl.logs import LogName
 from relssl.methods import backbones, initial
 from relssl.methods.backbones import Stem
 from relssl.queue import FeatureQueue
@@ -68,7 +68,7 @@ class TrainConfig:
     """Side of the encoder's square input images, in pixels. [data set]"""
     out: Path = Path("out/train")
     """Folder for checkpoints, metrics.json and the logs."""
-    log: tuple[LogName, ...] = ("tensorboard",)
+    log: tuple[logs.LogName, ...] = ("tensorboard",)
     """Where losses and scores go besides metrics.json: TensorBoard's events, Weights & Biases, metrics.csv.
     Several may be given. [relssl]"""
     resume: bool = False
@@ -146,6 +146,7 @@ class TrainConfig:
                 expected = f"at least {smallest}" if largest == inf else f"from {smallest} to {largest}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
         check_name(self.data)
+        logs.check(self.log)
         for name in ("exclude_own", "shard_queue"):
             if getattr(self, name) and not self.queue_size:
                 raise ValueError(f"{name} needs a queue, got queue_size 0")

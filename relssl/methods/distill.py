@@ -77,6 +77,11 @@ class Distill(StudentMethod):
             self.loaded.append(teacher.to(device=device, memory_format=torch.channels_last))  # type: ignore
         return self.loaded[0]
 
+    def discard_compiled(self) -> None:
+        super().discard_compiled()
+        for teacher in self.loaded:
+            teacher.__dict__.pop("forward", None)
+
     @property
     def networks(self) -> list[nn.Module]:
         return [self.student, self.teacher]

@@ -75,7 +75,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} needs another package: pip install safetensors") from error
     except Exception as error:  # torch and safetensors raise almost any exception for a damaged file.
         raise ValueError(f"{path} has no weights that can be read ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
+    ):
         raise ValueError(f"{path} is no state_dict of an encoder, such as relssl export writes")
     return state
 
@@ -95,6 +97,8 @@ def load(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
     if any(found.values()):
         wrong = [f"{what} {_some(names)}" for what, names in found.items() if names]
         raise ValueError(f"the weights of {source} are of another encoder: it {', '.join(wrong)}")
+    if wrong := [name for name, t in state.items() if not t.isfinite().all()]:
+        raise ValueError(f"the weights of {source} are not finite: {_some(set(wrong))}")
     backbone.load_state_dict(state)
 
 

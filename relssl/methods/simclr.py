@@ -47,8 +47,8 @@ def _preset(like: TrainConfig) -> SimCLRConfig:
     config = replace(SimCLRConfig(**settings_of(like, SimCLRConfig)), queue_size=0)
     if config.data != "digits":
         config.crop_min = SimCLRConfig.crop_min
-    if config.image_size > 64:
-        config.jitter, config.blur = 1.0, True
+    config.jitter = 1.0 if config.image_size > 32 else 0.5
+    config.blur = config.image_size > 64
     return config
 
 
