@@ -72,7 +72,7 @@ class TrainState:
 # The names in a run's folder.
 FILE, FOLDERS, STATE = "checkpoint.pt", "checkpoints", "state.pt"
 
-# The other attributes, which a checkpoint holds as they are.
+# The other attributes, which a checkpoint holds as they are; the first ones cannot change.
 EXTENT = "steps_per_epoch", "images_per_epoch"
 PROGRESS = *EXTENT, "epoch", "step", "sums", "history", "evaluation_due"
 
@@ -310,9 +310,9 @@ def _describe_changes(
     path: Path, contents: dict[str, Any], state: TrainState, device: torch.device
 ) -> list[str]:
     """Returns a line for each change of the resumed run; raises ValueError if one is not well defined."""
-    if methods.CONFIGS[contents["method"]] is not type(state.method.config):
-        raise ValueError(f"{path} is of method {contents['method']}: give --out another folder")
     config = state.method.config
+    if methods.CONFIGS[contents["method"]] is not type(config):
+        raise ValueError(f"{path} is of method {contents['method']}: give --out another folder")
     now = config.as_json()
     old = contents["config"]
     changed = {k: v for k, v in old.items() if k not in RESUMABLE_OVERRIDES and now.get(k) != v}

@@ -41,7 +41,7 @@ class Images:
 
 
 class Arrays(Images):
-    """Images in memory, uint8 [N, 3, H, W], and their labels, int64 [N]; else ValueError."""
+    """Images in memory, uint8 [N, 3, H, W], and their labels, int64 [N]; ValueError if the numbers differ."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         if len(images) != len(labels):
