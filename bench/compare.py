@@ -11,7 +11,7 @@ preset, but for the encoder and for what a short run needs; none trains on the t
 process with one thread, --jobs at a time, and is continued where it was interrupted. Further options are
 those of `relssl train`. In --out are written:
 
-    METHOD-SEED.json  scores and settings of a run
+    METHOD-SEED.json  scores, settings and commit of a run
     options.json      the budget and the further options, which cannot change
     methods.json      the rows of the table, with versions and commit (--record writes them elsewhere)
     METHOD-SEED/      what `relssl train` writes
@@ -79,15 +79,16 @@ def config(name: str, seed: int, out: Path, budget: int, options: Sequence[str])
 def run(name: str, seed: int, out: Path, budget: int, options: Sequence[str]) -> dict[str, Any]:
     """Trains, or continues, a run, and returns its record."""
     settings = config("ressl" if name == BASELINES else name, seed, out, budget, options)
+    record = {"commit": machine.commit()}
     if name == BASELINES:
-        return {"scores": baselines(settings)}
+        return record | {"scores": baselines(settings)}
     method = train(settings)
     if method.epoch < settings.epochs:
         raise KeyboardInterrupt  # It has saved the step, and is continued by the next call.
     scored = method.config
     if isinstance(scored, CCConfig):  # Clusters are scored on training and test images, as the others' are.
         scored = replace(scored, test_images=True)
-    return {"scores": evaluate(method, scored), "settings": vars(method.config)}
+    return record | {"scores": evaluate(method, scored), "settings": vars(method.config)}
 
 
 def main() -> None:
@@ -142,9 +143,10 @@ def main() -> None:
         future.result()
     found = {n: [json.loads((arguments.out / f"{n}-{s}.json").read_text()) for s in seeds] for n in TITLES}
     about = {name: value for name, value in machine.about("cpu").items() if name in ("device", "torch")}
+    commits = sorted({record["commit"] for records in found.values() for record in records})
     path = arguments.record or arguments.out / "methods.json"
     table = rows(found)
-    tables.write(path, table, seeds=str(arguments.seeds), **about)
+    tables.write(path, table, seeds=str(arguments.seeds), commit=", ".join(commits), **about)
     print(tables.table(table))
 
 

@@ -274,7 +274,7 @@ def model(write: Callable[[], list[tables.Row]], folder: Path) -> str:
     return tables.table(write())
 
 
-REPORTS = ("triton-resources", "triton-predictions", "cuda-resources", "cuda-predictions")
+REPORTS = ("triton-resources", "triton-predictions", "cuda-resources", "cuda-predictions", "methods")
 PARTS: dict[str, Callable[[Path], str]] = {
     "adopters": adopters,
     "benchmark": benchmark,

@@ -74,21 +74,25 @@ def test_each_run_is_a_process_after_that_of_its_teacher(tmp_path, monkeypatch, 
         events.append(("ended", name, seed))
         scores = dict.fromkeys(compare.SCORES, 0.5)
         record = {"scores": {"raw": scores} if name == "baselines" else scores, "settings": {"epochs": 1}}
+        record["commit"] = f"{seed}f"
         return SimpleNamespace(stdout=f"a line before it\n{json.dumps(record)}\n")
 
     monkeypatch.setattr(compare.subprocess, "run", process)
     monkeypatch.setattr(compare.machine, "about", lambda _: {"device": "CPU", "torch": "2"})
-    monkeypatch.setattr(compare.tables, "write", lambda path, rows, **about: events.append((path, rows)))
+    monkeypatch.setattr(
+        compare.tables, "write", lambda path, rows, **about: events.append((path, rows, about))
+    )
     monkeypatch.setattr(sys, "argv", f"compare.py --out {tmp_path} --seeds 2 --jobs 16".split())
     compare.main()
     for seed in "01":
         assert events.index(("ended", "ressl", seed)) < events.index(("begun", "distill", seed))
-    path, rows = events.pop()
+    path, rows, about = events.pop()
+    assert about == {"seeds": "2", "commit": "0f, 1f", "device": "CPU", "torch": "2"}
     assert path == tmp_path / "methods.json" and len(rows) == 1 + len(PRESETS)
     assert len(events) == 2 * 2 * (1 + len(PRESETS))
     events.clear()
     compare.main()
-    assert events == [(path, rows)]
+    assert events == [(path, rows, about)]
     assert capsys.readouterr().out.count("| ReSSL | 1 | 50.0 ± 0.0 |") == 2
     sys.argv += ["--budget", "12"]
     with pytest.raises(SystemExit):

@@ -38,7 +38,10 @@ def printed(rows: Iterable[Row]) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row], **versions: str) -> None:
-    """Writes rows as JSON, one a line, with the versions of the compilers, commit and date."""
-    about = {**versions, "commit": commit(), "date": str(date.today())}
+    """Writes rows as JSON, one a line, with the versions of the compilers, commit and date.
+
+    versions: may contain the commit, if that is not the checkout's.
+    """
+    about = {**versions, "commit": versions.get("commit") or commit(), "date": str(date.today())}
     head = json.dumps(about, indent=1).removesuffix("\n}")
     path.write_text(head + ',\n "rows": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
