@@ -71,7 +71,7 @@ def baselines(
     """
     data = load(config, data)
     mean, _ = channel_statistics(data.train, config.skip_list())
-    method = untrained(config, data.train).eval()
+    method = untrained(config, data.train, config.skip_list()).eval()
 
     def pixels(images: Tensor) -> Tensor:
         return (_shrink(images) - mean.view(3, 1, 1)).flatten(1)
