@@ -70,8 +70,8 @@ def baselines(
     Images larger than 32 x 32 are resized to that before their pixels are taken.
     """
     data = load(config, data)
-    mean, _ = channel_statistics(data.train, config.skip_list())
-    method = untrained(config, data.train, config.skip_list()).eval()
+    mean, std = channel_statistics(data.train, config.skip_list())
+    method = untrained(config, lambda: (mean, std)).eval()
 
     def pixels(images: Tensor) -> Tensor:
         return (_shrink(images) - mean.view(3, 1, 1)).flatten(1)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from relssl import datasets, distributed, tuned
 from relssl.checkpoint import TrainState, describe_position, newest, previous_path, read, restore, save
-from relssl.datasets.loading import Batch, Loader, default_workers, skipped_message
+from relssl.datasets.loading import Batch, Loader, channel_statistics, default_workers, skipped_message
 from relssl.datasets.on_device import DeviceLoader, OnDevice, move_to_device
 from relssl.datasets.python import GIVEN, absolute, checked
 from relssl.evaluate import evaluate_during_training
@@ -121,7 +121,7 @@ class _Trainer:
         method = (
             config.build_on_device(placeholder, placeholder)
             if self.path
-            else untrained(config, self.data.train, self.skipped)
+            else untrained(config, lambda: channel_statistics(self.data.train, self.skipped))
         )
         torch.manual_seed(config.seed + distributed.rank())  # The same weights, but other augmentations.
         self.optimizer = build_optimizer(method, config)

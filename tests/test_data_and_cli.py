@@ -164,7 +164,7 @@ def test_an_unreadable_image_is_named_before_training(command, folder, damage):
 def test_an_image_that_a_worker_cannot_read_is_named(command, folder, monkeypatch):
     """In a large data set it is found during training, of which nothing is lost."""
     statistics = torch.zeros(3), torch.ones(3)
-    monkeypatch.setattr("relssl.methods.initial.channel_statistics", lambda *_: statistics)
+    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: statistics)
     assert train_on(command, folder, "--eval-every", 0).returncode == 0
     path = folder / "train/dog/13.png"
     path.write_bytes(b"no image")

@@ -274,7 +274,7 @@ def test_signal_in_the_loop_saves_the_step(few, monkeypatch, capsys, number):
 
 @ENDING
 def test_signal_before_the_first_step_ends_at_once(few, monkeypatch, capsys, number):
-    monkeypatch.setattr("relssl.methods.initial.channel_statistics", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("relssl.train.channel_statistics", lambda *_: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stop:
         train(FEW)
     assert stop.value.code == 143 and not FEW.out.exists()

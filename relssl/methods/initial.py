@@ -1,13 +1,12 @@
 """The weights that an encoder starts with, of a file or pretrained by timm."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from relssl.datasets import Images
-from relssl.datasets.loading import channel_statistics
 from relssl.methods import timm_models
 
 if TYPE_CHECKING:
@@ -17,17 +16,16 @@ if TYPE_CHECKING:
 CLASSIFIERS = {"fc", "head", "head_dist", "classifier"}
 
 
-def untrained(config: "TrainConfig", images: Images, skipped: list[str] | None = None) -> "Method":
+def untrained(config: "TrainConfig", statistics: Callable[[], tuple[Tensor, Tensor]]) -> "Method":
     """Builds a method as training begins with it, on the device: config.init, config.seed.
 
-    It normalises with the statistics of the images, or of those that the encoder was pretrained on.
-
-    skipped: see `load_batches`. Errors: those of `initial`, and ValueError for weights that do not fit.
+    statistics: returns mean and standard deviation [3] of the images, where they are not those that the
+        encoder was pretrained on. Errors: those of `initial`, and ValueError for weights that do not fit.
     """
     start = initial(config) if config.init else None
-    statistics = (start and start.statistics) or channel_statistics(images, skipped)
+    found = (start and start.statistics) or statistics()
     torch.manual_seed(config.seed)
-    method = config.build_on_device(*statistics)
+    method = config.build_on_device(*found)
     if start:
         method.load_backbone(start.state, config.init)
     return method
